@@ -1,0 +1,155 @@
+"""The pipeline's types: the shift, the masks, row selection, and the errors that name the field."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megarlhf.batch import Experience, LabelledResponses, PreferencePairs, Prompts, Rollout, TokenBatch
+
+
+def a_rollout(rows: int = 4, width: int = 8) -> Rollout:
+    """Row i: a prompt of 2 tokens, a response of i + 1 tokens; token j of row i is 10 i + j."""
+    tokens = 10 * torch.arange(rows)[:, None] + torch.arange(width)
+    lengths = 3 + torch.arange(rows)
+    return Rollout(
+        tokens=tokens,
+        prompt_lengths=torch.full((rows,), 2),
+        lengths=lengths,
+        terminated=torch.arange(rows) % 2 == 0,
+        sampler_logprobs=-torch.rand(rows, width - 1),
+        prompt_ids=100 + torch.arange(rows),
+        answers=tuple(str(i) for i in range(rows)),
+    )
+
+
+def an_experience(rows: int = 4) -> Experience:
+    rollout = a_rollout(rows)
+    fields = {name: torch.randn(rows, 7) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
+    return Experience(rollout=rollout, **fields)
+
+
+def test_response_mask_covers_exactly_the_response_labels():
+    rollout = a_rollout()
+    for row in range(4):
+        response = rollout.tokens[row, 2 : 3 + row]  # what the prompt is followed by, EOS included
+        assert rollout.labels[row][rollout.response_mask[row]].tolist() == response.tolist()
+    assert rollout.response_mask.sum(dim=1).tolist() == rollout.response_lengths.tolist() == [1, 2, 3, 4]
+    assert rollout.inputs[0].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert rollout.labels[0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_prompts_repeat_keeps_copies_adjacent():
+    prompts = Prompts(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]), torch.tensor([7, 9]), ("a", ""))
+    repeated = prompts.repeat(3)
+    assert repeated.ids.tolist() == [7, 7, 7, 9, 9, 9]
+    assert repeated.answers == ("a", "a", "a", "", "", "")
+    assert repeated.tokens[:, 0].tolist() == [1, 1, 1, 3, 3, 3]
+
+
+def test_padding_changes_no_mask_and_cat_keeps_rows():
+    short, long = a_rollout(2, width=5), a_rollout(3, width=9)
+    both = Rollout.cat([short, long])
+    assert both.tokens.shape == (5, 9)
+    assert both.answers == ("0", "1", "0", "1", "2")
+    assert both.response_mask.sum(dim=1).tolist() == [1, 2, 1, 2, 3]
+    assert torch.equal(both.sampler_logprobs[:2, :4], short.sampler_logprobs)
+    assert not both.sampler_logprobs[:2, 4:].any()
+    with pytest.raises(ValueError, match="T is 8, asked for 3"):
+        long.padded_to(3)
+
+
+@pytest.mark.parametrize("index", [torch.tensor([3, 0, 3]), slice(1, 3), torch.tensor([], dtype=torch.int64)])
+def test_rows_selects_in_every_field(index):
+    experience = an_experience()
+    selected = experience.rows(index)
+    ids = torch.arange(4)[index].tolist()
+    assert selected.rollout.answers == tuple(str(i) for i in ids)
+    assert selected.rollout.prompt_ids.tolist() == [100 + i for i in ids]
+    assert torch.equal(selected.advantages, experience.advantages[index])
+
+
+def test_mini_batches_visit_every_row_once_and_repeat_with_the_seed():
+    experience = an_experience(6)
+    orders = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(3)
+        batches = list(experience.mini_batches(2, generator))
+        assert [len(batch) for batch in batches] == [2, 2, 2]
+        orders.append([i for batch in batches for i in batch.rollout.prompt_ids.tolist()])
+        for batch in batches:  # fields stay with their row
+            rows = batch.rollout.prompt_ids - 100
+            assert torch.equal(batch.returns, experience.returns[rows])
+    assert orders[0] == orders[1]
+    assert sorted(orders[0]) == [100, 101, 102, 103, 104, 105] != orders[0]
+    with pytest.raises(ValueError, match="6 rows do not divide into chunks of 4"):
+        next(experience.mini_batches(4, torch.Generator()))
+
+
+def test_preference_pairs_select_pairs():
+    tokens = torch.arange(6)[:, None].repeat(1, 3)
+    pairs = PreferencePairs(tokens, torch.tensor([3, 2, 3, 2, 3, 2]), torch.tensor([0.5, 1.0, 2.0]))
+    for index in (torch.tensor([2, 0]), slice(2, None, None)):
+        chosen = torch.arange(3)[index]
+        selected = pairs.rows(index)
+        assert selected.tokens[0::2, 0].tolist() == (2 * chosen).tolist()
+        assert selected.tokens[1::2, 0].tolist() == (2 * chosen + 1).tolist()
+        assert torch.equal(selected.weight, pairs.weight[index])
+
+
+def test_to_keeps_every_value():
+    experience = an_experience()
+    moved = experience.to("cpu")
+    assert torch.equal(moved.rollout.tokens, experience.rollout.tokens)
+    assert moved.rollout.answers == experience.rollout.answers
+    assert torch.equal(moved.values, experience.values)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        a_rollout().tokens = torch.zeros(1)  # type: ignore[misc]
+
+
+def test_empty_batch_is_a_batch():
+    empty = a_rollout().rows(slice(0, 0))
+    assert len(empty) == 0
+    assert empty.response_mask.shape == (0, 7)
+    experience = an_experience().rows(slice(0, 0))
+    assert list(experience.mini_batches(2, torch.Generator())) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("tokens", torch.zeros(4, 8), r"Rollout.tokens: got torch.float32 \[4, 8\]"),
+        ("tokens", torch.zeros(8, dtype=torch.int64), r"Rollout.tokens: got torch.int64 \[8\]"),
+        ("lengths", torch.ones(3, dtype=torch.int64), r"Rollout.lengths: got torch.int64 \[3\]; .* \[4\]"),
+        ("lengths", torch.full((4,), 9), r"Rollout.lengths: row 0 is 9; must be in 1..8"),
+        ("prompt_lengths", torch.tensor([2, 2, 6, 2]), r"Rollout.prompt_lengths: row 2 is 6; must be in 1..5"),
+        ("prompt_lengths", torch.tensor([2, 0, 2, 2]), r"Rollout.prompt_lengths: row 1 is 0"),
+        ("terminated", torch.ones(4), r"Rollout.terminated: got torch.float32 \[4\]; must be torch.bool"),
+        ("sampler_logprobs", torch.zeros(4, 8), r"Rollout.sampler_logprobs: got torch.float32 \[4, 8\]; .* \[4, 7\]"),
+        ("answers", ("a",), r"Rollout.answers: got tuple of 1; must be a tuple of 4"),
+    ],
+)
+def test_rollout_errors_name_field_and_shapes(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(a_rollout(), **{field: value})
+
+
+def test_other_errors_name_field_and_shapes():
+    tokens, lengths = torch.zeros(4, 3, dtype=torch.int64), torch.full((4,), 3)
+    with pytest.raises(ValueError, match=r"Experience.values: got torch.float32 \[4, 6\]; .* \[4, 7\]"):
+        dataclasses.replace(an_experience(), values=torch.zeros(4, 6))
+    with pytest.raises(ValueError, match=r"Prompts.ids: got torch.int32"):
+        Prompts(tokens, lengths, torch.zeros(4, dtype=torch.int32), ("",) * 4)
+    with pytest.raises(ValueError, match=r"TokenBatch.loss_mask: got torch.bool \[4, 3\]; .* \[4, 2\]"):
+        TokenBatch(tokens, lengths, torch.ones(4, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"PreferencePairs.weight: got torch.float32 \[4\]; .* \[2\]"):
+        PreferencePairs(tokens, lengths, torch.ones(4))
+    with pytest.raises(ValueError, match=r"PreferencePairs.tokens: 3 rows"):
+        PreferencePairs(tokens[:3], lengths[:3], torch.ones(1))
+    with pytest.raises(ValueError, match=r"LabelledResponses.correct: got torch.int64 \[4\]; must be torch.float32"):
+        LabelledResponses(tokens, lengths, lengths, torch.ones(4))
