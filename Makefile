@@ -1,0 +1,45 @@
+# make demo | test | check | clean. Each target prepares .venv by itself; nothing but Python 3.11+ and make is needed.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Ranks are processes: one thread each, or they fight for the cores.
+export OMP_NUM_THREADS ?= 1
+# The type checker comes with its wheel; never let it look for a newer one.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export TOKENIZERS_PARALLELISM ?= false
+
+help:
+	@echo "make demo   train a tiny Llama 3 with PPO on this machine, then open runs/demo/report.html"
+	@echo "make test   run the tests (CPU)"
+	@echo "make check  format, lint, types, import layers, spelling"
+	@echo "make clean  remove .venv, caches and runs/"
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python $$($(PYTHON) -V 2>&1) is too old: 3.11 or later is needed; run make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/megarlhf demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/typos
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .import_linter_cache ./*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

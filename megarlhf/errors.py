@@ -1,0 +1,27 @@
+"""Errors a user can act on. Every message reads `<what>: <names and values>; <remedy>`."""
+
+from __future__ import annotations
+
+
+class MegarlhfError(Exception):
+    """Base of all errors that name their own remedy; the command line prints the message alone."""
+
+
+class ConfigError(MegarlhfError):
+    """A setting is unknown, mistyped, missing or contradicts another."""
+
+
+class LayoutError(MegarlhfError):
+    """The parallel layout does not fit the ranks, the model or the batch."""
+
+
+class DataError(MegarlhfError):
+    """A data file or a row of it cannot be used; the message gives file, row number and column."""
+
+
+class CheckpointError(MegarlhfError):
+    """A model or checkpoint directory is missing, partial or of another shape."""
+
+
+class TrainingError(MegarlhfError):
+    """A run had to stop, for example after too many non-finite gradients; the message says where the evidence is."""

@@ -1,0 +1,59 @@
+"""Package metadata. The versions a run is tested with are in constraints.txt; here are only the bounds the code needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+# Megatron-Core declares neither einops nor psutil, and fails late and obscurely without them (a checkpoint save hangs
+# without psutil), so both are named here.
+REQUIRES = [
+    "torch>=2.13",
+    "megatron-core>=0.16.1,<0.17",
+    "einops>=0.8",
+    "psutil>=6",
+    "numpy>=2",
+    "transformers>=5",
+    "tokenizers>=0.22",
+    "safetensors>=0.6",
+    "datasets>=4",
+    "pydantic>=2.12",
+    "PyYAML>=6",
+    "rich>=14.1",
+    "matplotlib>=3.9",
+    "tensorboard>=2.18",
+]
+
+# NVIDIA Apex is used when it can be imported and is never listed: the package of that name on PyPI is another project.
+EXTRAS = {
+    "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7", "nvidia-ml-py>=12"],
+    "maths": ["math-verify>=0.8"],
+    "wandb": ["wandb>=0.19"],
+    "bench": ["nvidia-ml-py>=12"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "ruff>=0.12",
+        "pyright[nodejs]>=1.1.400",
+        "import-linter>=2.3",
+        "typos>=1.30",
+    ],
+}
+
+setup(
+    name="megarlhf",
+    version="0.1.0",
+    description="RLHF for Llama 3 on Megatron-Core: one code path for a laptop CPU and for GPU clusters",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["megarlhf", "megarlhf.*"]), "megarlhf_kernels"],
+    package_dir={"megarlhf_kernels": "kernels/megarlhf_kernels"},
+    package_data={"megarlhf": ["py.typed"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megarlhf = megarlhf.cli:main"]},
+)
