@@ -1,0 +1,194 @@
+"""Text to token ids and back: any Hugging Face fast tokenizer, and a word-level one for the tiny models.
+
+Files only: nothing is downloaded, and code that a tokenizer directory brings along is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
+
+from megarlhf.errors import DataError
+
+if TYPE_CHECKING:  # imported where used: transformers takes seconds that `--help` should not cost
+    from transformers import PreTrainedTokenizerFast
+
+BEGIN_OF_TEXT = "<|begin_of_text|>"
+END_OF_TEXT = "<|end_of_text|>"
+START_HEADER = "<|start_header_id|>"
+END_HEADER = "<|end_header_id|>"
+END_OF_TURN = "<|eot_id|>"
+PAD = "<|finetune_right_pad_id|>"
+
+LLAMA3_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if loop.first -%}{{ bos_token }}{%- endif -%}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + (message['content'] | trim) + '<|eot_id|>' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
+)
+"""Llama 3's prompt format as its model card gives it, contents trimmed."""
+
+_PAD_FALLBACKS = (PAD, "<|reserved_special_token_0|>")
+"""Llama 3.1 and later, and Llama 3: neither sets a padding token of its own."""
+
+Template = Literal["chat", "plain"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Tokenizer:
+    """A fast tokenizer with the ids that training needs, checked once: PAD exists and never ends a response."""
+
+    def __init__(self, fast: PreTrainedTokenizerFast, source: str) -> None:
+        """Wrap `fast`; `source` names it in errors.
+
+        Raises:   DataError if there is no end-of-response or padding token, or if they are the same.
+        """
+        vocabulary = fast.get_vocab()
+        turn_based = fast.chat_template is not None and END_OF_TURN in vocabulary
+        eos = END_OF_TURN if turn_based else cast("str | None", fast.eos_token)
+        pad = fast.pad_token or next((token for token in _PAD_FALLBACKS if token in vocabulary), None)
+        if eos is None or pad is None:
+            missing = "eos_token" if eos is None else "pad_token"
+            raise DataError(f"tokenizer has no {missing}: {source}; set it in tokenizer_config.json.")
+        if pad == eos:
+            raise DataError(
+                f"tokenizer pads with the token that ends a response: {source} has {pad!r} for both, so no model could "
+                "learn to stop; set another pad_token in tokenizer_config.json."
+            )
+        self._fast = fast
+        self.source = source
+        """Where it came from, for errors."""
+        self.bos_id: int | None = fast.bos_token_id
+        """Id that begins a text; None if the tokenizer has none."""
+        self.eos_id: int = vocabulary[eos]
+        """Id that ends a response: <|eot_id|> if there is a chat template that knows turns, else the EOS token."""
+        self.pad_id: int = vocabulary[cast(str, pad)]
+        """Id of padding, never `eos_id`."""
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        """Rows that an embedding needs: the largest id + 1."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, no special tokens added.
+
+        Raises:   DataError if a word-level vocabulary lacks a word.
+        """
+        try:
+            return self._fast.encode(text, add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception, told apart by its text
+            if "Missing [UNK]" not in str(error):
+                raise
+            unknown = ", ".join(repr(word) for word in self._unknown_words(text)[:5])
+            raise DataError(
+                f"words outside the vocabulary of the tokenizer {self.source}: {unknown}; "
+                "use a tokenizer that was made for this data."
+            ) from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Readable text of `ids`; special tokens, padding among them, are left out."""
+        return cast(str, self._fast.decode(list(ids), skip_special_tokens=True))
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation in the tokenizer's own chat template, by default up to where the assistant speaks.
+
+        Raises:   DataError if the tokenizer has no chat template.
+        """
+        return self.encode(self.render_chat(messages, add_generation_prompt))
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The text that `encode_chat` encodes."""
+        if self._fast.chat_template is None:
+            raise DataError(
+                f"tokenizer has no chat template: {self.source}; add chat_template.jinja, or set template=plain."
+            )
+        rendered = self._fast.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return cast(str, rendered)
+
+    def encode_prompt(self, prompt: str | Sequence[Message], template: Template) -> list[int]:
+        """Ids that a response follows: the chat template, or (plain, text only) BOS and the bare text.
+
+        Plain saves the tiny models the 9 tokens of Llama 3's headers, a third of their sequence.
+        """
+        if template == "chat":
+            return self.encode_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        if not isinstance(prompt, str):
+            raise DataError("a conversation has no plain form: its turns would run together; set template=chat.")
+        return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(prompt)]
+
+    def encode_response(self, response: str) -> list[int]:
+        """Ids of a response with the EOS that ends it, as a sampler would produce them after `encode_prompt`."""
+        return [*self.encode(response), self.eos_id]
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, for `load_tokenizer` or transformers."""
+        self._fast.save_pretrained(directory)
+
+    def _unknown_words(self, text: str) -> list[str]:
+        pre_tokenizer = self._fast.backend_tokenizer.pre_tokenizer
+        vocabulary = self._fast.get_vocab()
+        pieces = pre_tokenizer.pre_tokenize_str(text) if pre_tokenizer else [(text, (0, len(text)))]
+        return [word for word, _ in pieces if word not in vocabulary]
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Read a Hugging Face tokenizer directory.
+
+    Raises:   DataError if the directory is missing, partial or damaged, or needs code of its own.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise DataError(f"tokenizer directory does not exist: {directory}; give a directory that has tokenizer.json.")
+    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (directory / name).is_file()]
+    if missing:
+        raise DataError(
+            f"tokenizer directory is partial: {directory} lacks {' and '.join(missing)}; "
+            "copy the missing files from where the model came from."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_fast=True)
+    except Exception as error:  # noqa: BLE001 - a damaged file surfaces as almost any type
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"tokenizer cannot be read: {directory}: {reason}; restore tokenizer.json and tokenizer_config.json "
+            "(a tokenizer that needs its own Python code is not supported)."
+        ) from error
+    return Tokenizer(cast("PreTrainedTokenizerFast", fast), str(directory))
+
+
+def build_tiny_tokenizer(words: Iterable[str]) -> Tokenizer:
+    """A word-level tokenizer over `words` with Llama 3's special tokens and chat template.
+
+    Words, numbers and marks are one token each; unknown words are errors, not guesses. `decode(encode(text))` is `text`
+    where words are separated by one space and . , ? ! follow the word before them.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    special = [BEGIN_OF_TEXT, END_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN, PAD]
+    entries = dict.fromkeys([*special, "\n\n", "system", "user", "assistant", *words])
+    # No unknown token on purpose: the backend then raises, which `Tokenizer.encode` turns into an error with the words.
+    backend = Backend(models.WordLevel({entry: index for index, entry in enumerate(entries)}, unk_token="<|unknown|>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\w+|[^\w\s]"), "removed", invert=True)
+    # Joins words with spaces and pulls marks back to the word before; no entry starts with the prefix.
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BEGIN_OF_TEXT,
+        eos_token=END_OF_TURN,
+        pad_token=PAD,
+        extra_special_tokens=[END_OF_TEXT, START_HEADER, END_HEADER],
+        chat_template=LLAMA3_CHAT_TEMPLATE,
+    )
+    return Tokenizer(fast, "tiny word-level tokenizer")
