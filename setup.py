@@ -1,4 +1,4 @@
-"""Package metadata. The versions a run is tested with are in constraints.txt; here are only the bounds the code needs."""
+"""Package metadata: the bounds the code needs. The exact versions it is tested with are in constraints.txt."""
 
 from __future__ import annotations
 

@@ -1,0 +1,134 @@
+"""Read settings: defaults, then the file, then the command line. Nothing the user wrote is ever changed silently."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from megarlhf.config import yaml12
+from megarlhf.config.base import Config
+from megarlhf.config.describe import describe
+from megarlhf.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+def load_config(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
+    """Build `cls` from a YAML file and overrides such as `layout.tensor=2`; the last one wins.
+
+    Raises:   ConfigError naming the setting, its value, where it came from and the remedy, one line per mistake.
+    """
+    settings = {} if path is None else _read(path)
+    for override in overrides:
+        _apply(settings, override)
+    source = "the command line" if path is None else str(path)
+    try:
+        # Strict JSON mode: 2.0 or "2" for an int is an error, while a list may fill a tuple and text may fill a Path.
+        return cls.model_validate_json(json.dumps(settings), strict=True)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(cls, detail, source) for detail in error.errors())) from None
+
+
+def dump_config(cfg: Config, path: Path) -> None:
+    """Write every setting with its resolved value, so that `load_config` of the file gives an equal object."""
+    path.write_text(yaml12.render(cfg.model_dump(mode="json")), encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml12.parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}; give a readable YAML file to --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path}: not YAML ({_flat(error)}); correct that line.") from None
+    data = {} if data is None else data
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"config file {path}: holds {_shown(data)}; write one `name: value` per line.")
+    return _nest(data, str(path))
+
+
+def _nest(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Expand dotted keys at the top of a file, so that `layout.tensor: 2` means what it means on the command line."""
+    nested: dict[str, Any] = {}
+    for name, value in data.items():
+        _set(nested, name, value, source)
+    return nested
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f"argument {override!r}: not a setting; write name=value, for example layout.tensor=2.")
+    try:
+        value = yaml12.parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"setting {name}={text}: not a YAML value ({_flat(error)}); quote it.") from None
+    _set(settings, name, value, override)
+
+
+def _set(settings: dict[str, Any], name: str, value: Any, source: str) -> None:
+    *parents, leaf = name.split(".")
+    for depth, parent in enumerate(parents):
+        inner = settings.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            above = ".".join(parents[: depth + 1])
+            raise ConfigError(f"setting {name} ({source}): {above} is already {_shown(inner)}; give one of the two.")
+        settings = inner
+    if isinstance(value, dict) and isinstance(settings.get(leaf), dict):
+        for key, item in value.items():
+            _set(settings[leaf], str(key), item, source)
+    else:
+        settings[leaf] = value
+
+
+def _explain(cls: type[Config], detail: Any, source: str) -> str:
+    """Turn one pydantic error into `<what>: <names and values>; <remedy>`."""
+    name = ".".join(str(part) for part in detail["loc"])
+    value = _shown(detail["input"])
+    types = {row.name: row.type for row in describe(cls)}
+    # An element of a list carries its index in `loc`; the setting is the longest prefix that is one.
+    setting = next((prefix for prefix in _prefixes(detail["loc"]) if prefix in types), name)
+    wanted = types.get(setting, "a group of settings")
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"unknown setting {name} = {value} (from {source}); {_suggestion(cls, name)}"
+        case "missing" if setting == name:
+            return f"missing setting {name} ({wanted}); add it to the file or give {name}=... on the command line."
+        case "value_error" | "assertion_error":
+            reason = str(detail["ctx"]["error"])
+            return f"setting {name}: {reason}" if name else reason
+        case _:
+            message = detail["msg"][:1].lower() + detail["msg"][1:]
+            return f"setting {setting} = {value}: {message}; give {wanted}."
+
+
+def _prefixes(loc: Sequence[str | int]) -> list[str]:
+    parts = [str(part) for part in loc]
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def _suggestion(cls: type[Config], name: str) -> str:
+    known = [row.name for row in describe(cls)]
+    groups = sorted({prefix for row in known for prefix in _prefixes(row.split("."))[1:]})
+    close = difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.6)
+    if not close:
+        # Right word, wrong group: `tensor=2` instead of `layout.tensor=2`.
+        leaves = {row.rpartition(".")[2]: row for row in reversed(known)}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.75)]
+    return f"did you mean {close[0]}?" if close else "run the command with --help to see every setting."
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())
