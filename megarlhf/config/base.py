@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pydantic
 
+from megarlhf.config import yaml12
+
 
 class Config(pydantic.BaseModel):
     """Frozen settings; unknown names are errors, and the docstring under a field is its documentation.
@@ -18,3 +20,7 @@ class Config(pydantic.BaseModel):
         ser_json_inf_nan="constants",
         protected_namespaces=(),
     )
+
+    def to_yaml(self) -> str:
+        """Return every setting with its resolved value; reading it back gives an equal object."""
+        return yaml12.render(self.model_dump(mode="json"))

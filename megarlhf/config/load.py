@@ -37,7 +37,7 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
 
 def dump_config(cfg: Config, path: Path) -> None:
     """Write every setting with its resolved value, so that `load_config` of the file gives an equal object."""
-    path.write_text(yaml12.render(cfg.model_dump(mode="json")), encoding="utf-8")
+    path.write_text(cfg.to_yaml(), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What a run tells about itself: defined metrics, phase clock, writers, progress bars and the report."""

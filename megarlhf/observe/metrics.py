@@ -1,0 +1,186 @@
+"""The glossary of metrics: logging a name that is not listed here is an error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+Metrics = dict[str, float]
+
+PHASES = ("data", "rollout", "score", "estimate", "optimise", "train", "evaluate", "checkpoint")
+"""What a Clock may time: the four paragraphs of a PPO iteration, and what surrounds them."""
+
+
+class Metric(NamedTuple):
+    """Meaning of one metric: unit, formula, and how the ranks' and micro-batches' contributions become one number."""
+
+    unit: str
+    formula: str
+    reduction: str
+
+
+class UnknownMetricError(KeyError):
+    """A metric without an entry in the glossary was logged."""
+
+    def __str__(self) -> str:
+        """Return the message without KeyError's quotes."""
+        return str(self.args[0])
+
+
+_ROLLOUTS = "mean over the rollouts of the iteration"
+_TOKENS = "sum over response tokens / their global count; mean over the optimiser steps of the iteration"
+_STEPS = "mean over the optimiser steps of the iteration"
+_PEAK = "max over ranks"
+_LAST = "value at the last optimiser step"
+
+_ROLLOUT = {
+    "rollout/score_mean": Metric("reward", "scores, before any penalty", _ROLLOUTS),
+    "rollout/score_std": Metric("reward", "sqrt(mean((scores - mean)^2))", "over the rollouts of the iteration"),
+    "rollout/score_min": Metric("reward", "min(scores)", "over the rollouts of the iteration"),
+    "rollout/score_max": Metric("reward", "max(scores)", "over the rollouts of the iteration"),
+    "rollout/gold_score_mean": Metric("reward", "score by the judge we trust (verifier or gold model)", _ROLLOUTS),
+    "rollout/accuracy": Metric("fraction", "[response verified as correct]", _ROLLOUTS),
+    "rollout/reward_mean": Metric("reward", "sum over t of token_level_rewards", _ROLLOUTS),
+    "rollout/response_length_mean": Metric("tokens", "response tokens, EOS included", _ROLLOUTS),
+    "rollout/response_length_max": Metric("tokens", "longest response", "over the rollouts of the iteration"),
+    "rollout/prompt_length_mean": Metric("tokens", "prompt tokens", _ROLLOUTS),
+    "rollout/truncated_fraction": Metric("fraction", "[response ended without EOS]", _ROLLOUTS),
+    "rollout/sampler_gap_max": Metric(
+        "nats", "max over response tokens of |sampler_logprobs - logprobs|", "over the rollouts of the iteration"
+    ),
+    "rollout/sampler_gap_mean": Metric(
+        "nats", "|sampler_logprobs - logprobs|", "mean over the response tokens of the iteration"
+    ),
+    "rollout/distinct_fraction": Metric("fraction", "distinct responses / rollouts", "over the iteration"),
+    "rollout/tokens": Metric("tokens", "response tokens", "sum over the rollouts of the iteration"),
+}
+
+_KL = {
+    "kl/reference_mean": Metric("nats", "sum over t of k1 = logprobs - ref_logprobs", _ROLLOUTS),
+    "kl/reference_k3_mean": Metric("nats", "sum over t of k3 = exp(-k1) - 1 + k1 (never negative)", _ROLLOUTS),
+    "kl/reference_per_token": Metric("nats/token", "k1", "mean over the response tokens of the iteration"),
+    "kl/penalty_mean": Metric("reward", "kl_coef * sum over t of k1", _ROLLOUTS),
+    "kl/coef": Metric("reward/nat", "kl_coef in force", _LAST),
+}
+
+_POLICY = {
+    "policy/loss": Metric("1", "max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range))", _TOKENS),
+    "policy/clip_fraction": Metric("fraction", "[the clipped branch is the larger]", _TOKENS),
+    "policy/approx_kl": Metric("nats", "(ratio - 1) - log_ratio, the k3 estimate of KL(old || new)", _TOKENS),
+    "policy/entropy_mean": Metric("nats", "entropy of the temperature-scaled next-token distribution", _TOKENS),
+    "policy/ratio_mean": Metric("1", "exp(new_logprobs - logprobs)", _TOKENS),
+    "policy/ratio_max": Metric("1", "max of exp(new_logprobs - logprobs)", "max over the iteration"),
+    "policy/first_ratio_gap": Metric("1", "max |ratio - 1| in the first optimiser step", "max over response tokens"),
+    "policy/first_clip_fraction": Metric("fraction", "policy/clip_fraction of the first optimiser step", "as there"),
+    "policy/advantage_mean": Metric("1", "advantages after whitening", "mean over the response tokens"),
+    "policy/advantage_std": Metric("1", "standard deviation of the advantages before whitening", "response tokens"),
+    "policy/grad_norm": Metric("1", "2-norm of the gradient before clipping", _STEPS),
+    "policy/learning_rate": Metric("1", "the schedule's value", _LAST),
+}
+
+_VALUE = {
+    "value/loss": Metric(
+        "reward^2", "0.5 * max((V - R)^2, (clip(V, V_old - value_clip_range, V_old + value_clip_range) - R)^2)", _TOKENS
+    ),
+    "value/clip_fraction": Metric("fraction", "[the clipped branch is the larger]", _TOKENS),
+    "value/explained_variance": Metric("fraction", "1 - var(returns - values) / var(returns)", "response tokens"),
+    "value/mean": Metric("reward", "values when the rollout was made", "mean over the response tokens"),
+    "value/return_mean": Metric("reward", "returns", "mean over the response tokens"),
+    "value/grad_norm": Metric("1", "2-norm of the gradient before clipping", _STEPS),
+    "value/learning_rate": Metric("1", "the schedule's value", _LAST),
+}
+
+_SFT = {
+    "sft/loss": Metric("nats/token", "-logprobs on supervised tokens", "sum / global count of supervised tokens"),
+    "sft/perplexity": Metric("1", "exp(sft/loss)", "of the reduced loss"),
+    "sft/token_accuracy": Metric("fraction", "[argmax = label]", "mean over supervised tokens"),
+    "sft/grad_norm": Metric("1", "2-norm of the gradient before clipping", "of the step"),
+    "sft/learning_rate": Metric("1", "the schedule's value", "of the step"),
+    "sft/tokens": Metric("tokens", "supervised tokens", "sum over the global batch"),
+    "sft/heldout_loss": Metric("nats/token", "-logprobs on held-out supervised tokens", "sum / global count"),
+}
+
+_REWARD = {
+    "reward/loss": Metric("nats", "pairwise + pointwise_weight * pointwise", "each weighted sum / global weight"),
+    "reward/pairwise_loss": Metric("nats", "-log sigmoid(chosen - rejected)", "weighted sum / global weight"),
+    "reward/pointwise_loss": Metric("nats", "binary cross-entropy of sigmoid(score)", "weighted sum / global weight"),
+    "reward/pair_accuracy": Metric("fraction", "[chosen > rejected], ties 1/2", "mean over pairs"),
+    "reward/accuracy": Metric("fraction", "[(score > 0) = correct]", "mean over labelled responses"),
+    "reward/auc": Metric("fraction", "P(score of a right response > of a wrong one), ties 1/2", "held-out responses"),
+    "reward/margin_mean": Metric("reward", "chosen - rejected", "mean over pairs"),
+    "reward/score_mean": Metric("reward", "scores", "mean over responses of the step"),
+    "reward/score_std": Metric("reward", "standard deviation of scores", "over responses of the step"),
+    "reward/score_right_mean": Metric("reward", "scores of right responses", "mean over held-out responses"),
+    "reward/score_wrong_mean": Metric("reward", "scores of wrong responses", "mean over held-out responses"),
+    "reward/calibration_gap": Metric("fraction", "expected calibration error of sigmoid(score), 10 bins", "held-out"),
+    "reward/centre": Metric("reward", "constant subtracted so that references score 0 on average", "of the model"),
+    "reward/grad_norm": Metric("1", "2-norm of the gradient before clipping", "of the step"),
+    "reward/learning_rate": Metric("1", "the schedule's value", "of the step"),
+    "reward/heldout_loss": Metric("nats", "reward/loss on held-out data", "as reward/loss"),
+    "reward/heldout_pair_accuracy": Metric("fraction", "reward/pair_accuracy on held-out pairs", "mean over pairs"),
+}
+
+_EVAL = {
+    "eval/accuracy_sampled": Metric("fraction", "[verified], responses drawn at temperature 1", "held-out problems"),
+    "eval/accuracy_greedy": Metric("fraction", "[verified], most likely token at each step", "held-out problems"),
+    "eval/score_sampled_mean": Metric("reward", "scores of sampled responses", "mean over held-out problems"),
+    "eval/score_greedy_mean": Metric("reward", "scores of greedy responses", "mean over held-out problems"),
+    "eval/response_length_mean": Metric("tokens", "sampled response tokens, EOS included", "held-out problems"),
+    "eval/truncated_fraction": Metric("fraction", "[sampled response ended without EOS]", "held-out problems"),
+    "eval/problems": Metric("problems", "held-out problems", "count"),
+}
+
+_TRAIN = {
+    "train/iteration": Metric("iterations", "PPO iterations done", "count"),
+    "train/step": Metric("steps", "optimiser steps done", "count"),
+    "train/epoch": Metric("epochs", "rows seen / rows in the data set", "over all data ranks"),
+    "train/rows": Metric("rows", "data rows seen", "sum over data ranks"),
+    "train/skipped_steps": Metric("steps", "optimiser steps skipped: non-finite loss or gradient", "sum since start"),
+}
+
+_RESOURCES = {
+    "time/iteration_s": Metric("s", "wall time since the clock was last read", "rank 0"),
+    "memory/peak_bytes": Metric(
+        "bytes", "GPU: peak of torch's allocator since the clock was last read; CPU: peak resident set size", _PEAK
+    ),
+    "memory/resident_bytes": Metric("bytes", "weights, gradients and optimiser state on the device", _PEAK),
+    **{f"time/{phase}_s": Metric("s", f"wall time inside the {phase} phase", "rank 0") for phase in PHASES},
+    **{
+        f"throughput/{phase}_tokens_per_s": Metric(
+            "tokens/s", f"tokens of the {phase} phase / its seconds", "all ranks"
+        )
+        for phase in PHASES
+    },
+    **{
+        f"throughput/{phase}_flops_per_s": Metric(
+            "FLOP/s", f"model FLOPs of the {phase} phase / its seconds", "per device"
+        )
+        for phase in PHASES
+    },
+    **{
+        f"mfu/{phase}": Metric("fraction", f"throughput/{phase}_flops_per_s / the device's peak FLOP/s", "per device")
+        for phase in PHASES
+    },
+}
+
+GLOSSARY: dict[str, Metric] = {
+    **_ROLLOUT,
+    **_KL,
+    **_POLICY,
+    **_VALUE,
+    **_SFT,
+    **_REWARD,
+    **_EVAL,
+    **_TRAIN,
+    **_RESOURCES,
+}
+
+
+def check(metrics: Mapping[str, float] | Iterable[str]) -> None:
+    """Raise UnknownMetricError, with the nearest listed name, if any name is not in the glossary."""
+    for name in metrics:
+        if name not in GLOSSARY:
+            close = difflib.get_close_matches(name, GLOSSARY, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "give it unit, formula and reduction in GLOSSARY."
+            raise UnknownMetricError(f"metric {name}: not in megarlhf/observe/metrics.py; {remedy}")

@@ -1,0 +1,156 @@
+"""What a run leaves behind: metrics and samples as JSON lines, TensorBoard, Weights & Biases, and its provenance."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from megarlhf.errors import ConfigError
+from megarlhf.observe.metrics import Metrics, check
+
+_PACKAGES = (
+    *("torch", "megatron-core", "transformers", "tokenizers", "datasets", "pydantic", "numpy", "safetensors"),
+    *("triton", "transformer-engine", "flash-attn"),
+)
+
+
+class RunWriter:
+    """Writes one run's metrics and samples; `metrics.jsonl` always, the rest when asked.
+
+    Ranks:    rank 0 only; the other ranks make none.
+    Raises:   ConfigError if W&B is asked for and cannot be used. UnknownMetricError for a name not in the glossary.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool = False, wandb: bool = False) -> None:
+        """Open the files in `run_dir`, creating it; an existing metrics file is continued."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
+        # Line buffered: a killed run loses at most the line it was writing.
+        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._samples = run_dir / "samples.jsonl"
+        self._tensorboard = _tensorboard(run_dir) if tensorboard else None
+        self._wandb = _wandb(run_dir) if wandb else None
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        """Write one line of metrics; non-finite values become null, since JSON has no word for them."""
+        check(metrics)
+        finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
+        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def samples(self, rows: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Append rows, for example rollouts as text, to `samples.jsonl`."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> RunWriter:
+        """Return the writer; it closes at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Read `metrics.jsonl`: one mapping a line, `step` among them; null values are left out, as is a torn last line.
+
+    After a resume a step can appear twice; the later line counts.
+    """
+    path = run_dir / "metrics.jsonl"
+    by_step: dict[int, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        by_step.setdefault(row["step"], {}).update({name: value for name, value in row.items() if value is not None})
+    return [by_step[step] for step in sorted(by_step)]
+
+
+class Settings(Protocol):
+    """What a Config is from here: this package and `config` are siblings and do not import each other."""
+
+    def to_yaml(self) -> str:
+        """Return every setting as YAML."""
+        ...
+
+
+def write_provenance(run_dir: Path, config: Settings, argv: Sequence[str]) -> None:
+    """Write what is needed to run this again: resolved config, command line, package versions, commit.
+
+    Ranks:    rank 0 only. `argv` is the command line without the program's name.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (run_dir / "command.txt").write_text(shlex.join(["megarlhf", *argv]) + "\n", encoding="utf-8")
+    (run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers, and the git commit (with + when changed)."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "commit": _commit()}
+    for package in ("megarlhf", *_PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return "not a git checkout"
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__})"
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _tensorboard(run_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"))
+
+
+def _wandb(run_dir: Path) -> Any:
+    """Start a W&B run; the key comes from the environment alone, so that it can never end up in a config on disk."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(
+            "wandb=true: the package is missing; pip install 'megarlhf[wandb]' or set it to false."
+        ) from None
+    if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
+        raise ConfigError("wandb=true: no key; set WANDB_API_KEY (or WANDB_MODE=offline) in the environment.")
+    return wandb.init(project="megarlhf", name=run_dir.name, dir=str(run_dir))

@@ -1,0 +1,14 @@
+"""Tests marked `gpu` or `multi_gpu` are skipped where there are none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item in items:
+        for mark, needed in (("gpu", 1), ("multi_gpu", 2)):
+            if item.get_closest_marker(mark) and gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), found {gpus}"))
