@@ -52,7 +52,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["megarlhf", "megarlhf.*"]), "megarlhf_kernels"],
     package_dir={"megarlhf_kernels": "kernels/megarlhf_kernels"},
-    package_data={"megarlhf": ["py.typed"]},
+    package_data={"megarlhf": ["py.typed", "observe/report.css"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megarlhf = megarlhf.cli:main"]},

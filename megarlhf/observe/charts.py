@@ -1,0 +1,116 @@
+"""Curves as inline SVG that takes its colours and font from the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from megarlhf.observe.metrics import GLOSSARY
+
+
+class Panel(NamedTuple):
+    """One chart: a title and the metrics it draws, all of one unit."""
+
+    title: str
+    metrics: tuple[str, ...]
+
+
+PANELS = (
+    Panel("Score", ("rollout/score_mean", "rollout/reward_mean")),
+    Panel("Accuracy of rollouts", ("rollout/accuracy",)),
+    Panel("Accuracy on held-out problems", ("eval/accuracy_sampled", "eval/accuracy_greedy")),
+    Panel("KL to the reference", ("kl/reference_mean",)),
+    Panel("Response length", ("rollout/response_length_mean",)),
+    Panel("Truncated responses", ("rollout/truncated_fraction",)),
+    Panel("Entropy", ("policy/entropy_mean",)),
+    Panel("Clip fraction", ("policy/clip_fraction", "value/clip_fraction")),
+    Panel("Policy loss", ("policy/loss",)),
+    Panel("Value loss", ("value/loss",)),
+    Panel("Explained variance", ("value/explained_variance",)),
+    Panel("Gradient norm", ("policy/grad_norm", "value/grad_norm")),
+    Panel("Sampler against trainer", ("rollout/sampler_gap_max",)),
+    Panel("SFT loss", ("sft/loss", "sft/heldout_loss")),
+    Panel("Reward-model loss", ("reward/loss", "reward/heldout_loss")),
+    Panel("Reward-model accuracy", ("reward/pair_accuracy", "reward/heldout_pair_accuracy", "reward/auc")),
+)
+"""What a report draws, in this order; a panel none of whose metrics was logged is left out."""
+
+# Matplotlib wants colours, the page has variables (it turns dark with the reader's system): these stand in for them.
+_INK, _GRID = "#010203", "#040506"
+_SERIES = ("#0a0101", "#0a0102", "#0a0103")
+_VARIABLES = {
+    _INK: "var(--muted)",
+    _GRID: "var(--grid)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
+}
+_MARKED = 60
+"""Up to so many points each gets a dot; beyond, dots would hide the line."""
+
+
+def drawable(panel: Panel, rows: Sequence[dict[str, float]]) -> Panel:
+    """Keep the metrics of `panel` that were logged at least once."""
+    return Panel(panel.title, tuple(name for name in panel.metrics if any(name in row for row in rows)))
+
+
+def curves_svg(panel: Panel, rows: Sequence[dict[str, float]], *, prefix: str) -> str:
+    """Draw the metrics over `step` as an `<svg>` element whose ids begin with `prefix`; `rows` as in metrics.jsonl."""
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "megarlhf", "font.family": "sans-serif", "font.size": 9}
+    ):
+        figure = Figure(figsize=(4.2, 2.35), layout="constrained")
+        axes = figure.add_subplot()
+        for colour, name, label in zip(_SERIES, panel.metrics, _labels(panel.metrics), strict=False):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(points) <= _MARKED else ""
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=3, label=label)
+        _style(axes, legend=len(panel.metrics) > 1)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(buffer.getvalue(), prefix=re.sub(r"\W+", "-", f"{prefix} {panel.title}".lower()))
+
+
+def unit_of(panel: Panel) -> str:
+    """Return the unit of the panel's axis."""
+    return GLOSSARY[panel.metrics[0]].unit
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Name the lines by what tells them apart: family when the quantity is the same, else quantity."""
+    families, quantities = zip(*(name.split("/") for name in names), strict=True)
+    told_apart = families if len(set(quantities)) == 1 else [quantity.removesuffix("_mean") for quantity in quantities]
+    return [text.replace("_", " ") for text in told_apart]
+
+
+def _style(axes: Axes, *, legend: bool) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.tick_params(colors=_INK, length=0, labelsize=8.5)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.margins(x=0.02, y=0.1)
+    if legend:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best", handlelength=1.2)
+
+
+def _inline(document: str, prefix: str) -> str:
+    """Cut the XML prologue, make ids unique on the page, let size, font and colours come from the style sheet."""
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg.strip()
