@@ -1,0 +1,174 @@
+"""The command line: `megarlhf <command> --config FILE name=value ...`, and `--help` that explains every setting."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megarlhf import __version__
+from megarlhf.errors import ConfigError, MegarlhfError, TrainingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megarlhf.config import Config
+
+
+class Command(NamedTuple):
+    """A command: what it does, and where its settings class and its entry `main(cfg, argv) -> exit code` are."""
+
+    summary: str
+    settings: str
+    entry: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "the whole pipeline on a laptop: data, SFT, reward model, PPO, evaluation, report",
+        "megarlhf.trainers.demo:DemoConfig",
+        "megarlhf.trainers.demo:main",
+    ),
+    "sft": Command("supervised fine-tuning", "megarlhf.trainers.sft:SFTConfig", "megarlhf.trainers.sft:main"),
+    "reward": Command(
+        "train a reward model on preference pairs, on labelled responses, or on both",
+        "megarlhf.trainers.reward:RewardConfig",
+        "megarlhf.trainers.reward:main",
+    ),
+    "ppo": Command(
+        "PPO with actor, critic, reference and reward model on the same ranks",
+        "megarlhf.trainers.ppo:PPOConfig",
+        "megarlhf.trainers.ppo:main",
+    ),
+    "generate": Command(
+        "sample responses to a file of prompts",
+        "megarlhf.rollout.generate:GenerateConfig",
+        "megarlhf.rollout.generate:main",
+    ),
+    "eval": Command(
+        "accuracy on held-out problems, sampled and greedy, with intervals",
+        "megarlhf.eval.accuracy:EvalConfig",
+        "megarlhf.eval.accuracy:main",
+    ),
+    "report": Command("make the page of a run again", "megarlhf.eval.report:ReportConfig", "megarlhf.eval.report:main"),
+}
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, 2 when the input must be changed, 1 when a run failed, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except MegarlhfError as error:
+        sys.stderr.write(f"{_who()}{error}\n")
+        return FAILED if isinstance(error, TrainingError) else BAD_INPUT
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        _print_commands()
+        return 0 if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        _console().print(f"megarlhf {__version__}", highlight=False)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}."
+        raise ConfigError(f"unknown command {name}; {remedy}")
+    command = COMMANDS[name]
+    if "-h" in rest or "--help" in rest:
+        _print_settings(name, _load(command.settings))
+        return 0
+    path, overrides = _split(name, rest)
+    from megarlhf.config import load_config
+
+    cfg = load_config(_load(command.settings), path, overrides)
+    return _load(command.entry)(cfg, arguments)
+
+
+def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Separate `--config FILE` from the overrides."""
+    path: Path | None = None
+    overrides: list[str] = []
+    words = iter(rest)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-c"):
+            file = value if equals else next(words, "")
+            if not file or path is not None:
+                raise ConfigError(f"--config {file}: give it once, with one YAML file; megarlhf {name} --help.")
+            path = Path(file)
+        elif word.startswith("-"):
+            raise ConfigError(f"unknown option {word}; settings are written name=value, without dashes.")
+        else:
+            overrides.append(word)
+    return path, overrides
+
+
+def _load(where: str) -> Any:
+    """Import what COMMANDS names, a settings class or an entry function, as late as possible."""
+    module, _, attribute = where.partition(":")
+    return vars(importlib.import_module(module))[attribute]
+
+
+def _who() -> str:
+    """Name the rank in front of an error when there are several, as under torchrun."""
+    return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Piped to a file or a pager there is no width to respect, and a table squeezed to 80 columns is hard to read.
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _print_commands() -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    console.print(Text("megarlhf <command> [--config FILE] [name=value ...]", style="bold"))
+    console.print(Text("RLHF for Llama 3 on Megatron-Core\n"))
+    table = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
+    for name, command in COMMANDS.items():
+        table.add_row(Text(name, style="bold cyan"), Text(command.summary))
+    console.print(table)
+    console.print(Text("\nmegarlhf <command> --help lists every setting with its type, default and meaning."))
+
+
+def _print_settings(name: str, settings: type[Config]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from megarlhf.config import describe
+
+    console = _console()
+    console.print(Text(f"megarlhf {name} [--config FILE] [name=value ...]", style="bold"))
+    console.print(Text(f"{COMMANDS[name].summary}. Precedence: default < file < command line.\n"))
+    table = Table(box=None, padding=(0, 2, 1, 0), header_style="dim")
+    for heading, ratio in (("setting", 3), ("type", 3), ("default", 2), ("meaning", 8)):
+        table.add_column(heading, overflow="fold", ratio=ratio)
+    for row in describe(settings):
+        default = Text(row.default, style="bold red" if row.default == "required" else "green")
+        table.add_row(Text(row.name, style="bold cyan"), Text(row.type, style="dim"), default, Text(row.help))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

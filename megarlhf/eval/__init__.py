@@ -1,0 +1,1 @@
+"""Evaluation: what a policy and a reward model are worth, with intervals."""
