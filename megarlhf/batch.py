@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What every stage can do: move to a device, and select rows."""
+    """What every stage can do: move to a device, select rows, drop padding."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same rows with every tensor on `device`."""
@@ -26,6 +26,41 @@ class Batch:
     def rows(self, index: Tensor | slice) -> Self:
         """The rows that `index` (int64 [n], or a slice) selects, in its order."""
         return type(self)(**{name: _take(value, index) for name, value in vars(self).items()})
+
+    def padded_to(self, positions: int) -> Self:
+        """The same rows with T = `positions`, no less than now. New tokens are 0: no mask ever reads them."""
+        return type(self)(**{name: _pad(name, value, positions) for name, value in vars(self).items()})
+
+    def trimmed(self, positions: int) -> Self:
+        """The same rows with T = `positions`, which must reach every row's last token."""
+        return type(self)(**{name: _trim(name, value, positions) for name, value in vars(self).items()})
+
+
+class TokenRows(Protocol):
+    """Any batch whose rows are sequences of tokens: what the pipeline driver and the collectives ask for."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, T+1]."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B], or [2B] where a row is a pair of sequences."""
+        ...
+
+    def __len__(self) -> int: ...
+    def rows(self, index: Tensor | slice) -> Self:
+        """Select rows."""
+        ...
+
+    def trimmed(self, positions: int) -> Self:
+        """Drop padding."""
+        ...
+
+    def padded_to(self, positions: int) -> Self:
+        """Add padding."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,15 +148,6 @@ class Rollout(Batch):
         """[B] int64."""
         return self.lengths - self.prompt_lengths
 
-    def padded_to(self, positions: int) -> Rollout:
-        """The same rollouts with T = `positions`. New tokens are 0: no mask ever reads them."""
-        extra = positions - self.sampler_logprobs.shape[1]
-        if extra < 0:
-            raise ValueError(f"padded_to: T is {positions - extra}, asked for {positions}; padding cannot shorten.")
-        pad = torch.nn.functional.pad
-        wider = {"tokens": pad(self.tokens, (0, extra)), "sampler_logprobs": pad(self.sampler_logprobs, (0, extra))}
-        return Rollout(**{**vars(self), **wider})
-
     @classmethod
     def cat(cls, parts: Sequence[Rollout]) -> Rollout:
         """All rows of `parts` in order, padded to the longest T."""
@@ -153,6 +179,16 @@ class Experience(Batch):
 
     def __len__(self) -> int:
         return len(self.rollout)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, T+1]: the rollout's."""
+        return self.rollout.tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B]: the rollout's."""
+        return self.rollout.lengths
 
     def mini_batches(self, size: int, generator: torch.Generator) -> Iterator[Experience]:
         """Every row once: a permutation from `generator` (a CPU one), cut into consecutive chunks of `size`.
@@ -268,6 +304,25 @@ def _take(value: Any, index: Tensor | slice) -> Any:
     if isinstance(value, tuple) and isinstance(index, Tensor):
         return tuple(value[i] for i in index.tolist())
     return value[index]
+
+
+def _pad(name: str, value: Any, positions: int) -> Any:
+    if isinstance(value, Batch):
+        return value.padded_to(positions)
+    if isinstance(value, tuple) or value.ndim < 2:
+        return value
+    width = positions + 1 if name == "tokens" else positions
+    if value.shape[1] > width:
+        raise ValueError(f"padded_to: {name} has width {value.shape[1]}, asked for {width}; padding cannot shorten.")
+    return torch.nn.functional.pad(value, (0, width - value.shape[1]))
+
+
+def _trim(name: str, value: Any, positions: int) -> Any:
+    if isinstance(value, Batch):
+        return value.trimmed(positions)
+    if isinstance(value, tuple) or value.ndim < 2:
+        return value
+    return value[:, : positions + 1] if name == "tokens" else value[:, :positions]
 
 
 def _join(values: list) -> Any:

@@ -1,0 +1,155 @@
+"""Model directories: weights as a resharding `megatron.core.dist_checkpointing` checkpoint, the spec and the tokenizer.
+
+    DIR/model.json       architecture and head
+    DIR/tokenizer/       Hugging Face tokenizer
+    DIR/weights/         sharded weights, loadable in any layout
+
+A directory is written under a temporary name and renamed when it is whole, so a partial one never looks complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from megatron.core import dist_checkpointing
+
+from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
+from megarlhf.config import Config
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.errors import CheckpointError
+from megarlhf.models.role import Role
+from megarlhf.models.spec import PRESETS, ModelSpec, preset
+from megarlhf.models.transformer import HeadKind
+from megarlhf.parallel.collectives import barrier
+
+MODEL = "model.json"
+WEIGHTS = "weights"
+TOKENIZER = "tokenizer"
+
+
+class ModelDescription(Config):
+    """What `model.json` says."""
+
+    spec: ModelSpec
+    """Architecture."""
+    head: HeadKind
+    """Vocabulary projection or scalar head."""
+    score_offset: float = 0.0
+    """Subtracted from a reward model's scores, so that reference responses score 0 on average."""
+
+
+def describe_model(init: str) -> ModelDescription:
+    """The architecture behind `init`: a preset's name, a Hugging Face directory, or one that `save_model` wrote.
+
+    Raises:   CheckpointError when it is a directory that cannot be read, or neither directory nor preset.
+    """
+    if init in PRESETS:
+        return ModelDescription(spec=preset(init), head="language")
+    directory = Path(init)
+    if (directory / MODEL).is_file():
+        if not (directory / WEIGHTS / "metadata.json").is_file():
+            raise CheckpointError(f"model directory {init}: {WEIGHTS}/ is missing or partial; save the model again.")
+        try:
+            return ModelDescription.model_validate_json((directory / MODEL).read_text())
+        except pydantic.ValidationError as error:
+            raise CheckpointError(f"{directory / MODEL}: {error.errors()[0]['msg']}; save the model again.") from None
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"model {init!r} is neither a directory nor a preset; name a Hugging Face or megarlhf model directory, or one "
+            f"of {', '.join(PRESETS)}."
+        )
+    return _describe_hf(directory)
+
+
+def load_model(role: Role, init: str, *, seed: int) -> None:
+    """Fill `role` with the weights behind `init`. A preset draws them from `seed`; so does a head that `init` lacks.
+
+    Ranks:    collective over the mesh. Raises CheckpointError when files are missing, corrupt or of another shape.
+    """
+    found = describe_model(init)
+    if found.head == "scalar" and role.head == "language":
+        raise CheckpointError(
+            f"model {init} has a scalar head, but the {role.name} needs a language model; name another."
+        )
+    if role.head != found.head or init in PRESETS:
+        # The body may be overwritten below; the head stays.
+        load_tensors(role, RandomTensors(role.spec, seed))
+    if init in PRESETS:
+        return
+    body_only = role.head != found.head
+    if (Path(init) / MODEL).is_file():
+        _load_sharded(role, Path(init), body_only)
+    else:
+        load_tensors(role, HuggingFaceDirectory(Path(init), role.spec, found.head), backbone_only=body_only)
+
+
+def save_model(role: Role, directory: Path, tokenizer: Tokenizer, *, score_offset: float = 0.0) -> None:
+    """Write `role` as a model directory, replacing an older one only once the new one is whole.
+
+    Ranks:    collective over the mesh; rank 0 renames.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    if role.mesh.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / WEIGHTS).mkdir(parents=True)
+    barrier(role.mesh)
+    with role.resident("weights"):
+        dist_checkpointing.save(_sharded_state(role), str(partial / WEIGHTS), content_metadata={})
+    if role.mesh.is_main:
+        description = ModelDescription(spec=role.spec, head=role.head, score_offset=score_offset)
+        (partial / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
+        tokenizer.save(partial / TOKENIZER)
+        old = directory.with_name(directory.name + ".old")
+        if directory.exists():
+            directory.rename(old)
+        partial.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier(role.mesh)
+
+
+def tokenizer_directory(init: str) -> Path:
+    """Where the tokenizer of the model directory `init` lies."""
+    inside = Path(init) / TOKENIZER
+    return inside if inside.is_dir() else Path(init)
+
+
+def _describe_hf(directory: Path) -> ModelDescription:
+    spec = ModelSpec.from_hf(directory)
+    architectures = json.loads((directory / "config.json").read_text()).get("architectures") or ["LlamaForCausalLM"]
+    heads: dict[str, HeadKind] = {"LlamaForCausalLM": "language", "LlamaForSequenceClassification": "scalar"}
+    if architectures[0] not in heads:
+        raise CheckpointError(
+            f"model directory {directory}: architecture {architectures[0]} is not supported; use one of {', '.join(heads)}."
+        )
+    return ModelDescription(spec=spec, head=heads[architectures[0]])
+
+
+def _sharded_state(role: Role) -> dict[str, Any]:
+    metadata = {"dp_cp_group": role.mesh.groups.dp_cp}
+    chunks = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(role.chunks)}
+    return {name: _tensors_only(state) for name, state in chunks.items()}
+
+
+def _tensors_only(state: dict[str, Any]) -> dict[str, Any]:
+    """Without Transformer Engine's extra state, which differs between kinds of layers and is rebuilt in one step."""
+    return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+
+def _load_sharded(role: Role, directory: Path, body_only: bool) -> None:
+    state = _sharded_state(role)
+    if body_only:
+        state = {chunk: {k: v for k, v in part.items() if "output_layer" not in k} for chunk, part in state.items()}
+    try:
+        loaded = dist_checkpointing.load(state, str(directory / WEIGHTS))
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory / WEIGHTS}: cannot be loaded ({error}); the directory may be damaged."
+        ) from error
+    with torch.no_grad():
+        for index, chunk in enumerate(role.chunks):
+            chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)

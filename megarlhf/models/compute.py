@@ -1,0 +1,106 @@
+"""Which implementation each part uses on this machine, chosen in one place and said once."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megarlhf.config import Config
+from megarlhf.errors import ConfigError
+from megarlhf.parallel.cpu import has_flash_attention
+
+
+class ComputeConfig(Config):
+    """Number formats and implementations; `auto` picks the fastest that this machine has."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations: auto is bfloat16 on a GPU and float32 on a CPU. Losses are always float32."""
+    layers: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Transformer layers: NVIDIA Transformer Engine's, or Megatron-Core's plain torch ones with SDPA attention."""
+    fp8: Literal["off", "hybrid", "e4m3"] = "off"
+    """Transformer Engine FP8 format of the matrix multiplications; needs transformer_engine layers and an H100."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps one activation a layer and recomputes the rest in backward: less memory, a third more work."""
+    cuda_graphs: bool = False
+    """Capture decode steps of rollouts as CUDA graphs; needs a GPU."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One part of the run, what implements it, and why."""
+
+    part: str
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A ComputeConfig resolved on this machine."""
+
+    dtype: torch.dtype
+    transformer_engine: bool
+    fp8: str | None
+    recompute: bool
+    cuda_graphs: bool
+    choices: tuple[Choice, ...]
+
+
+def resolve(config: ComputeConfig, device: torch.device) -> Compute:
+    """Decide every `auto`, and refuse what this machine cannot do.
+
+    Raises:   ConfigError naming the setting, what it needs, and the remedy.
+    """
+    gpu = device.type == "cuda"
+    engine = gpu and importlib.util.find_spec("transformer_engine") is not None
+    if config.layers == "transformer_engine" and not engine:
+        raise ConfigError(
+            "compute.layers=transformer_engine needs a GPU and the package transformer-engine, "
+            f"but the device is {device.type}; install megarlhf[gpu] or set compute.layers=auto."
+        )
+    use_engine = engine and config.layers != "local"
+    if config.fp8 != "off" and not use_engine:
+        raise ConfigError(f"compute.fp8={config.fp8} needs Transformer Engine layers; set compute.fp8=off.")
+    if config.cuda_graphs and not gpu:
+        raise ConfigError("compute.cuda_graphs=true needs a GPU; set compute.cuda_graphs=false.")
+    dtype = _dtype(config, gpu)
+    return Compute(
+        dtype=dtype,
+        transformer_engine=use_engine,
+        fp8=None if config.fp8 == "off" else config.fp8,
+        recompute=config.recompute == "full",
+        cuda_graphs=config.cuda_graphs,
+        choices=_choices(config, gpu, use_engine, dtype),
+    )
+
+
+def _dtype(config: ComputeConfig, gpu: bool) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if gpu else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def _choices(config: ComputeConfig, gpu: bool, engine: bool, dtype: torch.dtype) -> tuple[Choice, ...]:
+    why_layers = (
+        "compute.layers" if config.layers != "auto" else "installed" if engine else _missing("transformer-engine", gpu)
+    )
+    return (
+        Choice("communication", "NCCL" if gpu else "gloo", "GPU found" if gpu else "no GPU"),
+        Choice("number format", str(dtype).removeprefix("torch."), f"compute.dtype={config.dtype}"),
+        Choice("layers", "Transformer Engine" if engine else "Megatron-Core local", why_layers),
+        Choice("training attention", "Transformer Engine" if engine else "torch SDPA", "follows the layers"),
+        Choice(
+            "rollout attention",
+            "flash-attn, paged" if has_flash_attention() else "torch, paged",
+            "installed" if has_flash_attention() else _missing("flash-attn", gpu),
+        ),
+        Choice("FP8", config.fp8, "compute.fp8"),
+        Choice("CUDA graphs", "on" if config.cuda_graphs else "off", "compute.cuda_graphs"),
+    )
+
+
+def _missing(package: str, gpu: bool) -> str:
+    return f"{package} is not installed" if gpu else f"{package} needs a GPU"

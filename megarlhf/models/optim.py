@@ -1,0 +1,103 @@
+"""AdamW on Megatron-Core: settings, learning-rate schedule, and a step that no non-finite number can pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from pydantic import Field
+
+from megarlhf.config import Config
+from megarlhf.errors import ConfigError
+from megarlhf.parallel.mesh import Mesh
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule."""
+
+    lr: float = Field(3e-6, gt=0)
+    """Peak learning rate. Source: Huang et al. 2024."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the decay from lr to min_lr. Source: linear in Huang et al. 2024."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimiser steps over which the learning rate rises from 0 to lr."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (Loshchilov and Hutter 2019), on matrices only."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment. Source: Llama 3."""
+    eps: float = Field(1e-5, gt=0)
+    """Added to the root of the second moment. Source: Huang et al. 2024."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients of a larger global norm are scaled down to it."""
+    distributed: bool = True
+    """Shard optimiser state over data ranks (Megatron's distributed optimizer, ZeRO stage 1)."""
+
+    def check(self, steps: int, name: str) -> None:
+        """Raise ConfigError unless a run of `steps` optimiser steps can follow this schedule."""
+        if self.warmup_steps >= steps:
+            raise ConfigError(
+                f"{name}.warmup_steps={self.warmup_steps} is not less than the run's {steps} optimiser steps; "
+                f"set {name}.warmup_steps below {steps}."
+            )
+        if self.min_lr > self.lr:
+            raise ConfigError(f"{name}.min_lr={self.min_lr} exceeds {name}.lr={self.lr}; lower {name}.min_lr.")
+
+
+def build_optimizer(config: OptimConfig, chunks: Sequence[Any], dtype: torch.dtype, mesh: Mesh) -> MegatronOptimizer:
+    """Megatron's AdamW over DDP-wrapped `chunks`."""
+    megatron = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.max_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.distributed,
+    )
+    return get_megatron_optimizer(megatron, list(chunks), use_gloo_process_groups=False, pg_collection=mesh.groups)
+
+
+def build_schedule(config: OptimConfig, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
+    """The learning rate over a run of `steps` optimiser steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
+
+
+@torch.no_grad()
+def guarded_step(optimizer: MegatronOptimizer, loss: float, max_grad_norm: float) -> tuple[float, bool]:
+    """Clip and step, unless the loss or the gradient is not finite; then the weights stay as they are.
+
+    Ranks:    collective over the model and, with the distributed optimizer, the data ranks. The norm is the same number
+              on each of them, so all step or all skip.
+    Returns:  the gradient norm before clipping, and whether the step was taken.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm) or not math.isfinite(loss):
+        return norm, False
+    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_grad_norm, norm)
+    return norm, bool(optimizer.step_with_ready_grads())

@@ -1,0 +1,247 @@
+"""A model with a part to play: frozen or trainable, resident or away. Knows nothing about PPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from torch import Tensor
+
+from megarlhf.batch import TokenRows
+from megarlhf.models.compute import Compute
+from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, guarded_step
+from megarlhf.models.spec import ModelSpec
+from megarlhf.models.transformer import HeadKind, LlamaModel, build_chunks
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.offload import Offloader, resident_bytes, unique_storages
+from megarlhf.parallel.pipeline import Loss, LossMeans, forward_backward, forward_only
+
+Part = Literal["weights", "gradients", "optimizer"]
+Offload = Literal["host", "none"]
+
+
+class Reading(Protocol):
+    """What scoring a batch with a role means."""
+
+    per_token: bool
+    """Whether it gives one number a position ([b, T]) or one a row ([b])."""
+    reads_last: bool
+    """Whether it needs the hidden state of the last token itself, and not only of those that predict a token."""
+
+    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LabelLogprobs:
+    """Log-prob of every response token under the model, temperature applied. 0 elsewhere."""
+
+    temperature: float
+    per_token = True
+    reads_last = False
+
+    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+        return model.label_logprobs(
+            hidden, rows.labels, rows.response_mask, temperature=self.temperature, with_entropy=False
+        )[0]
+
+
+@dataclass(frozen=True)
+class PositionValues:
+    """The scalar head at every position that predicts a response token: the state before the token. 0 elsewhere."""
+
+    per_token = True
+    reads_last = False
+
+    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+        mask = rows.response_mask
+        return model.scalars(hidden)[:, : mask.shape[1]].masked_fill(~mask, 0.0)
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """The scalar head at each row's last token: one score for the whole text."""
+
+    per_token = False
+    reads_last = True
+
+    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+        last = rows.lengths - 1
+        return model.scalars(hidden[torch.arange(len(last), device=last.device), last])
+
+
+@dataclass(frozen=True)
+class RoleSettings:
+    """What all roles of a run share."""
+
+    compute: Compute
+    micro_batch: int
+    """Rows of one forward on one data rank."""
+    offload: Offload
+
+
+class Role:
+    """A model on the mesh, its weights moved to the host while it is not resident."""
+
+    def __init__(
+        self, name: str, spec: ModelSpec, head: HeadKind, reading: Reading, settings: RoleSettings, mesh: Mesh
+    ) -> None:
+        self.name = name
+        self.spec = spec
+        self.head: HeadKind = head
+        self.reading = reading
+        self.settings = settings
+        self.mesh = mesh
+        self.chunks = build_chunks(spec, head, settings.compute, mesh)
+        self._offloaders = {part: Offloader(keep_contents=part != "gradients") for part in self.parts}
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What this role keeps in memory."""
+        return ("weights",)
+
+    @property
+    def model(self) -> LlamaModel:
+        """The chunk that holds the head where this rank is the last stage."""
+        return self.chunks[-1]
+
+    def tensors(self, part: Part) -> list[Tensor]:
+        """This rank's tensors of `part`; none where the role has no such part."""
+        return [p.data for chunk in self.chunks for p in chunk.parameters()] if part == "weights" else []
+
+    def resident_bytes(self) -> int:
+        """Bytes of this role on the device now."""
+        return resident_bytes(tensor for part in self.parts for tensor in self.tensors(part))
+
+    def score(self, batch: TokenRows) -> Tensor:
+        """What the role's reading says of every row: [B, T] or [B] fp32, equal on all tensor and pipeline ranks."""
+        with self.resident("weights"):
+            return forward_only(
+                self.chunks,
+                batch,
+                lambda hidden, rows: self.reading(self.model, hidden, rows),
+                mesh=self.mesh,
+                micro_batch=self.settings.micro_batch,
+                reads_last=self.reading.reads_last,
+                per_token=self.reading.per_token,
+            )
+
+    @contextmanager
+    def resident(self, *parts: Part) -> Iterator[None]:
+        """Hold `parts` (default: weights) on the device inside the block. Nested blocks move nothing twice."""
+        wanted = parts or ("weights",)
+        arrived = [part for part in wanted if self._offloaders[part].is_away]
+        for part in arrived:
+            self._offloaders[part].to_device()
+        try:
+            yield
+        finally:
+            for part in arrived:
+                self._offloaders[part].to_host(self._movable(part))
+
+    def leave(self) -> None:
+        """Move everything to the host until `resident` asks for it; with `offload: none` everything stays."""
+        if self.settings.offload == "host":
+            for part in self.parts:
+                if not self._offloaders[part].is_away:
+                    self._offloaders[part].to_host(self._movable(part))
+
+    def _movable(self, part: Part) -> list[Tensor]:
+        """`tensors(part)` without those whose storage belongs to the weights."""
+        if part == "weights":
+            return self.tensors(part)
+        weights = {storage.data_ptr() for storage in unique_storages(self.tensors("weights"))}
+        return [tensor for tensor in self.tensors(part) if tensor.untyped_storage().data_ptr() not in weights]
+
+
+class FrozenRole(Role):
+    """A role that is only ever read: the reference, the reward model."""
+
+    def __init__(
+        self, name: str, spec: ModelSpec, head: HeadKind, reading: Reading, settings: RoleSettings, mesh: Mesh
+    ) -> None:
+        super().__init__(name, spec, head, reading, settings, mesh)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimiser step did."""
+
+    means: LossMeans
+    grad_norm: float
+    learning_rate: float
+    stepped: bool
+    """False when the loss or the gradient was not finite and every rank left its weights alone."""
+
+
+class TrainableRole(Role):
+    """A role with gradients and an optimiser: the actor, the critic, a model under supervision."""
+
+    def __init__(
+        self, name: str, spec: ModelSpec, head: HeadKind, reading: Reading, settings: RoleSettings, mesh: Mesh
+    ) -> None:
+        super().__init__(name, spec, head, reading, settings, mesh)
+        self._wrapped: list[DistributedDataParallel] = []
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return ("weights", "gradients", "optimizer")
+
+    def prepare(self, optim: OptimConfig, steps: int) -> None:
+        """Wrap for training and build the optimiser, once the weights are loaded. `steps`: optimiser steps of the run."""
+        self.optim = optim
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, overlap_grad_reduce=False
+        )
+        config = self.model.config
+        self._wrapped = [
+            DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=self.mesh.groups)
+            for i, chunk in enumerate(self.chunks)
+        ]
+        config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.mesh.groups)
+        self.optimizer = build_optimizer(optim, self._wrapped, self.settings.compute.dtype, self.mesh)
+        self.schedule = build_schedule(optim, self.optimizer, steps)
+
+    def tensors(self, part: Part) -> list[Tensor]:
+        if part == "weights":
+            return super().tensors(part)
+        if part == "gradients":
+            return [buffer.grad_data for wrapped in self._wrapped for buffer in wrapped.buffers]
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        masters = self.optimizer.get_parameters()
+        return [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]
+
+    def update(self, batch: TokenRows, loss: Loss) -> Update:
+        """One optimiser step on `batch`, this data rank's rows of the global batch.
+
+        Ranks:    collective over the mesh; the result is equal on every rank.
+        """
+        with self.resident(*self.parts):
+            for wrapped in self._wrapped:
+                wrapped.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            means = forward_backward(
+                self._wrapped,
+                batch,
+                loss,
+                mesh=self.mesh,
+                micro_batch=self.settings.micro_batch,
+                reads_last=self.reading.reads_last,
+            )
+            norm, stepped = guarded_step(self.optimizer, means.loss, self.optim.max_grad_norm)
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if stepped:
+            self.schedule.step(increment=1)
+        return Update(means=means, grad_norm=norm, learning_rate=learning_rate, stepped=stepped)
+
+
+def all_roles_resident_bytes(roles: Sequence[Role]) -> int:
+    """Bytes of weights, gradients and optimiser state that `roles` hold on the device together."""
+    return sum(role.resident_bytes() for role in roles)

@@ -1,0 +1,195 @@
+"""The numbers of every Llama 3, and of the tiny ladder that runs on a laptop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from megarlhf.config import Config
+from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.parallel.layout import ParallelLayout
+
+
+class RopeScaling(Config):
+    """Llama 3.1's stretched rotary embedding (`rope_type: llama3`)."""
+
+    factor: float = Field(8.0, gt=0)
+    """Low frequencies are divided by this. Source: 8 in Llama 3.1, 32 in Llama 3.2."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """Wavelengths above original_max_positions / this are divided in full."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """Wavelengths below original_max_positions / this are left alone."""
+    original_max_positions: int = Field(8192, gt=0)
+    """Context length, in tokens, before stretching."""
+
+
+class ModelSpec(Config):
+    """A Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases."""
+
+    vocab_size: int = Field(gt=0)
+    """Rows of the embedding, special tokens included."""
+    hidden_size: int = Field(gt=0)
+    """Width of the residual stream."""
+    layers: int = Field(gt=0)
+    """Transformer layers."""
+    heads: int = Field(gt=0)
+    """Query heads."""
+    kv_heads: int = Field(gt=0)
+    """Key and value heads (query groups)."""
+    ffn_size: int = Field(gt=0)
+    """Width of the gated MLP."""
+    head_dim: int = Field(gt=0)
+    """Width of one head; hidden_size / heads in every Llama 3."""
+    rope_theta: float = Field(500_000.0, gt=0)
+    """Base of the rotary frequencies. Source: Llama 3."""
+    rope_scaling: RopeScaling | None = None
+    """Rotary stretching (Llama 3.1 and later); none in Llama 3."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """The vocabulary projection is the embedding (Llama 3.2 1B and 3B)."""
+    max_positions: int = Field(8192, gt=1)
+    """Longest context, in tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSpec:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding rotates pairs")
+        return self
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the language model, in numbers (not bytes)."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
+        layer = attention + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.layers * layer + embeddings + self.hidden_size
+
+    def forward_flops(self, tokens: int, context: float, projected: int) -> float:
+        """Floating-point operations of one forward pass: 2 per multiply-add, causal attention counted at its triangle.
+
+        tokens: positions through the layers; context: mean number of keys a position sees;
+        projected: positions that reach the vocabulary projection.
+        """
+        attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
+        layer = 2 * (attention + 3 * self.hidden_size * self.ffn_size) + 4 * self.heads * self.head_dim * context
+        return float(tokens) * self.layers * layer + 2.0 * projected * self.vocab_size * self.hidden_size
+
+    def padded_vocab(self, tensor: int) -> int:
+        """Vocabulary rows after padding to a multiple of the tensor ranks; columns from vocab_size on are masked."""
+        return -(-self.vocab_size // tensor) * tensor
+
+    def check_layout(self, layout: ParallelLayout, name: str = "model") -> None:
+        """Raise LayoutError where the layout does not divide this model."""
+        layout.check_divides(f"{name} heads", self.heads, "tensor", layout.tensor)
+        layout.check_divides(f"{name} query groups", self.kv_heads, "tensor", layout.tensor)
+        layout.check_divides(f"{name} ffn_size", self.ffn_size, "tensor", layout.tensor)
+        axis = "pipeline" if layout.virtual_pipeline == 1 else "pipeline x virtual_pipeline"
+        layout.check_divides(f"{name} layers", self.layers, axis, layout.stages)
+
+    @classmethod
+    def from_hf(cls, directory: Path) -> ModelSpec:
+        """The spec in a Hugging Face directory's `config.json`.
+
+        Raises:   CheckpointError when the file is missing, is not JSON, or is not a Llama 3.
+        """
+        path = directory / "config.json"
+        try:
+            config = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"model directory {directory}: config.json is missing; name a complete one."
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: not JSON ({error}); download the model again.") from None
+        try:
+            return _from_hf_config(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a Llama 3 configuration ({error}); name a Llama 3 model.") from None
+
+
+def _from_hf_config(config: dict) -> ModelSpec:
+    if config.get("model_type") != "llama":
+        raise ValueError(f"model_type={config.get('model_type')!r}, expected 'llama'")
+    for key, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if config.get(key, expected) != expected:
+            raise ValueError(f"{key}={config[key]!r}, expected {expected!r}")
+    # transformers 5 writes `rope_parameters`; earlier releases wrote `rope_theta` and `rope_scaling`.
+    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
+    heads = config["num_attention_heads"]
+    return ModelSpec(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        ffn_size=config["intermediate_size"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        rope_theta=rope["rope_theta"],
+        rope_scaling=_rope_scaling(rope),
+        norm_eps=config["rms_norm_eps"],
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        max_positions=config["max_position_embeddings"],
+    )
+
+
+def _rope_scaling(rope: dict) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope_type={kind!r}, expected 'llama3' or 'default'")
+    return RopeScaling(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_max_positions=rope["original_max_position_embeddings"],
+    )
+
+
+def _llama(hidden_size: int, layers: int, heads: int, kv_heads: int, ffn_size: int, **rest: object) -> ModelSpec:
+    return ModelSpec.model_validate(
+        {
+            "vocab_size": 128_256,
+            "hidden_size": hidden_size,
+            "layers": layers,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "ffn_size": ffn_size,
+            "head_dim": hidden_size // heads,
+            **rest,
+        }
+    )
+
+
+LONG = {"rope_scaling": RopeScaling(), "max_positions": 131_072}
+SMALL = {"rope_scaling": RopeScaling(factor=32.0), "max_positions": 131_072, "tie_embeddings": True}
+TINY = {"vocab_size": 128, "max_positions": 256, "rope_theta": 10_000.0}
+
+PRESETS: dict[str, ModelSpec] = {
+    "llama3-8b": _llama(4096, 32, 32, 8, 14_336),
+    "llama3-70b": _llama(8192, 80, 64, 8, 28_672),
+    "llama3.1-8b": _llama(4096, 32, 32, 8, 14_336, **LONG),
+    "llama3.1-70b": _llama(8192, 80, 64, 8, 28_672, **LONG),
+    "llama3.1-405b": _llama(16_384, 126, 128, 8, 53_248, **LONG),
+    "llama3.2-1b": _llama(2048, 16, 32, 8, 8192, **SMALL),
+    "llama3.2-3b": _llama(3072, 28, 24, 8, 8192, **SMALL),
+    "llama3.3-70b": _llama(8192, 80, 64, 8, 28_672, **LONG),
+    # The ladder of the laptop studies: about 0.2, 0.9, 4 and 16 million parameters.
+    "tiny-xs": _llama(64, 4, 4, 2, 192, **TINY),
+    "tiny-s": _llama(128, 4, 4, 2, 384, **TINY),
+    "tiny-m": _llama(256, 4, 8, 4, 1024, **TINY),
+    "tiny-l": _llama(512, 6, 8, 4, 1536, **TINY),
+}
+"""Source: the `config.json` of each meta-llama release."""
+
+
+def preset(name: str) -> ModelSpec:
+    """The spec called `name`. Raises ConfigError listing the names there are."""
+    if name not in PRESETS:
+        raise ConfigError(f"model preset {name!r} is unknown; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

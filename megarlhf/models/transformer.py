@@ -1,0 +1,250 @@
+"""A Megatron-Core GPTModel from a ModelSpec: Transformer Engine layers on a GPU, local layers elsewhere, same names."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    linear_with_grad_accumulation_and_async_allreduce,
+)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megarlhf.models.attention import CausalAttention, LocalSelfAttention, rope_frequencies
+from megarlhf.models.compute import Compute
+from megarlhf.models.heads import ScalarHead
+from megarlhf.models.spec import ModelSpec
+from megarlhf.ops.logprobs import token_logprobs
+from megarlhf.parallel.mesh import Mesh
+
+HeadKind = Literal["language", "scalar"]
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, marked so that Megatron sums its gradient over tensor ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **rest: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LlamaModel(GPTModel):
+    """GPTModel that ends, outside inference, at the final hidden states; what is read off them is asked for by name.
+
+    Reading by name lets a role compute only the rows it needs: prompt and padding rows never reach the vocabulary
+    projection.
+    """
+
+    def __init__(self, spec: ModelSpec, head: HeadKind, **megatron: Any) -> None:
+        super().__init__(**megatron)
+        self.spec = spec
+        self.head = head
+        self.rotary_pos_emb.inv_freq = rope_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
+        if head == "scalar" and self.post_process:
+            self.output_layer = ScalarHead(self.config)
+
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, inference_context: BaseInferenceContext | None = None, **rest: Any
+    ) -> Tensor:
+        if not self.post_process or inference_context is not None:
+            return super()._postprocess(hidden_states, *args, inference_context=inference_context, **rest)
+        if self.config.sequence_parallel:
+            # Every tensor rank goes on with the same full rows, so the gradient is split, not summed.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return hidden_states.transpose(0, 1)
+
+    def label_logprobs(
+        self, hidden: Tensor, labels: Tensor, mask: Tensor, *, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob of each label that `mask` selects, and the entropy of its distribution.
+
+        Shapes:   hidden [b, s, H] with s >= T; labels [b, T] int64; mask [b, T] bool.
+                  Returns (logprobs, entropy) [b, T] fp32, exactly 0 where masked out.
+        Units:    nats. Entropy is 0 everywhere without `with_entropy`.
+        Ranks:    tensor: one gather of four numbers a row; the same result on each.
+        """
+        selected = hidden[:, : labels.shape[1]][mask]
+        picked, entropies = token_logprobs(
+            self._vocab_logits(selected),
+            labels[mask],
+            temperature=temperature,
+            vocab_start=self.pg_collection.tp.rank() * (self.vocab_size // self.pg_collection.tp.size()),
+            vocab_size=self.spec.vocab_size,
+            group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
+            with_entropy=with_entropy,
+        )
+        zeros = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+        logprobs = zeros.masked_scatter(mask, picked)
+        return logprobs, zeros.masked_scatter(mask, entropies) if with_entropy else zeros
+
+    def scalars(self, hidden: Tensor) -> Tensor:
+        """The scalar head at every position: hidden [b, s, H] -> [b, s] fp32."""
+        return self.output_layer(hidden)
+
+    def _vocab_logits(self, rows: Tensor) -> Tensor:
+        """[n, H] -> this tensor rank's columns of the logits, [n, V_local] fp32.
+
+        fp32 from the matrix multiplication on: bf16 logits move PPO ratios by 3-7 % with identical weights.
+        """
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return linear_with_grad_accumulation_and_async_allreduce(
+            input=rows.float(),
+            weight=weight if weight.dtype == torch.float32 else weight.float(),
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=self.pg_collection.tp.size() > 1,
+            sequence_parallel=False,
+            tp_group=self.pg_collection.tp,
+        )
+
+
+def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> TransformerConfig:
+    """Megatron's configuration of `spec` on `mesh`. Losses are sums: `parallel/pipeline.py` divides."""
+    layout = mesh.layout
+    on_cpu = mesh.device.type == "cpu"
+    return TransformerConfig(
+        num_layers=spec.layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.heads,
+        num_query_groups=spec.kv_heads,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.ffn_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=compute.dtype,
+        params_dtype=compute.dtype,
+        bf16=compute.dtype == torch.bfloat16,
+        fp8=compute.fp8,
+        # Micro-batches are trimmed to their longest row, so stages tell each other the shape.
+        variable_seq_lengths=layout.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but Megatron checks it against variable lengths
+        batch_p2p_comm=not on_cpu,
+        calculate_per_token_loss=True,
+        # Weights come from a checkpoint, or are drawn the same way for every layout.
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        attention_backend=AttnBackend.auto if compute.transformer_engine else AttnBackend.local,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        recompute_granularity="full" if compute.recompute else None,
+        recompute_method="uniform" if compute.recompute else None,
+        recompute_num_layers=1 if compute.recompute else None,
+        cuda_graph_impl="local" if compute.cuda_graphs else "none",
+        cuda_graph_scope=[],
+    )
+
+
+def layer_spec(transformer_engine: bool) -> tuple[ModuleSpec, type]:
+    """One transformer layer, and its norm. Norms stay separate modules so that both kinds name their weights alike."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TEDotProductAttention,
+            TENorm,
+            TERowParallelLinear,
+        )
+
+        return _layer_spec(
+            SelfAttention, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention, TENorm
+        ), TENorm
+    local = _layer_spec(LocalSelfAttention, ColumnParallelLinear, RowParallelLinear, CausalAttention, RMSNorm)
+    return local, RMSNorm
+
+
+def _layer_spec(attention: type, column: type, row: type, core: type, norm: type) -> ModuleSpec:
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=attention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column,
+                    core_attention=core,
+                    linear_proj=row,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build_chunks(spec: ModelSpec, head: HeadKind, compute: Compute, mesh: Mesh) -> list[LlamaModel]:
+    """This rank's model chunks, one unless the schedule is interleaved. Their weights are not set yet.
+
+    Ranks:    every rank of the mesh calls it. Raises LayoutError when the layout does not divide the spec.
+    """
+    spec.check_layout(mesh.layout)
+    config = transformer_config(spec, compute, mesh)
+    layer, norm = layer_spec(compute.transformer_engine)
+    chunks = mesh.layout.virtual_pipeline
+    return [
+        _build_chunk(spec, head, config, layer, norm, mesh, chunk if chunks > 1 else None) for chunk in range(chunks)
+    ]
+
+
+def _build_chunk(
+    spec: ModelSpec,
+    head: HeadKind,
+    config: TransformerConfig,
+    layer: ModuleSpec,
+    norm: type,
+    mesh: Mesh,
+    chunk: int | None,
+) -> LlamaModel:
+    first = mesh.pipeline_rank == 0 and chunk in (None, 0)
+    last = mesh.pipeline_rank == mesh.layout.pipeline - 1 and chunk in (None, mesh.layout.virtual_pipeline - 1)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * (spec.layers // mesh.layout.stages), layer_norm=norm)
+    model = LlamaModel(
+        spec,
+        head,
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=spec.padded_vocab(mesh.layout.tensor),
+        max_sequence_length=spec.max_positions,
+        pre_process=first,
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tie_embeddings and head == "language",
+        position_embedding_type="rope",
+        rotary_base=spec.rope_theta,
+        pg_collection=mesh.groups,
+        vp_stage=chunk,
+    )
+    return model.to(mesh.device)

@@ -1,0 +1,93 @@
+"""Collectives over a named axis of the mesh; each is a no-op when the axis has one rank."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megarlhf.batch import Batch, TokenRows
+from megarlhf.parallel.mesh import Axis, Mesh
+
+T = TypeVar("T")
+RowsT = TypeVar("RowsT", bound=TokenRows)
+ReduceOp = Literal["sum", "max", "min"]
+OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+def all_reduce(tensor: torch.Tensor, mesh: Mesh, axis: Axis, op: ReduceOp = "sum") -> torch.Tensor:
+    """The reduction of `tensor` over `axis`, equal on each of its ranks. The input is left as it is."""
+    if mesh.size(axis) == 1:
+        return tensor
+    result = tensor.clone()
+    dist.all_reduce(result, op=OPS[op], group=mesh.group(axis))
+    return result
+
+
+def gather(tensor: torch.Tensor, mesh: Mesh, axis: Axis) -> torch.Tensor:
+    """The `axis` ranks' tensors in rank order, concatenated along dimension 0. Shapes may differ in dimension 0 only."""
+    size = mesh.size(axis)
+    if size == 1:
+        return tensor
+    rows = torch.zeros(size, dtype=torch.int64, device=tensor.device)
+    rows[mesh.group(axis).rank()] = tensor.shape[0]
+    counts = all_reduce(rows, mesh, axis).tolist()
+    # gloo gathers equal shapes only: pad to the longest, cut after.
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded, group=mesh.group(axis))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def broadcast(tensor: torch.Tensor, mesh: Mesh, axis: Axis, source: int = 0) -> torch.Tensor:
+    """`tensor` of the rank `source` along `axis`, on every one of its ranks. All pass tensors of one shape and type."""
+    if mesh.size(axis) == 1:
+        return tensor
+    result = tensor.contiguous().clone()
+    dist.broadcast(result, group=mesh.group(axis), group_src=source)
+    return result
+
+
+def broadcast_object(value: T, mesh: Mesh, axis: Axis, source: int = 0) -> T:
+    """A small Python value of the rank `source` along `axis`, on every one of its ranks."""
+    if mesh.size(axis) == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=mesh.group(axis), group_src=source)
+    return box[0]
+
+
+def barrier(mesh: Mesh) -> None:
+    """Wait until every rank of the mesh has come here."""
+    if mesh.size("world") > 1:
+        dist.barrier()
+
+
+def gather_rows(batch: RowsT, mesh: Mesh) -> RowsT:
+    """The data ranks' rows in rank order, as one batch padded to the longest T; equal on every rank of the mesh."""
+    if mesh.size("data") == 1:
+        return batch
+    width = torch.tensor(batch.tokens.shape[1], device=mesh.device)
+    return _gather_fields(batch.padded_to(int(all_reduce(width, mesh, "data", op="max")) - 1), mesh)
+
+
+def own_rows(batch: RowsT, mesh: Mesh) -> RowsT:
+    """This data rank's share of a batch that every rank holds: consecutive rows, equally many on each rank."""
+    share = len(batch) // mesh.size("data")
+    return batch.rows(slice(mesh.data_rank * share, (mesh.data_rank + 1) * share))
+
+
+def _gather_fields(batch: T, mesh: Mesh) -> T:
+    return type(batch)(**{name: _gather_field(value, mesh) for name, value in vars(batch).items()})
+
+
+def _gather_field(value: Any, mesh: Mesh) -> Any:
+    if isinstance(value, Batch):
+        return _gather_fields(value, mesh)
+    if isinstance(value, tuple):
+        parts: list[tuple] = [()] * mesh.size("data")
+        dist.all_gather_object(parts, value, group=mesh.group("data"))
+        return sum(parts, ())
+    return gather(value, mesh, "data")

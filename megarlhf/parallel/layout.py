@@ -1,0 +1,66 @@
+"""How a run is split over ranks: numbers only, checked before anything is built."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megarlhf.config import Config
+from megarlhf.errors import LayoutError
+
+
+class ParallelLayout(Config):
+    """Tensor x pipeline x data parallelism of every model in the run."""
+
+    tensor: int = Field(1, ge=1)
+    """Ranks that share each weight matrix (Megatron tensor parallelism). Must divide heads, query groups and FFN size."""
+    pipeline: int = Field(1, ge=1)
+    """Ranks that share the stack of layers (pipeline stages). Must divide the number of layers."""
+    data: int = Field(1, ge=1)
+    """Copies of the model, each on its own rollouts. Must divide every batch size."""
+    sequence_parallel: bool = False
+    """Split activations between matrix multiplications along the sequence over the tensor ranks (saves memory)."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks per pipeline rank; more than 1 selects the interleaved 1F1B schedule (Narayanan et al. 2021)."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks this layout needs."""
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one copy of a model."""
+        return self.tensor * self.pipeline
+
+    @property
+    def stages(self) -> int:
+        """Pieces the stack of layers is cut into."""
+        return self.pipeline * self.virtual_pipeline
+
+    def check(self) -> None:
+        """Raise LayoutError where two of the numbers contradict each other."""
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise LayoutError(
+                f"layout.virtual_pipeline={self.virtual_pipeline} needs pipeline stages but layout.pipeline=1; "
+                "set layout.pipeline to at least 2 or layout.virtual_pipeline=1."
+            )
+        if self.sequence_parallel and self.tensor == 1:
+            raise LayoutError(
+                "layout.sequence_parallel=true splits activations over tensor ranks but layout.tensor=1; "
+                "set layout.tensor to at least 2 or layout.sequence_parallel=false."
+            )
+
+    def check_world(self, world_size: int) -> None:
+        """Raise LayoutError unless `world_size` ranks are what this layout needs."""
+        if world_size != self.world_size:
+            raise LayoutError(
+                f"layout needs {self.world_size} ranks (tensor {self.tensor} x pipeline {self.pipeline} x "
+                f"data {self.data}) but {world_size} were started; change the layout or start {self.world_size}."
+            )
+
+    def check_divides(self, what: str, value: int, axis: str, parts: int) -> None:
+        """Raise LayoutError unless `parts` ranks along `axis` divide `value` of `what`."""
+        if value % parts:
+            raise LayoutError(
+                f"{what}={value} is not divisible by layout.{axis}={parts}; choose a layout.{axis} that divides {value}."
+            )

@@ -1,0 +1,119 @@
+"""The live process groups of a run; the one file that touches `megatron.core.parallel_state`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+
+from megarlhf.parallel import cpu
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.rng import seed_model_parallel
+
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402  (Megatron reads torch.cuda at import: patch first)
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+Axis = Literal["tensor", "pipeline", "data", "model", "world"]
+"""`model` is tensor x pipeline: the ranks that hold one copy of a model."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the layout, and its groups. Built once by `start`, handed down ever after."""
+
+    layout: ParallelLayout
+    device: torch.device
+    rank: int
+    groups: ProcessGroupCollection
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.groups.tp.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes files."""
+        return self.rank == 0
+
+    def group(self, axis: Axis) -> dist.ProcessGroup:
+        """The process group of this rank along `axis`."""
+        match axis:
+            case "tensor":
+                return self.groups.tp
+            case "pipeline":
+                return self.groups.pp
+            case "data":
+                return self.groups.dp
+            case "model":
+                return self.groups.mp
+            case "world":
+                world = dist.group.WORLD
+                if world is None:
+                    raise RuntimeError("no process group is initialised; build the mesh with parallel.mesh.start().")
+                return world
+        raise ValueError(f"axis must be one of {get_args(Axis)}, not {axis!r}")
+
+    def size(self, axis: Axis) -> int:
+        """Ranks along `axis`."""
+        return self.group(axis).size()
+
+
+def local_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mesh:
+    """Join the process group and build the mesh. Collective: every rank of the run calls it once.
+
+    Ranks:    reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a process without them is a world of its own.
+    Raises:   LayoutError when the ranks present are not those the layout needs.
+    """
+    layout.check()
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _init_process_group(device, timeout_s)
+    layout.check_world(dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    seed_model_parallel(seed)
+    return Mesh(layout=layout, device=device, rank=dist.get_rank(), groups=groups)
+
+
+def stop() -> None:
+    """Leave the process group. Collective."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _init_process_group(device: torch.device, timeout_s: float) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # A world of one needs no address and no port.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

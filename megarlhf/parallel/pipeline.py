@@ -1,0 +1,144 @@
+"""Forward and backward passes over any layout, on Megatron-Core's schedules; the one place that divides losses.
+
+A batch is split into micro-batches of similar length, each trimmed to its longest row. Losses are sums; they and their
+gradients are divided once, by the count over all micro-batches and data ranks, so no split can change the result.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor
+
+from megarlhf.batch import TokenRows
+from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object
+from megarlhf.parallel.mesh import Mesh
+
+
+RowsT = TypeVar("RowsT", bound=TokenRows)
+
+Read = Callable[[Tensor, RowsT], Tensor]
+"""(hidden [b, s, H], rows) -> what the role reads off them: [b, T] or [b], fp32. Called on the last stage."""
+
+Loss = Callable[[Tensor, RowsT], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""(hidden [b, s, H], rows) -> (sum, count, sums of metrics that share the count). Called on the last stage."""
+
+
+@dataclass(frozen=True)
+class LossMeans:
+    """The loss and its metrics over the whole batch, equal on every rank."""
+
+    loss: float
+    count: int
+    metrics: dict[str, float]
+
+
+def forward_only(
+    chunks: Sequence[Any], batch: RowsT, read: Read, *, mesh: Mesh, micro_batch: int, reads_last: bool, per_token: bool
+) -> Tensor:
+    """Run the model over `batch` without gradients and return what `read` says of every row.
+
+    Shapes:   batch of B rows; returns [B, T] where `per_token`, else [B], as `read` does; fp32.
+    Ranks:    the same tensor on every tensor and pipeline rank; data ranks pass their own rows.
+    reads_last: whether `read` needs the position of the last token itself, and not only those that predict a token.
+    """
+    order, parts = _split(batch, micro_batch)
+    outputs: list[Tensor] = []
+
+    def forward_step(rows: Iterator[RowsT], model: Any) -> tuple[Tensor, Callable]:
+        part = next(rows)
+        return _forward(model, part, mesh, reads_last), lambda hidden: keep(hidden, part)
+
+    def keep(hidden: Tensor, part: RowsT) -> tuple[Tensor, Tensor, None]:
+        outputs.append(read(hidden, part))
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
+
+    with torch.no_grad():
+        _schedule(chunks, parts, forward_step, mesh, forward_only=True)
+    shape = (len(batch), batch.tokens.shape[1] - 1) if per_token else (len(batch),)
+    result = torch.zeros(shape, dtype=torch.float32, device=batch.tokens.device)
+    for index, output in zip(order.split(micro_batch), outputs, strict=False):  # no outputs before the last stage
+        if per_token:
+            result[index, : output.shape[1]] = output
+        else:
+            result[index] = output
+    return broadcast(result, mesh, "pipeline", source=mesh.layout.pipeline - 1)
+
+
+def forward_backward(
+    chunks: Sequence[Any], batch: RowsT, loss: Loss, *, mesh: Mesh, micro_batch: int, reads_last: bool
+) -> LossMeans:
+    """Accumulate the gradient of the mean loss over the global batch into the chunks' gradient buffers.
+
+    Shapes:   batch: this data rank's B rows of the global batch.
+    Ranks:    collective over the mesh; the returned means are equal on every rank.
+    """
+    _, parts = _split(batch, micro_batch)
+    totals: Counter[str] = Counter()
+
+    def forward_step(rows: Iterator[RowsT], model: Any) -> tuple[Tensor, Callable]:
+        part = next(rows)
+        return _forward(model, part, mesh, reads_last), lambda hidden: judge(hidden, part)
+
+    def judge(hidden: Tensor, part: RowsT) -> tuple[Tensor, Tensor, None]:
+        total, count, metrics = loss(hidden, part)
+        totals.update({name: float(value) for name, value in {"loss": total, "count": count, **metrics}.items()})
+        return total, count.to(torch.int), None
+
+    _schedule(chunks, parts, forward_step, mesh, forward_only=False)
+    return _means(totals, mesh)
+
+
+def _split(batch: RowsT, micro_batch: int) -> tuple[Tensor, list[RowsT]]:
+    """Rows ordered by length, cut into chunks of `micro_batch`: neighbours are equally long, so little is padding."""
+    longest = batch.lengths.reshape(len(batch), -1).amax(dim=1)
+    order = longest.argsort(stable=True, descending=True)
+    parts = [batch.rows(index) for index in order.split(micro_batch)]
+    return order, [part.trimmed(int(part.lengths.max()) - 1) for part in parts]
+
+
+def _forward(model: Any, part: TokenRows, mesh: Mesh, reads_last: bool) -> Tensor:
+    """Final hidden states [b, s, H] on the last stage; on the others, what is sent to the next."""
+    inputs = part.tokens if reads_last else part.tokens[:, :-1]
+    if mesh.layout.sequence_parallel:
+        # Tensor ranks hold equal slices of the sequence.
+        inputs = torch.nn.functional.pad(inputs, (0, -inputs.shape[1] % mesh.layout.tensor))
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    return model(inputs, positions, None)
+
+
+def _schedule(
+    chunks: Sequence[Any], parts: list[Any], forward_step: Callable, mesh: Mesh, *, forward_only: bool
+) -> None:
+    config = chunks[0].config
+    run = get_forward_backward_func(mesh.layout.pipeline, config.virtual_pipeline_model_parallel_size)
+    run(
+        forward_step_func=forward_step,
+        data_iterator=[iter(parts) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(parts),
+        # Ignored: stages exchange shapes (variable_seq_lengths), since micro-batches differ in length.
+        seq_length=mesh.layout.tensor,
+        micro_batch_size=1,
+        forward_only=forward_only,
+        p2p_communicator=P2PCommunicator(mesh.group("pipeline"), config),
+        pg_collection=mesh.groups,
+    )
+
+
+def _means(totals: Counter[str], mesh: Mesh) -> LossMeans:
+    """Sums over data ranks, known on the last stage only, divided by the global count and told to every stage."""
+    sums: dict[str, float] = {}
+    if mesh.pipeline_rank == mesh.layout.pipeline - 1:
+        values = torch.tensor(list(totals.values()), dtype=torch.float64, device=mesh.device)
+        sums = dict(zip(totals, all_reduce(values, mesh, "data").tolist(), strict=True))
+    sums = broadcast_object(sums, mesh, "pipeline", source=mesh.layout.pipeline - 1)
+    count = int(sums.pop("count"))
+    means = {name: value / max(count, 1) for name, value in sums.items()}
+    return LossMeans(loss=means.pop("loss"), count=count, metrics=means)

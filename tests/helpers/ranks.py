@@ -1,0 +1,119 @@
+"""Run a function on N real ranks: gloo processes on a CPU, NCCL where there are GPUs enough.
+
+Ranks are processes that stay up between calls, since starting one means importing Megatron-Core. A call that fails or
+hangs ends them all, and the next call starts fresh ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 240
+
+
+class RankFailedError(AssertionError):
+    """A rank raised, died or hung; the message holds its traceback."""
+
+
+class Rank:
+    """One process that waits for functions to call as some rank."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # so that a dead process reads as end of file
+
+
+_ranks: list[Rank] = []
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """Call the module-level `function(*args)` on `ranks` ranks and return what each returned, in rank order.
+
+    A function builds its own mesh (`parallel.mesh.start`); it is taken down after the call. The first rank that fails
+    raises here with its traceback. Results cross a pipe: numbers, strings, CPU tensors.
+    """
+    while len(_ranks) < ranks:
+        _ranks.append(Rank())
+    port = _free_port()
+    members = _ranks[:ranks]
+    for rank, member in enumerate(members):
+        member.pipe.send((function, rank, ranks, port, args))
+    try:
+        return _collect([member.pipe for member in members])
+    except BaseException:
+        stop_ranks()
+        raise
+
+
+def stop_ranks() -> None:
+    """End all rank processes; the next `run_ranks` starts new ones."""
+    for rank in _ranks:
+        rank.process.kill()
+    _ranks.clear()
+
+
+atexit.register(stop_ranks)
+
+
+def _collect(pipes: list[Connection]) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = dict(enumerate(pipes))
+    deadline = time.monotonic() + TIMEOUT_S
+    while waiting:
+        ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailedError(f"ranks {sorted(waiting)} did not finish within {TIMEOUT_S} s")
+        for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+            results[rank] = _receive(rank, waiting.pop(rank))
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _receive(rank: int, pipe: Connection) -> Any:
+    try:
+        ok, value = pipe.recv()
+    except EOFError:
+        raise RankFailedError(f"rank {rank} died without a word") from None
+    if not ok:
+        raise RankFailedError(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        function, rank, ranks, port, args = pipe.recv()
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        try:
+            pipe.send((True, function(*args)))
+            _leave()
+        except BaseException:  # noqa: BLE001 (whatever it is, the parent must hear of it)
+            pipe.send((False, traceback.format_exc()))
+
+
+def _leave() -> None:
+    from megarlhf.parallel.mesh import stop
+
+    if torch.distributed.is_initialized():
+        stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
