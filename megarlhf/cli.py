@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,6 +63,8 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 when the input must be changed, 1 when a run failed, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Megatron-Core says this four times while it is imported; a run says once, in a table, what it uses instead.
+    warnings.filterwarnings("ignore", message="(Transformer Engine|Apex).* not installed", category=UserWarning)
     try:
         return _run(arguments)
     except MegarlhfError as error:
