@@ -33,7 +33,7 @@ COMMANDS = {
         "megarlhf.trainers.demo:DemoConfig",
         "megarlhf.trainers.demo:main",
     ),
-    "sft": Command("supervised fine-tuning", "megarlhf.trainers.sft:SFTConfig", "megarlhf.trainers.sft:main"),
+    "sft": Command("supervised fine-tuning", "megarlhf.trainers.sft:SftConfig", "megarlhf.trainers.sft:main"),
     "reward": Command(
         "train a reward model on preference pairs, on labelled responses, or on both",
         "megarlhf.trainers.reward:RewardConfig",
@@ -155,6 +155,10 @@ def _print_commands() -> None:
     console.print(Text("\nmegarlhf <command> --help lists every setting with its type, default and meaning."))
 
 
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _print_settings(name: str, settings: type[Config]) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -163,7 +167,7 @@ def _print_settings(name: str, settings: type[Config]) -> None:
 
     console = _console()
     console.print(Text(f"megarlhf {name} [--config FILE] [name=value ...]", style="bold"))
-    console.print(Text(f"{COMMANDS[name].summary}. Precedence: default < file < command line.\n"))
+    console.print(Text(f"{_sentence(COMMANDS[name].summary)} Precedence: default < file < command line.\n"))
     table = Table(box=None, padding=(0, 2, 1, 0), header_style="dim")
     for heading, ratio in (("setting", 3), ("type", 3), ("default", 2), ("meaning", 8)):
         table.add_column(heading, overflow="fold", ratio=ratio)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import types
@@ -128,3 +129,17 @@ def test_top_level_help_does_not_load_torch() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
     assert all(name in done.stdout for name in cli.COMMANDS if name != "play")
     assert "unknown" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "where", [place for command in cli.COMMANDS.values() for place in (command.settings, command.entry)]
+)
+def test_every_command_has_its_settings_and_its_entry(where: str) -> None:
+    module, _, name = where.partition(":")
+    file = Path(cli.__file__).parents[1] / f"{module.replace('.', '/')}.py"
+    if not file.exists():
+        pytest.skip(f"no {module} yet")
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    defined = {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    imported = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert name in defined | imported

@@ -30,6 +30,7 @@ class UnknownMetricError(KeyError):
 
 _ROLLOUTS = "mean over the rollouts of the iteration"
 _TOKENS = "sum over response tokens / their global count; mean over the optimiser steps of the iteration"
+_TOKENS_ONCE = "sum over response tokens / their global count"
 _STEPS = "mean over the optimiser steps of the iteration"
 _PEAK = "max over ranks"
 _LAST = "value at the last optimiser step"
@@ -71,7 +72,7 @@ _POLICY = {
     "policy/entropy_mean": Metric("nats", "entropy of the temperature-scaled next-token distribution", _TOKENS),
     "policy/ratio_mean": Metric("1", "exp(new_logprobs - logprobs)", _TOKENS),
     "policy/ratio_max": Metric("1", "max of exp(new_logprobs - logprobs)", "max over the iteration"),
-    "policy/first_ratio_gap": Metric("1", "max |ratio - 1| in the first optimiser step", "max over response tokens"),
+    "policy/first_ratio_gap": Metric("1", "|ratio - 1| of the mean ratio in the first optimiser step", _TOKENS_ONCE),
     "policy/first_clip_fraction": Metric("fraction", "policy/clip_fraction of the first optimiser step", "as there"),
     "policy/advantage_mean": Metric("1", "advantages after whitening", "mean over the response tokens"),
     "policy/advantage_std": Metric("1", "standard deviation of the advantages before whitening", "response tokens"),
