@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
-from megarlhf.errors import DataError
+from megarlhf.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # imported where used: transformers takes seconds that `--help` should not cost
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,8 @@ PAD = "<|finetune_right_pad_id|>"
 LLAMA3_CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if loop.first -%}{{ bos_token }}{%- endif -%}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + (message['content'] | trim) + '<|eot_id|>' }}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ (message['content'] | trim) + '<|eot_id|>' }}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
 )
@@ -66,7 +67,7 @@ class Tokenizer:
         self._fast = fast
         self.source = source
         """Where it came from, for errors."""
-        self.bos_id: int | None = fast.bos_token_id
+        self.bos_id: int | None = vocabulary.get(cast(str, fast.bos_token))
         """Id that begins a text; None if the tokenizer has none."""
         self.eos_id: int = vocabulary[eos]
         """Id that ends a response: <|eot_id|> if there is a chat template that knows turns, else the EOS token."""
@@ -82,7 +83,7 @@ class Tokenizer:
         """
         try:
             return self._fast.encode(text, add_special_tokens=False)
-        except Exception as error:  # noqa: BLE001 - the Rust library raises plain Exception, told apart by its text
+        except Exception as error:  # the Rust library raises plain Exception, told apart by its text
             if "Missing [UNK]" not in str(error):
                 raise
             unknown = ", ".join(repr(word) for word in self._unknown_words(text)[:5])
@@ -98,19 +99,26 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation in the tokenizer's own chat template, by default up to where the assistant speaks.
 
-        Raises:   DataError if the tokenizer has no chat template.
+        Raises:   ConfigError if the tokenizer has no chat template; DataError if the template refuses the turns.
         """
         return self.encode(self.render_chat(messages, add_generation_prompt))
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text that `encode_chat` encodes."""
         if self._fast.chat_template is None:
-            raise DataError(
+            raise ConfigError(
                 f"tokenizer has no chat template: {self.source}; add chat_template.jinja, or set template=plain."
             )
-        rendered = self._fast.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        from jinja2 import TemplateError
+
+        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        try:
+            rendered = self._fast.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise DataError(f"the chat template of {self.source} refuses the roles {roles}: {error}.") from error
         return cast(str, rendered)
 
     def encode_prompt(self, prompt: str | Sequence[Message], template: Template) -> list[int]:
@@ -157,7 +165,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     try:
         fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_fast=True)
-    except Exception as error:  # noqa: BLE001 - a damaged file surfaces as almost any type
+    except Exception as error:  # a damaged file surfaces as almost any type
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"tokenizer cannot be read: {directory}: {reason}; restore tokenizer.json and tokenizer_config.json "

@@ -1,0 +1,78 @@
+"""Which rows come next: shuffled, sharded, resumable, and the same for every data-parallel size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megarlhf.errors import CheckpointError, ConfigError
+
+
+class Loader(Iterator[Tensor]):
+    """An endless stream of global batches of row indices, the same on every rank.
+
+    Epochs follow each other without a seam, each a permutation drawn from (seed, epoch): every row is seen once an
+    epoch, and a batch may end one epoch and begin the next. Each rank takes its share of a batch with `local`.
+
+    Shapes:   yields int64 [batch], indices in 0..rows-1.
+    Ranks:    none; data ranks hold equal loaders with different `data_rank`.
+    Raises:   ConfigError if the batch is larger than the rows or does not divide over the data ranks.
+    """
+
+    def __init__(self, rows: int, batch: int, *, seed: int, data_rank: int = 0, data_size: int = 1) -> None:
+        """Begin at the first row of epoch 0."""
+        if not 1 <= batch <= rows:
+            raise ConfigError(f"batch does not fit the data: batch {batch}, {rows} rows; use 1 to {rows}.")
+        if batch % data_size:
+            raise ConfigError(
+                f"batch does not divide over data ranks: batch {batch}, data {data_size}; "
+                f"use a multiple of {data_size}."
+            )
+        self.rows, self.batch, self.seed = rows, batch, seed
+        self.data_rank, self.data_size = data_rank, data_size
+        self._position = 0
+        self._epoch, self._order = 0, self._permutation(0)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next row, from 0."""
+        return self._position // self.rows
+
+    def __next__(self) -> Tensor:
+        """The next global batch."""
+        parts, wanted = [], self.batch
+        while wanted:
+            epoch, start = divmod(self._position, self.rows)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, self._permutation(epoch)
+            parts.append(self._order[start : start + wanted])
+            wanted -= len(parts[-1])
+            self._position += len(parts[-1])
+        return torch.cat(parts)
+
+    def local(self, indices: Tensor) -> Tensor:
+        """This data rank's share of a global batch: row i belongs to rank i // (batch / data_size)."""
+        return indices.chunk(self.data_size)[self.data_rank]
+
+    def state(self) -> dict[str, int]:
+        """Everything needed to go on from here, whatever the batch and data size then."""
+        return {"rows": self.rows, "seed": self.seed, "position": self._position}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Go on from `state`.
+
+        Raises:   CheckpointError if it was saved over other data or another seed.
+        """
+        for name, mine in (("rows", self.rows), ("seed", self.seed)):
+            if state[name] != mine:
+                raise CheckpointError(
+                    f"loader state does not fit the data: it was saved with {name}={state[name]}, this run has "
+                    f"{name}={mine}; resume with the same data and seed, or start afresh."
+                )
+        self._position = state["position"]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        return torch.from_numpy(np.random.default_rng([self.seed, epoch]).permutation(self.rows))

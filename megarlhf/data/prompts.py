@@ -1,0 +1,70 @@
+"""Prompts to roll out. Columns: `prompt` (text or a conversation [{role, content}, ...]), `answer` (text, optional)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch import Prompts
+from megarlhf.data.arithmetic import prompt_rows
+from megarlhf.data.rows import DataConfig, load_rows, pad_right, within_limit
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Tokenised prompts of a data set."""
+
+    tokens: Sequence[Sequence[int]]
+    answers: Sequence[str]
+    """Expected answers, "" where the data has none."""
+    ids: Sequence[int]
+    """0-based row in the data set; dropped rows leave gaps."""
+    pad_id: int
+    dropped: int
+    """Rows left out because they were over the limit."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.tokens))
+
+    def batch(self, indices: Tensor) -> Prompts:
+        """The prompts at `indices` (int64 [P]), padded to the longest of them."""
+        chosen: list[int] = indices.tolist()
+        tokens, lengths = pad_right([self.tokens[index] for index in chosen], self.pad_id)
+        ids = torch.tensor([self.ids[index] for index in chosen], dtype=torch.int64)
+        return Prompts(tokens, lengths, ids, tuple(self.answers[index] for index in chosen))
+
+
+def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
+    """Read, check and tokenise prompts.
+
+    Raises:   DataError for a missing or empty source, a bad row (file, row, column), or prompts over the limit.
+    """
+    rows = load_rows(config, prompt_rows)
+    tokens = [row.prompt_ids(tokenizer, config.template) for row in rows]
+    answers = ["" if row.columns.get("answer") is None else row.text("answer") for row in rows]
+    kept = within_limit(config, rows, [len(ids) for ids in tokens])
+    return PromptSet(
+        [tokens[i] for i in kept], [answers[i] for i in kept], kept, tokenizer.pad_id, len(rows) - len(kept)
+    )
+
+
+def check_prompt_count(prompts: PromptSet, per_iteration: int) -> None:
+    """Check that one iteration need not roll out the same prompt twice.
+
+    Raises:   ConfigError if fewer prompts than `per_iteration` are there.
+    """
+    if len(prompts) < per_iteration:
+        raise ConfigError(
+            f"prompt set is smaller than the rollout batch: {len(prompts)} prompts, {per_iteration} needed an "
+            "iteration; add prompts or lower the rollout batch."
+        )

@@ -1,0 +1,82 @@
+"""Rule rewards: is the answer of this response right? Never by running or evaluating anything the model wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megarlhf.data.arithmetic import is_correct
+from megarlhf.errors import ConfigError
+
+Verifier = Literal["arithmetic", "maths"]
+
+_BOXED = re.compile(r"\\boxed\s*\{")
+_SAID = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
+_LONGEST_ANSWER = 200
+"""Characters. Longer ones are wrong unread: the time spent on an answer must not be in the hands of the policy."""
+_SECONDS = 2
+"""For parsing and again for comparing an answer, such as a tower of powers; then it is wrong."""
+
+
+def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> bool:
+    """Whether `response` gives `answer`.
+
+    arithmetic: the response ends in "The answer is N.", digit for digit (the built-in task).
+    maths: its final answer (the last \\boxed{...}, or else what follows the last "answer is") equals `answer` as
+    mathematics, by the package math-verify: 1/2, 0.5 and \\frac{1}{2} are one answer. No final answer is a wrong one.
+
+    Ranks:    main thread only for maths: math-verify stops overlong work by SIGALRM.
+    Raises:   ConfigError if `maths` is asked for and math-verify is not installed.
+    """
+    if verifier == "arithmetic":
+        return is_correct(response, answer)
+    said = _final_answer(response)
+    return said is not None and _equal(said, answer)
+
+
+def verify_all(responses: Sequence[str], answers: Sequence[str], verifier: Verifier = "arithmetic") -> Tensor:
+    """`verify` of each response.
+
+    Shapes:   returns [B] fp32, 1 where right and 0 where wrong.
+    """
+    judged = [verify(response, answer, verifier) for response, answer in zip(responses, answers, strict=True)]
+    return torch.tensor(judged, dtype=torch.float32)
+
+
+def _final_answer(response: str) -> str | None:
+    boxes = list(_BOXED.finditer(response))
+    if boxes:
+        return _braced(response[boxes[-1].end() :])
+    said = list(_SAID.finditer(response))
+    return response[said[-1].end() :].strip().partition("\n")[0].rstrip(" .") if said else None
+
+
+def _braced(text: str) -> str | None:
+    """`text` up to the brace that closes one opened before it; None if none does."""
+    depth = 1
+    for index, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:index]
+    return None
+
+
+def _equal(said: str, answer: str) -> bool:
+    try:
+        from math_verify import LatexExtractionConfig, parse
+        from math_verify import verify as equal
+    except ImportError as error:
+        raise ConfigError("verifier=maths needs the package math-verify; pip install math-verify.") from error
+    if len(said) > _LONGEST_ANSWER:
+        return False
+    # LaTeX alone: math-verify's other reader, of bare expressions, goes through sympy's parse_expr, which calls eval().
+    reader = [LatexExtractionConfig()]
+    gold, given = (
+        parse(f"${text.strip().strip('$')}$", extraction_config=reader, parsing_timeout=_SECONDS)
+        for text in (answer, said)
+    )
+    return bool(gold) and bool(given) and equal(gold, given, timeout_seconds=_SECONDS)

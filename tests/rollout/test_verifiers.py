@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megarlhf.errors import ConfigError
+from megarlhf.rollout.verifiers import verify, verify_all
+
+
+def test_arithmetic_is_digit_for_digit() -> None:
+    responses = ["5 + 3 = 8. The answer is 8.", "The answer is 8.0.", "The answer is 9.", "8"]
+    assert verify_all(responses, ["8"] * 4).tolist() == [1, 0, 0, 0]
+
+
+def test_one_answer_a_response() -> None:
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        verify_all(["The answer is 8."] * 2, ["8"])
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"so it is \boxed{\frac{1}{2}}.", "0.5"),
+        (r"\boxed{3}, no: \boxed{12}", "12"),
+        (r"\boxed{\sqrt{8}}", r"2\sqrt{2}"),
+        (r"Hence $x^2 + 1 = \boxed{1 + y^{2}}$", "y^2+1"),
+        ("The answer is 1/2.", r"\frac{1}{2}"),
+        ("The final answer is: $(1, 2)$.", "(1,2)"),
+        ("First the answer is 3. Then the answer is 12", "12"),
+        ("Answer: 1,234", "1234"),
+        ("The answer is 12.\nThat was easy", "12"),
+        ("The answer is -3.", "$-3$"),
+    ],
+)
+def test_maths_right(response: str, answer: str) -> None:
+    pytest.importorskip("math_verify")
+    assert verify(response, answer, "maths")
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"\boxed{12}", "13"),
+        (r"\boxed{12}, no: \boxed{3}", "12"),
+        (r"\boxed{12", "12"),
+        ("12", "12"),
+        ("", "12"),
+        ("I will not give an answer.", "12"),
+        ("The answer is 0.333.", "1/3"),
+        ("The answer is 3.", "-3"),
+        ("The answer is between 1 and 12.", "12"),
+        ("The answer is 12.", ""),
+        ("The answer is " + "1 + " * 100 + "1.", "101"),
+        (r"\boxed{9^{9^{9^9}}}", "12"),
+    ],
+)
+def test_maths_wrong(response: str, answer: str) -> None:
+    pytest.importorskip("math_verify")
+    assert not verify(response, answer, "maths")
+
+
+def test_nothing_a_model_wrote_is_run(tmp_path: Path) -> None:
+    pytest.importorskip("math_verify")
+    proof = tmp_path / "ran"
+    code = f"__import__('pathlib').Path({str(proof)!r}).touch()"
+    for response in (
+        f"The answer is {code}",
+        f"\\boxed{{{code}}}",
+        f"The answer is ${code}$",
+        f"The answer is 1 + {code}",
+    ):
+        assert not verify(response, "12", "maths")
+    assert not proof.exists()
+
+
+def test_maths_without_the_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ConfigError, match="pip install math-verify"):
+        verify("The answer is 12.", "12", "maths")
