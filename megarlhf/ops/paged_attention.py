@@ -10,9 +10,20 @@ the cache must hold finite numbers everywhere.
 
 from __future__ import annotations
 
+from typing import Required, TypedDict, Unpack
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+
+class PagedOptions(TypedDict, total=False):
+    """What is passed by name; flash-attn's names."""
+
+    causal: Required[bool]
+    block_table: Required[Tensor]
+    softmax_scale: float | None
+    num_splits: int
 
 
 def paged_prefill(
@@ -23,7 +34,7 @@ def paged_prefill(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    **options: object,
+    **options: Unpack[PagedOptions],
 ) -> Tensor:
     """Causal attention of packed queries to each row's cached keys; a row's last query sees all of its keys.
 
@@ -58,7 +69,9 @@ def paged_prefill(
     return out
 
 
-def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, **options: object) -> Tensor:
+def paged_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, **options: Unpack[PagedOptions]
+) -> Tensor:
     """Attention of one query per row to all of the row's cached keys, its own included.
 
     Shapes:   q [rows, 1, heads, d]; k_cache, v_cache [blocks, block_size, kv_heads, d]; cache_seqlens [rows] int, 0 in
@@ -81,13 +94,10 @@ def paged_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Ten
     return torch.matmul(weights, values).view(q.shape)
 
 
-def _options(options: dict[str, object]) -> tuple[Tensor, float | None]:
-    if not options.get("causal", False):
+def _options(options: PagedOptions) -> tuple[Tensor, float | None]:
+    if not options["causal"]:
         raise ValueError("paged attention is causal; pass causal=True.")
-    table, scale = options["block_table"], options.get("softmax_scale")
-    if not isinstance(table, Tensor) or not isinstance(scale, float | None):
-        raise TypeError("paged attention needs block_table as a tensor and softmax_scale as a float or None.")
-    return table, scale
+    return options["block_table"], options.get("softmax_scale")
 
 
 def _pages(cache: Tensor, table: Tensor, length: int) -> Tensor:

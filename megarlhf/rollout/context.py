@@ -1,0 +1,165 @@
+"""The KV cache of a rollout: prompts are prefilled once and forked into their samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.inference.contexts import dynamic_context
+from megatron.core.inference.contexts.dynamic_block_allocator import BlockAllocator
+from torch import Tensor
+
+# Megatron's decorators hide from type checkers that this is a class.
+DynamicInferenceContext: Any = dynamic_context.DynamicInferenceContext
+
+
+class RolloutContext(DynamicInferenceContext):
+    """Megatron's paged cache. A request is a prompt until it is prefilled, then as many rows as it has samples.
+
+    Row ids are batch rows: the samples of request i are the rows i, i + 1, ..., i + samples[i] - 1. The cache is sized
+    so that `max_requests` rows of the greatest length fit: a row that was admitted is never paused or evicted.
+    """
+
+    def __init__(self, *, samples: dict[int, int], **options: Any) -> None:
+        super().__init__(**options)
+        self.samples = samples
+        self.unforked: list[int] = []
+        """Rows still to be made of each request prefilled in this step."""
+
+    def allocate_all_tensors(self, *, is_init: bool) -> None:
+        """Allocate the cache with finite content: attention weighs unused tokens by 0, and 0 times NaN is NaN."""
+        super().allocate_all_tensors(is_init=is_init)
+        self._clear_cache()
+
+    def _clear_cache(self) -> None:
+        self.memory_buffer.zero_()
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that no sample has, or will have once this step's prompts are forked."""
+        return self.max_requests - self.total_request_count - sum(self.unforked)
+
+    def check_availability(self, req: Any) -> tuple[bool, bool, bool]:
+        """Whether all samples of `req` have rows, and its prompt room in this step; rows bring their memory along."""
+        tokens = self.active_token_count + req.remaining_prompt_length
+        return self.samples[req.request_id] <= self.free_rows, tokens <= self.max_tokens, True
+
+    def add_request(self, req: Any, chunk_length: int | None = None) -> None:
+        """Enter the prompt of `req` into this step."""
+        super().add_request(req, chunk_length)
+        self.unforked.append(self.samples[req.request_id] - 1)
+
+    def fork(self) -> Tensor:
+        """Give every prompt prefilled in this step the rows of its other samples, with copies of its cache.
+
+        Shapes:   returns [active rows] int64: for each row, the row as of before that it continues.
+        """
+        old, new = self.total_request_count, self.total_request_count + sum(self.unforked)
+        device = self.request_ids.device
+        copies = torch.tensor(self.unforked, device=device)
+        self.unforked = []
+        source = torch.arange(old - len(copies), old, device=device).repeat_interleave(copies)
+        if new > old:
+            # 1, 2, ... within each request.
+            sample = torch.arange(1, new - old + 1, device=device) - (copies.cumsum(0) - copies).repeat_interleave(
+                copies
+            )
+            self.request_ids[old:new] = self.request_ids[source] + sample
+            for column in (
+                self.request_query_lengths,
+                self.request_output_lengths,
+                self.request_kv_length_offsets,
+                self.request_kv_block_counts,
+                self.request_last_kv_block_offset,
+                *self.request_metadata.values(),
+            ):
+                column[old:new] = column[source]
+            self._copy_cache(source, slice(old, new))
+            self.total_request_count = new
+        return torch.cat([torch.arange(old, device=device), source])
+
+    def _copy_cache(self, source: Tensor, rows: slice) -> None:
+        """Allocate blocks for `rows` and fill them from those of the rows `source`."""
+        owned = self.request_to_kv_block_ids[source]
+        used = owned >= 0
+        blocks = self.block_allocator.allocate_memory_blocks(int(used.sum()))
+        if blocks is None:
+            raise RuntimeError(f"KV cache: no blocks for {len(source)} admitted rows; this is a bug in admission.")
+        table = torch.full_like(owned, -1)
+        table[used] = blocks
+        self.request_to_kv_block_ids[rows] = table
+        last = self.request_kv_block_counts[rows].long()[:, None] - 1
+        self.request_last_kv_block_id[rows] = table.gather(1, last)[:, 0]
+        # A block may be longer than the prompts: copy no more than the longest of them.
+        filled = min(int(self.request_query_lengths[rows].max()), self.block_size_tokens)
+        cache = self.memory_buffer[:, :, :, :filled]
+        cache.index_copy_(2, blocks.long(), cache.index_select(2, owned[used].long()))
+
+
+class HostContext(RolloutContext):
+    """The cache on a CPU: one block holds a whole sequence, and block i belongs to row i.
+
+    Attention then reads the cache in place (see `ops/paged_attention.py`), and a step costs fewer small operations.
+    """
+
+    TOKEN_ROUNDER = 1
+    REQUEST_ROUNDER = 1
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, block_size_tokens=options["max_sequence_length"])
+        self.block_allocator = RowBlocks(self, self.block_allocator.total_count, self.block_allocator.paused_count)
+        self._rotation: tuple[Tensor, Tensor] | None = None
+
+    def _clear_cache(self) -> None:
+        # Heads outside, tokens inside: a head's keys then lie in one piece, which halves the time of attention.
+        *outer, tokens, heads, width = self.memory_buffer.shape
+        self.memory_buffer = self.memory_buffer.new_zeros((*outer, heads, tokens, width)).transpose(3, 4)
+
+    def _move_book_keeping_tensors(self, src_idxs: Tensor, dst_idxs: Tensor, next_tokens: Tensor) -> None:
+        # Rows move left into those that finished. Their cache moves along: few rows finish in a step, while a table
+        # out of order would make attention gather every row's cache in every layer of every step.
+        super()._move_book_keeping_tensors(src_idxs, dst_idxs, next_tokens)
+        self.request_to_kv_block_ids[dst_idxs, 0] = dst_idxs.int()
+        self.request_last_kv_block_id[dst_idxs] = dst_idxs.int()
+        if len(src_idxs):
+            self.memory_buffer.index_copy_(2, dst_idxs, self.memory_buffer.index_select(2, src_idxs))
+
+    def initialize_attention_state(self, **options: Any) -> None:
+        """Prepare a step."""
+        super().initialize_attention_state(**options)
+        self._rotation = None
+
+    def apply_rotary_emb_query(self, query: Tensor, query_emb: Tensor, *_rest: Any, **_options: Any) -> Tensor:
+        """Rotate the step's queries [N, 1, heads, d]."""
+        return self._rotate(query, query_emb)
+
+    def apply_rotary_emb_key(self, key: Tensor, key_emb: Tensor, *_rest: Any, **_options: Any) -> Tensor:
+        """Rotate the step's keys [N, 1, kv_heads, d]."""
+        return self._rotate(key, key_emb)
+
+    def _rotate(self, x: Tensor, angles: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        if self._rotation is None:
+            # Once a step, for all layers.
+            at = angles[self.token_to_pos_ids[: self.padded_active_token_count]]
+            sin = at.sin()
+            sin[..., :half] *= -1
+            self._rotation = at.cos().to(x.dtype), sin.to(x.dtype)
+        cos, sin = self._rotation
+        return (x * cos).addcmul_(torch.cat((x[..., half:], x[..., :half]), -1), sin)
+
+
+class RowBlocks(BlockAllocator):
+    """Hands out block i for row i: rows are kept without gaps, so the next free block is the number in use."""
+
+    def allocate_memory_blocks(self, num_blocks: int) -> Tensor | None:
+        """The next `num_blocks` blocks, or None when there are not so many."""
+        if not self.is_memory_available(num_blocks):
+            return None
+        used = self.get_total_used()
+        self.total_avail -= num_blocks
+        return torch.arange(used, used + num_blocks, dtype=torch.int32, device=self.block_bag.device)
+
+    def release_memory_blocks(self, blocks: Tensor) -> None:
+        """Take back as many blocks; which ones they are follows from the rows that are left."""
+        self.total_avail += len(blocks)

@@ -1,0 +1,91 @@
+"""One decoding step: forward, draw, record. Results stay in tensors; no request object is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.communication_utils import is_pipeline_last_stage
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from torch import Tensor
+
+from megarlhf.rollout.context import RolloutContext
+from megarlhf.rollout.sampling import SamplingConfig, sample
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a rollout is drawn from and written to; column t is about the token at position t of its row.
+
+    Shapes:   tokens [B, W] int64, prompts filled in; logprobs, uniforms [B, W] fp32; lengths [B] int64, the tokens
+              known so far.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    uniforms: Tensor
+    lengths: Tensor
+
+
+class RolloutController(TextGenerationController):
+    """Draws all rows at once, with each row's own random numbers, and writes what was drawn into the ledger.
+
+    Ranks:    the last pipeline stage draws, on every tensor rank alike, and tells the other stages.
+    """
+
+    def __init__(
+        self, model: GPTInferenceWrapper, ledger: Ledger, sampling: SamplingConfig, *, vocab_size: int, eos_id: int
+    ) -> None:
+        super().__init__(model, tokenizer=None, pp_group=model.pp_group)
+        self.ledger = ledger
+        self.sampling = sampling
+        self.vocab_size = vocab_size
+        self.eos_id = eos_id
+
+    @torch.inference_mode()
+    async def async_generate_output_tokens_dynamic_batch(self) -> dict[str, Any]:
+        """Run every active row one token further."""
+        context = self.inference_wrapped_model.inference_context
+        assert isinstance(context, RolloutContext)
+        tokens, positions = self._dynamic_step_context_init()
+        logits = self.inference_wrapped_model.run_one_forward_step(
+            {"tokens": tokens, "position_ids": positions, "attention_mask": None}
+        )
+        continues = context.fork() if context.unforked else None
+        active = slice(context.paused_request_count, context.total_request_count)
+        rows = context.request_ids[active].long()
+        lengths = context.get_active_sequence_lengths().long()
+        cells = rows * self.ledger.tokens.shape[1] + lengths
+        drawn, logprobs = self._draw(logits, continues, cells)
+        self.ledger.tokens.view(-1)[cells] = drawn
+        self.ledger.logprobs.view(-1)[cells] = logprobs
+        lengths += 1
+        self.ledger.lengths[rows] = lengths
+        going_on = (drawn != self.eos_id) & (lengths < context.get_max_sequence_lengths())
+        context.update_requests(going_on.byte(), drawn)
+        return {}
+
+    def _draw(self, logits: Tensor, continues: Tensor | None, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows] tokens and log-probs; `logits` [1, rows before forking, padded vocabulary] on the last stage."""
+        group = self.pp_group
+        if is_pipeline_last_stage(group):
+            # Columns past the vocabulary exist because tensor parallelism pads.
+            scores = logits[0, :, : self.vocab_size]
+            tokens, logprobs = sample(
+                scores if continues is None else scores[continues],
+                self.ledger.uniforms.view(-1)[cells],
+                temperature=self.sampling.temperature,
+                top_k=self.sampling.top_k,
+                top_p=self.sampling.top_p,
+            )
+            if group.size() == 1:
+                return tokens, logprobs
+            packed = torch.stack([tokens.double(), logprobs.double()])
+        else:
+            packed = torch.empty((2, len(cells)), dtype=torch.float64, device=cells.device)
+        # Two numbers a row instead of its logits; fp64 holds token ids exactly.
+        dist.broadcast(packed, group=group, group_src=group.size() - 1)
+        return packed[0].long(), packed[1].float()

@@ -1,0 +1,238 @@
+"""Rollouts from the actor's own weights, by Megatron-Core's dynamic inference engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.inference.engines import dynamic_engine
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
+from torch import Tensor
+
+from megarlhf.batch import Prompts, Rollout
+from megarlhf.errors import DataError, LayoutError
+from megarlhf.models.spec import ModelSpec
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.rollout.context import HostContext, RolloutContext
+from megarlhf.rollout.controller import Ledger, RolloutController
+from megarlhf.rollout.sampling import SamplingConfig, stream_ids, uniforms
+
+# Megatron's decorators hide from type checkers that this is a class.
+DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
+
+PREFILL_TOKENS = 16_384
+"""Prompt tokens that may enter one step; bounds the memory of its activations. Source: Megatron-Core's default."""
+CUDA_BLOCK_TOKENS = 256
+"""Tokens in a block of the KV cache. Source: flash-attn's paged kernels want multiples of 256."""
+CUDA_GRAPHS = 16
+"""Batch sizes, evenly spaced, for which decoding is captured. Source: Megatron-LM's default."""
+
+
+class RolloutEngine:
+    """Draws responses from `model`; holds no memory of its own between calls.
+
+    model: the actor, a GPTModel of `spec` on `mesh`. eos_id: ends a response. pad_id: fills rows to the right.
+    max_sequence_length: prompt plus response never get longer, in tokens. max_requests: rows decoded at once, for which
+    the KV cache is allocated; further rows wait until some have finished.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        spec: ModelSpec,
+        mesh: Mesh,
+        *,
+        eos_id: int,
+        pad_id: int,
+        max_sequence_length: int,
+        max_requests: int = 256,
+    ) -> None:
+        if mesh.layout.virtual_pipeline > 1:
+            raise LayoutError(
+                f"rollouts cannot run on virtual_pipeline={mesh.layout.virtual_pipeline}: Megatron-Core's inference "
+                "engine wants one model chunk a rank; set virtual_pipeline=1."
+            )
+        self.model = model
+        self.spec = spec
+        self.mesh = mesh
+        self.eos_id = eos_id
+        self.pad_id = pad_id
+        self.max_sequence_length = max_sequence_length
+        self.max_requests = max_requests
+
+    def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:
+        """`group_size` responses to each prompt, adjacent. Each prompt is prefilled once, however many samples it has.
+
+        A response depends on (seed, prompt id, index of the sample among the batch's rows of that prompt, weights) and
+        on nothing else: not on the batch, not on the layout. So keep all rows of a prompt on one data rank.
+
+        Ranks:    collective over the tensor and pipeline ranks of one model copy, which pass the same arguments and get
+                  the same Rollout.
+        Raises:   DataError when a prompt leaves no room for a response.
+        """
+        _check_room(prompts, self.max_sequence_length)
+        rows = prompts.repeat(group_size).to(self.mesh.device)
+        ledger = self._ledger(rows, sampling, seed)
+        with torch.inference_mode(), _evaluating(self.model), self._engine(rows, ledger, sampling) as engine:
+            engine.drain()
+        return self._rollout(rows, ledger)
+
+    def _ledger(self, rows: Prompts, sampling: SamplingConfig, seed: int) -> Ledger:
+        width = min(int(rows.lengths.max()) + sampling.max_new_tokens, self.max_sequence_length)
+        tokens = torch.full((len(rows), width), self.pad_id, device=rows.tokens.device)
+        longest = int(rows.lengths.max())
+        step = torch.arange(width, device=tokens.device)
+        in_prompt = step[:longest] < rows.lengths[:, None]
+        tokens[:, :longest][in_prompt] = rows.tokens[:, :longest][in_prompt]
+        streams = stream_ids(rows.ids, _occurrence(rows.ids))
+        draws = uniforms(seed, streams[:, None], step)
+        return Ledger(tokens, torch.zeros_like(draws), draws, rows.lengths.clone())
+
+    @contextmanager
+    def _engine(self, rows: Prompts, ledger: Ledger, sampling: SamplingConfig) -> Iterator[_Engine]:
+        """An engine with every prompt waiting; its cache is given back on exit."""
+        tensor = self.mesh.layout.tensor
+        # Sequence parallelism splits a step's rows evenly over the tensor ranks.
+        max_requests = -(-min(self.max_requests, len(rows)) // tensor) * tensor
+        width = ledger.tokens.shape[1]
+        requests = _requests(rows, max_requests)
+        context = self._context({row: count for row, count, _ in requests}, max_requests, width)
+        config = InferenceWrapperConfig(
+            hidden_size=self.spec.hidden_size,
+            params_dtype=self.model.config.params_dtype,
+            inference_batch_times_seqlen_threshold=-1,
+            padded_vocab_size=self.spec.padded_vocab(tensor),
+            inference_max_requests=max_requests,
+            inference_max_seq_length=width,
+        )
+        wrapped = GPTInferenceWrapper(self.model, config, context, self.mesh.groups)
+        controller = RolloutController(wrapped, ledger, sampling, vocab_size=self.spec.vocab_size, eos_id=self.eos_id)
+        engine = _Engine(
+            controller, context, random_seed=0, enable_chunked_prefill=False, pg_collection=self.mesh.groups
+        )
+        try:
+            for row, _, tokens in requests:
+                room = min(sampling.max_new_tokens, width - len(tokens))
+                engine.add_request(row, tokens, SamplingParams(num_tokens_to_generate=room, termination_id=self.eos_id))
+            yield engine
+        finally:
+            engine.release()
+
+    def _context(self, samples: dict[int, int], max_requests: int, width: int) -> RolloutContext:
+        on_host = self.mesh.device.type == "cpu"
+        block = width if on_host else CUDA_BLOCK_TOKENS
+        layers = len(self.model.decoder.layers)
+        bytes_per_token = (
+            2 * layers * self.spec.kv_heads // self.mesh.layout.tensor * self.spec.head_dim
+        ) * self.model.config.params_dtype.itemsize
+        # One more block, which padding writes to; half of one, against rounding in GiB.
+        blocks = max_requests * -(-width // block) + 1.5
+        options: dict[str, Any] = {
+            "samples": samples,
+            "params_dtype": self.model.config.params_dtype,
+            "num_layers": layers,
+            "kv_channels": self.spec.head_dim,
+            "num_attention_heads": self.spec.kv_heads,
+            "max_sequence_length": width,
+            "max_requests": max_requests,
+            "max_tokens": max(PREFILL_TOKENS, width, max_requests),
+            "buffer_size_gb": blocks * block * bytes_per_token / 2**30,
+            "pg_collection": self.mesh.groups,
+        }
+        if on_host:
+            return HostContext(**options)
+        graphs = CUDA_GRAPHS if self.model.config.cuda_graph_impl == "local" else None
+        return RolloutContext(
+            **options,
+            block_size_tokens=block,
+            num_cuda_graphs=graphs,
+            use_cuda_graphs_for_non_decode_steps=False,
+        )
+
+    def _rollout(self, rows: Prompts, ledger: Ledger) -> Rollout:
+        width = int(ledger.lengths.max())
+        last = ledger.tokens.gather(1, ledger.lengths[:, None] - 1)[:, 0]
+        return Rollout(
+            tokens=ledger.tokens[:, :width],
+            prompt_lengths=rows.lengths,
+            lengths=ledger.lengths,
+            terminated=last == self.eos_id,
+            sampler_logprobs=ledger.logprobs[:, 1:width],
+            prompt_ids=rows.ids,
+            answers=rows.answers,
+        )
+
+
+class _Engine(DynamicInferenceEngine):
+    """Megatron's scheduling and stepping; results are in the ledger, so no request object is kept up to date."""
+
+    def schedule_waiting_requests(self) -> None:
+        """Let prompts in when a quarter of the rows are free: a step with prefills costs several without."""
+        if self.context.free_rows * 4 >= self.context.max_requests:
+            super().schedule_waiting_requests()
+
+    async def async_bookkeep(self, *_step: Any) -> dict[str, Any]:
+        """The controller has recorded the step."""
+        return {}
+
+    def drain(self) -> None:
+        """Step until no request is waiting or active."""
+
+        async def drain() -> None:
+            while self.has_unfinished_requests():
+                await self.async_step()
+
+        self._run_coroutine_sync(drain())
+
+    def release(self) -> None:
+        """Give the KV cache's memory back, and the CUDA graphs that point into it."""
+        self.context.deallocate_all_tensors()
+        if self.cuda_graph_impl == "local":
+            delete_cuda_graphs()
+
+
+@contextmanager
+def _evaluating(model: GPTModel) -> Iterator[None]:
+    """Dropout off and Megatron's inference paths on; the mode before is restored."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _check_room(prompts: Prompts, limit: int) -> None:
+    for row, (length, prompt) in enumerate(zip(prompts.lengths.tolist(), prompts.ids.tolist(), strict=True)):
+        if length >= limit:
+            raise DataError(
+                f"prompt row {row} (data set row {prompt}) has {length} tokens and max_sequence_length is {limit}; "
+                "drop the prompt or raise the limit."
+            )
+
+
+def _occurrence(ids: Tensor) -> Tensor:
+    """[R]: how many earlier rows have the same id."""
+    order = ids.argsort(stable=True)
+    place = torch.arange(len(ids), device=ids.device)
+    _, counts = ids[order].unique_consecutive(return_counts=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.empty_like(place).index_copy_(0, order, place - first)
+
+
+def _requests(rows: Prompts, most: int) -> list[tuple[int, int, list[int]]]:
+    """Runs of equal adjacent prompts as (first row, rows, prompt), none longer than `most`."""
+    tokens, lengths = rows.tokens.tolist(), rows.lengths.tolist()
+    prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+    requests = []
+    for _, run in itertools.groupby(range(len(prompts)), key=prompts.__getitem__):
+        row, end = (same := list(run))[0], same[-1] + 1
+        requests += [(start, min(most, end - start), prompts[row]) for start in range(row, end, most)]
+    return requests

@@ -1,0 +1,111 @@
+"""Draw tokens so that a rollout depends on its prompt, its index and the seed, and on nothing else in the batch."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megarlhf.config import Config
+
+
+class SamplingConfig(Config):
+    """How responses are drawn."""
+
+    temperature: float = Field(default=0.7, ge=0.0)
+    """Divides the logits before the softmax; 0 always takes the most likely token. Source: 0.7 for PPO, PAPER.md 5."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from the k most likely tokens (more when the k-th is tied); 0 draws from all."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Draw from the fewest most likely tokens that hold this much probability; 1 draws from all."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """A response that has not ended after this many tokens is cut."""
+
+
+def sample(
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """One token a row by inverse CDF over the vocabulary in index order.
+
+        p = softmax(logits / temperature)        token = min {i : F(i) > u F(V)},  F the running sum of kept p
+
+    Top-k and then top-p (over what top-k kept) decide which tokens are kept. Tokens tied with the last one kept are
+    kept too: the choice then does not hang on the order in which a sort returns equals.
+
+    Shapes:   logits [R, V]; uniforms [R] fp32 in (0, 1). Returns (tokens [R] int64, logprobs [R] fp32).
+    Units:    logprobs in nats, of the *whole* softmax(logits / temperature), whatever top-k and top-p removed: what the
+              trainer recomputes. At temperature 0, of softmax(logits).
+    Ranks:    none (pure).
+    """
+    if temperature == 0.0:
+        tokens = logits.argmax(-1)
+        logprobs = logits.float().log_softmax(-1)
+        return tokens, _pick(logprobs, tokens)
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    kept = logprobs
+    if top_k > 0:
+        kept = _keep_top_k(kept, top_k)
+    if top_p < 1.0:
+        kept = _keep_top_p(kept, top_p)
+    # In fp64 a parallel scan's rounding cannot lift the sum at a token without probability: such a token is never the
+    # first to exceed the draw.
+    mass = kept.exp().cumsum(-1, dtype=torch.float64)
+    tokens = torch.searchsorted(mass, uniforms[:, None] * mass[:, -1:], right=True)
+    # Only NaN logits find no token; their log-prob stays NaN, and the trainer refuses it.
+    tokens = tokens[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return tokens, _pick(logprobs, tokens)
+
+
+def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    return logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _keep_top_k(logprobs: Tensor, top_k: int) -> Tensor:
+    least = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
+    return logprobs.masked_fill(logprobs < least, float("-inf"))
+
+
+def _keep_top_p(logprobs: Tensor, top_p: float) -> Tensor:
+    ordered = logprobs.sort(dim=-1, descending=True).values
+    share = ordered.softmax(-1)
+    before = share.cumsum(-1) - share
+    # The most likely token has nothing before it, so at least one is kept.
+    last = (before < top_p).sum(-1, keepdim=True) - 1
+    return logprobs.masked_fill(logprobs < ordered.gather(-1, last), float("-inf"))
+
+
+def stream_ids(prompt_ids: Tensor, samples: Tensor) -> Tensor:
+    """Name the random stream of each rollout: the `samples`-th one of prompt `prompt_ids`.
+
+    Shapes:   both [R] int64. Returns [R] int64.
+    """
+    return _mix(_mix(prompt_ids) ^ samples)
+
+
+def uniforms(seed: int, streams: Tensor, positions: Tensor) -> Tensor:
+    """Random numbers by counting: entry (stream, position) is a hash of both and the seed, with no state between.
+
+    Shapes:   streams, positions int64, broadcast together. Returns that shape, fp32.
+    Units:    uniform on {(i + 1/2) / 2^23}: never 0, never 1.
+    Source:   splitmix64's finaliser (Steele, Lea and Flood 2014), applied to seed, stream and position in turn.
+    """
+    key = _mix(torch.tensor(_signed(seed), dtype=torch.int64, device=streams.device))
+    bits = _mix(_mix(key ^ streams) ^ positions)
+    return (_shift(bits, 41).float() + 0.5) * 2.0**-23
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    """Logical right shift: torch's is arithmetic, so the copies of the sign bit are cut off."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(number: int) -> int:
+    """The int64 with the low 64 bits of `number`."""
+    return (number + 2**63) % 2**64 - 2**63
