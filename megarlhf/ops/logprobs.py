@@ -76,7 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        """dz = d_logprobs (1[label] - p) - d_entropy p (log p + H), as e^z (offset + slope z) + at_label with top at 0."""
+        """dz = d_logprobs (1[label] - p) - d_entropy p (log p + H), as p (offset + slope z) and a term at the label."""
         logits, labels, top, total, entropy, found = ctx.saved_tensors
         d_logprobs = top.new_zeros(top.shape) if d_logprobs is None else torch.where(found, d_logprobs, 0.0)
         column, owned = _owned(labels, ctx.columns)
