@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,6 +189,9 @@ class _Engine(DynamicInferenceEngine):
         async def drain() -> None:
             while self.has_unfinished_requests():
                 await self.async_step()
+            # Scheduling left notifications in the event loop: unless they are made and run, they keep the engine alive.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
 
         self._run_coroutine_sync(drain())
 

@@ -1,0 +1,266 @@
+"""Rollouts on real ranks: the same in every layout and batch, true to the trainer and to transformers, and frugal."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megarlhf.errors import DataError, LayoutError
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import start
+from megarlhf.parallel.offload import resident_bytes
+from megarlhf.rollout import engine as engine_module
+from megarlhf.rollout.context import RolloutContext
+from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import SamplingConfig
+from tests.helpers.ranks import run_ranks
+from tests.rollout.worlds import EOS, PAD, SPEC, actor, as_tensors, engine, prompts
+
+SAMPLING = SamplingConfig(temperature=0.7, max_new_tokens=20)
+SAMPLES = 3
+
+
+def roll(layout: ParallelLayout, sampling: SamplingConfig, seed: int, max_requests: int) -> tuple:
+    """A rollout of 5 prompts x 3 samples, and how far the trainer's log-probs are from the sampler's."""
+    role = actor(layout, temperature=sampling.temperature)
+    rollout = engine(role, max_requests=max_requests).generate(prompts(), sampling, seed=seed, group_size=SAMPLES)
+    gap = (role.score(rollout) - rollout.sampler_logprobs).abs().max()
+    return *as_tensors(rollout), float(gap)
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple:
+    return run_ranks(roll, 1, ParallelLayout(), SAMPLING, 7, 256)[0]
+
+
+LAYOUTS = [
+    ParallelLayout(tensor=2),
+    ParallelLayout(tensor=2, sequence_parallel=True),
+    ParallelLayout(pipeline=2),
+    ParallelLayout(tensor=2, pipeline=2),
+    ParallelLayout(data=2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_and_rank_gives_the_same_rollout(layout: ParallelLayout, reference: tuple) -> None:
+    ranks = run_ranks(roll, layout.world_size, layout, SAMPLING, 7, 256)
+    for tokens, lengths, terminated, logprobs, gap in ranks:
+        assert torch.equal(tokens, reference[0])
+        assert torch.equal(lengths, reference[1])
+        assert torch.equal(terminated, reference[2])
+        assert torch.equal(logprobs, ranks[0][3])
+        # Sums over 64 numbers in another order, through 4 layers: a few units of 1e-6.
+        torch.testing.assert_close(logprobs, reference[3], atol=1e-5, rtol=0)
+        assert gap < 1e-5
+
+
+@pytest.mark.parametrize("max_requests", [1, 4, 8])
+def test_rows_that_wait_for_others_come_out_the_same(max_requests: int, reference: tuple) -> None:
+    tokens, lengths, _, logprobs, gap = run_ranks(roll, 1, ParallelLayout(), SAMPLING, 7, max_requests)[0]
+    assert torch.equal(tokens, reference[0])
+    assert torch.equal(lengths, reference[1])
+    torch.testing.assert_close(logprobs, reference[3], atol=1e-5, rtol=0)
+    assert gap < 1e-5
+
+
+def test_waiting_works_on_split_models_too(reference: tuple) -> None:
+    layout = ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True)
+    for tokens, *_ in run_ranks(roll, 4, layout, SAMPLING, 7, 5):
+        assert torch.equal(tokens, reference[0])
+
+
+def test_the_seed_decides(reference: tuple) -> None:
+    again = run_ranks(roll, 1, ParallelLayout(), SAMPLING, 7, 256)[0]
+    other = run_ranks(roll, 1, ParallelLayout(), SAMPLING, 8, 256)[0]
+    assert torch.equal(again[0], reference[0])
+    assert torch.equal(again[3], reference[3])
+    width = min(other[0].shape[1], reference[0].shape[1])
+    assert not torch.equal(other[0][:, :width], reference[0][:, :width])
+
+
+def roll_apart() -> tuple:
+    """The 15 rows of a batch, and each prompt's samples from a call of its own, in another order."""
+    role = actor(ParallelLayout())
+    sampler = engine(role)
+    together = sampler.generate(prompts(), SAMPLING, seed=7, group_size=SAMPLES)
+    alone = [sampler.generate(prompts().rows(torch.tensor([i])), SAMPLING, seed=7, group_size=2) for i in (4, 2, 0)]
+    repeated = sampler.generate(prompts().repeat(SAMPLES), SAMPLING, seed=7)
+    shuffled = sampler.generate(prompts().rows(torch.tensor([3, 1, 0, 4, 2])), SAMPLING, seed=7, group_size=SAMPLES)
+    return together.tokens, [part.tokens for part in alone], repeated.tokens, shuffled.tokens
+
+
+def test_a_rollout_does_not_depend_on_its_batch() -> None:
+    together, alone, repeated, shuffled = run_ranks(roll_apart, 1)[0]
+    for prompt, tokens in zip((4, 2, 0), alone, strict=True):
+        same = together[SAMPLES * prompt : SAMPLES * prompt + 2]
+        assert torch.equal(tokens, same[:, : tokens.shape[1]])
+        assert (same[:, tokens.shape[1] :] == PAD).all()
+    assert torch.equal(repeated, together)
+    assert torch.equal(shuffled.view(5, SAMPLES, -1), together.view(5, SAMPLES, -1)[[3, 1, 0, 4, 2]])
+
+
+def test_samples_of_a_prompt_differ(reference: tuple) -> None:
+    groups = reference[0].view(5, SAMPLES, -1)
+    # Short ones may coincide by chance; all of a prompt's would if its samples shared random numbers.
+    assert all(len(group.unique(dim=0)) > 1 for group in groups)
+
+
+def test_rows_end_at_eos_or_at_the_limit(reference: tuple) -> None:
+    tokens, lengths, terminated, logprobs, _ = reference
+    rows = prompts().repeat(SAMPLES)
+    assert len(set((lengths - rows.lengths).tolist())) > 5  # ragged
+    assert 0 < int(terminated.sum()) < len(tokens)
+    for row, prompt, start_, end, done, scores in zip(
+        tokens, rows.tokens, rows.lengths, lengths, terminated, logprobs, strict=True
+    ):
+        response = row[start_:end].tolist()
+        assert torch.equal(row[:start_], prompt[:start_])
+        assert (EOS in response[:-1]) is False
+        assert (response[-1] == EOS) == bool(done)
+        assert done or len(response) == SAMPLING.max_new_tokens
+        assert (row[end:] == PAD).all()
+        # Index t is about token t + 1.
+        assert (scores[: start_ - 1] == 0).all()
+        assert (scores[start_ - 1 : end - 1] < 0).all()
+        assert (scores[end - 1 :] == 0).all()
+
+
+def roll_to_the_wall() -> tuple:
+    role = actor(ParallelLayout())
+    rollout = engine(role, eos_id=-1).generate(prompts(), SamplingConfig(temperature=1.0, max_new_tokens=35), seed=1)
+    return rollout.lengths, rollout.terminated
+
+
+def test_no_row_outgrows_the_longest_sequence_allowed() -> None:
+    lengths, terminated = run_ranks(roll_to_the_wall, 1)[0]
+    assert lengths.tolist() == [min(n + 35, 40) for n in prompts().lengths.tolist()]
+    assert not terminated.any()
+
+
+def greedy_of(directory: Path, layout: ParallelLayout) -> torch.Tensor:
+    rows = prompts(8)
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=24)
+    return engine(actor(layout, directory=directory)).generate(rows, sampling, seed=0).tokens
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, pipeline=2)], ids=str)
+def test_greedy_rollouts_are_transformers_greedy_generation(layout: ParallelLayout, tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=SPEC.vocab_size,
+            hidden_size=SPEC.hidden_size,
+            num_hidden_layers=SPEC.layers,
+            num_attention_heads=SPEC.heads,
+            num_key_value_heads=SPEC.kv_heads,
+            intermediate_size=SPEC.ffn_size,
+            rms_norm_eps=SPEC.norm_eps,
+            max_position_embeddings=SPEC.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": SPEC.rope_theta},
+            eos_token_id=EOS,
+            bos_token_id=1,
+            pad_token_id=PAD,
+            initializer_range=0.2,
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    tokens = run_ranks(greedy_of, layout.world_size, tmp_path, layout)[0]
+    for row, length, prompt in zip(tokens, prompts(8).lengths.tolist(), prompts(8).tokens, strict=True):
+        limit = min(24, 40 - length)
+        expected = model.generate(
+            prompt[None, :length], attention_mask=torch.ones(1, length).long(), do_sample=False, max_new_tokens=limit
+        )[0]
+        assert row[: len(expected)].tolist() == expected.tolist()
+
+
+class Watched(RolloutEngine):
+    """Notes what is in memory while the cache is there."""
+
+    def _context(self, samples: dict[int, int], max_requests: int, width: int) -> RolloutContext:
+        context = super()._context(samples, max_requests, width)
+        self.cache_bytes = context.memory_buffer.untyped_storage().nbytes()
+        self.peak = live_bytes()
+        return context
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return resident_bytes(found for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+
+
+def memory_around_a_rollout() -> tuple[int, int, int, int]:
+    role = actor(ParallelLayout())
+    sampler = Watched(role.model, SPEC, role.mesh, eos_id=EOS, pad_id=PAD, max_sequence_length=40)
+    # Megatron keeps the rotary table of each width; it is not the cache's.
+    sampler.generate(prompts(), SAMPLING, seed=1, group_size=SAMPLES)
+    before = live_bytes()
+    rollout = sampler.generate(prompts(), SAMPLING, seed=1, group_size=SAMPLES)
+    # Results are views of what was drawn: they own their bytes, and nothing else may.
+    results = resident_bytes(value for value in vars(rollout).values() if isinstance(value, torch.Tensor))
+    return before, sampler.peak, live_bytes() - results, sampler.cache_bytes
+
+
+def test_the_cache_is_given_back() -> None:
+    before, peak, after, cache = run_ranks(memory_around_a_rollout, 1)[0]
+    rows, width, numbers = 15 + 1, 13 + 20, 2 * SPEC.layers * SPEC.kv_heads * SPEC.head_dim
+    assert cache == rows * width * numbers * 4  # one row more, which padding writes to
+    assert peak >= before + cache
+    assert after == before
+
+
+def roll_as_on_a_gpu(block: int) -> tuple:
+    """The geometry that GPUs use: blocks shorter than a sequence, handed out in any order."""
+    role = actor(ParallelLayout())
+    on_gpu = dataclasses.replace(role.mesh, device=torch.device("cuda"))
+    sampler = RolloutEngine(role.model, SPEC, on_gpu, eos_id=EOS, pad_id=PAD, max_sequence_length=40, max_requests=7)
+    usual = engine_module.CUDA_BLOCK_TOKENS
+    engine_module.CUDA_BLOCK_TOKENS = block
+    try:
+        return as_tensors(sampler.generate(prompts(), SAMPLING, seed=7, group_size=SAMPLES))
+    finally:
+        engine_module.CUDA_BLOCK_TOKENS = usual
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
+@pytest.mark.parametrize("block", [4, 256])
+def test_short_blocks_give_the_same_rollout(block: int, reference: tuple) -> None:
+    tokens, lengths, terminated, logprobs = run_ranks(roll_as_on_a_gpu, 1, block)[0]
+    assert torch.equal(tokens, reference[0])
+    assert torch.equal(lengths, reference[1])
+    assert torch.equal(terminated, reference[2])
+    torch.testing.assert_close(logprobs, reference[3], atol=1e-5, rtol=0)
+
+
+def errors() -> list[str]:
+    role = actor(ParallelLayout())
+    sampler = RolloutEngine(role.model, SPEC, role.mesh, eos_id=EOS, pad_id=PAD, max_sequence_length=10)
+    messages = []
+    with pytest.raises(DataError) as caught:
+        sampler.generate(prompts(), SAMPLING, seed=1)
+    messages.append(str(caught.value))
+    # A call that failed leaves nothing behind.
+    sampler.generate(prompts().rows(torch.arange(3)), SAMPLING, seed=1)
+    return messages
+
+
+def test_a_prompt_without_room_for_a_response_is_named() -> None:
+    expected = "prompt row 3 (data set row 103) has 10 tokens and max_sequence_length is 10; "
+    assert run_ranks(errors, 1)[0] == [expected + "drop the prompt or raise the limit."]
+
+
+def interleaved() -> str:
+    mesh = start(ParallelLayout(pipeline=2, virtual_pipeline=2), seed=1)
+    with pytest.raises(LayoutError) as caught:
+        RolloutEngine(torch.nn.Module(), SPEC, mesh, eos_id=EOS, pad_id=PAD, max_sequence_length=10)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_interleaved_schedules_are_refused() -> None:
+    assert "virtual_pipeline=2" in run_ranks(interleaved, 2)[0]

@@ -1,0 +1,61 @@
+"""What the rollout tests run on real ranks: a tiny actor, and prompts of unequal length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megarlhf.batch import Prompts, Rollout
+from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, TensorSource, load_tensors
+from megarlhf.models.compute import ComputeConfig, resolve
+from megarlhf.models.role import FrozenRole, LabelLogprobs, RoleSettings
+from megarlhf.models.spec import ModelSpec
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import start
+from megarlhf.rollout.engine import RolloutEngine
+
+SPEC = ModelSpec(
+    vocab_size=61, hidden_size=64, layers=4, heads=4, kv_heads=2, ffn_size=96, head_dim=16, max_positions=64
+)
+"""61 is odd: two tensor ranks pad the vocabulary."""
+EOS, PAD = 3, 0
+
+
+class Sharp:
+    """Random weights with a vocabulary projection large enough for distributions far from uniform."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.source.tensor(name) * (20.0 if name == "lm_head.weight" else 1.0)
+
+
+def actor(layout: ParallelLayout, *, temperature: float = 1.0, directory: Path | None = None) -> FrozenRole:
+    """A model on a fresh mesh: the one in `directory`, or the same random one in every layout."""
+    mesh = start(layout, seed=1)
+    settings = RoleSettings(compute=resolve(ComputeConfig(), mesh.device), micro_batch=64, offload="none")
+    role = FrozenRole("actor", SPEC, "language", LabelLogprobs(temperature), settings, mesh)
+    load_tensors(
+        role, HuggingFaceDirectory(directory, SPEC, "language") if directory else Sharp(RandomTensors(SPEC, 5))
+    )
+    return role
+
+
+def engine(role: FrozenRole, *, eos_id: int = EOS, max_requests: int = 256) -> RolloutEngine:
+    return RolloutEngine(
+        role.model, SPEC, role.mesh, eos_id=eos_id, pad_id=PAD, max_sequence_length=40, max_requests=max_requests
+    )
+
+
+def prompts(count: int = 5) -> Prompts:
+    """Prompts of 1, 4, 7, ... tokens, ids 100, 101, ..."""
+    lengths = torch.arange(count) * 3 % 16 + 1
+    tokens = torch.randint(4, SPEC.vocab_size, (count, int(lengths.max())), generator=torch.Generator().manual_seed(2))
+    tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = PAD
+    return Prompts(tokens, lengths, 100 + torch.arange(count), tuple("abcdefghijklmnopqrstuvwxyz"[:count]))
+
+
+def as_tensors(rollout: Rollout) -> tuple[torch.Tensor, ...]:
+    return rollout.tokens, rollout.lengths, rollout.terminated, rollout.sampler_logprobs
