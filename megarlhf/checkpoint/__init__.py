@@ -1,1 +1,5 @@
-"""Saving, resuming, and reading Hugging Face directories."""
+"""Weights from and to disk, in any layout."""
+
+from __future__ import annotations
+
+import megarlhf.parallel  # noqa: F401  (before Megatron-Core is imported)

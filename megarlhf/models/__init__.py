@@ -1,1 +1,5 @@
-"""Llama 3 on Megatron-Core: specs, transformer, heads, optimiser, and the roles that algorithms work with."""
+"""Llama models on Megatron-Core, and the roles they play."""
+
+from __future__ import annotations
+
+import megarlhf.parallel  # noqa: F401  (before Megatron-Core is imported)

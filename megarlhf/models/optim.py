@@ -20,23 +20,23 @@ from megarlhf.parallel.mesh import Mesh
 class OptimConfig(Config):
     """AdamW and its schedule."""
 
-    lr: float = Field(3e-6, gt=0)
+    lr: float = Field(default=3e-6, gt=0)
     """Peak learning rate. Source: Huang et al. 2024."""
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the decay from lr to min_lr. Source: linear in Huang et al. 2024."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimiser steps over which the learning rate rises from 0 to lr."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay (Loshchilov and Hutter 2019), on matrices only."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the second moment. Source: Llama 3."""
-    eps: float = Field(1e-5, gt=0)
+    eps: float = Field(default=1e-5, gt=0)
     """Added to the root of the second moment. Source: Huang et al. 2024."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients of a larger global norm are scaled down to it."""
     distributed: bool = True
     """Shard optimiser state over data ranks (Megatron's distributed optimizer, ZeRO stage 1)."""

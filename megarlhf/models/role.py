@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,14 +64,15 @@ class PositionValues:
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """The scalar head at each row's last token: one score for the whole text."""
+    """The scalar head at each row's last token, less `offset`: one score for the whole text."""
 
+    offset: float = 0.0
     per_token = False
     reads_last = True
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
         last = rows.lengths - 1
-        return model.scalars(hidden[torch.arange(len(last), device=last.device), last])
+        return model.scalars(hidden[torch.arange(len(last), device=last.device), last]) - self.offset
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ class Role:
     def tensors(self, part: Part) -> list[Tensor]:
         """This rank's tensors of `part`; none where the role has no such part."""
         return [p.data for chunk in self.chunks for p in chunk.parameters()] if part == "weights" else []
+
+    def planned_bytes(self) -> tuple[int, int, int]:
+        """Bytes of weights, gradients and optimiser state on this rank, resident or not (state: once it exists)."""
+        weights = sum(parameter.numel() * parameter.element_size() for c in self.chunks for parameter in c.parameters())
+        return weights, 0, 0
 
     def resident_bytes(self) -> int:
         """Bytes of this role on the device now."""
@@ -209,12 +215,21 @@ class TrainableRole(Role):
         self.optimizer = build_optimizer(optim, self._wrapped, self.settings.compute.dtype, self.mesh)
         self.schedule = build_schedule(optim, self.optimizer, steps)
 
+    def planned_bytes(self) -> tuple[int, int, int]:
+        """Bytes of weights, gradients and optimiser state (two moments, and fp32 masters of bf16 weights) on this rank."""
+        weights, _, _ = super().planned_bytes()
+        numbers = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
+        copies = 2 if self.settings.compute.dtype == torch.float32 else 3
+        share = self.mesh.size("data") if self.optim.distributed else 1
+        return weights, 4 * numbers, 4 * copies * numbers // share
+
     def tensors(self, part: Part) -> list[Tensor]:
+        """This rank's tensors of `part`."""
         if part == "weights":
             return super().tensors(part)
         if part == "gradients":
             return [buffer.grad_data for wrapped in self._wrapped for buffer in wrapped.buffers]
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        state = [value for _, values in self.optimizer.state.items() for value in values.values()]
         masters = self.optimizer.get_parameters()
         return [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]
 
@@ -240,8 +255,3 @@ class TrainableRole(Role):
         if stepped:
             self.schedule.step(increment=1)
         return Update(means=means, grad_norm=norm, learning_rate=learning_rate, stepped=stepped)
-
-
-def all_roles_resident_bytes(roles: Sequence[Role]) -> int:
-    """Bytes of weights, gradients and optimiser state that `roles` hold on the device together."""
-    return sum(role.resident_bytes() for role in roles)

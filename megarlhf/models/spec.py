@@ -15,13 +15,13 @@ from megarlhf.parallel.layout import ParallelLayout
 class RopeScaling(Config):
     """Llama 3.1's stretched rotary embedding (`rope_type: llama3`)."""
 
-    factor: float = Field(8.0, gt=0)
+    factor: float = Field(default=8.0, gt=0)
     """Low frequencies are divided by this. Source: 8 in Llama 3.1, 32 in Llama 3.2."""
-    low_freq_factor: float = Field(1.0, gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
     """Wavelengths above original_max_positions / this are divided in full."""
-    high_freq_factor: float = Field(4.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
     """Wavelengths below original_max_positions / this are left alone."""
-    original_max_positions: int = Field(8192, gt=0)
+    original_max_positions: int = Field(default=8192, gt=0)
     """Context length, in tokens, before stretching."""
 
 
@@ -42,15 +42,15 @@ class ModelSpec(Config):
     """Width of the gated MLP."""
     head_dim: int = Field(gt=0)
     """Width of one head; hidden_size / heads in every Llama 3."""
-    rope_theta: float = Field(500_000.0, gt=0)
+    rope_theta: float = Field(default=500_000.0, gt=0)
     """Base of the rotary frequencies. Source: Llama 3."""
     rope_scaling: RopeScaling | None = None
     """Rotary stretching (Llama 3.1 and later); none in Llama 3."""
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """The vocabulary projection is the embedding (Llama 3.2 1B and 3B)."""
-    max_positions: int = Field(8192, gt=1)
+    max_positions: int = Field(default=8192, gt=1)
     """Longest context, in tokens."""
 
     @model_validator(mode="after")
@@ -168,7 +168,7 @@ def _llama(hidden_size: int, layers: int, heads: int, kv_heads: int, ffn_size: i
 
 LONG = {"rope_scaling": RopeScaling(), "max_positions": 131_072}
 SMALL = {"rope_scaling": RopeScaling(factor=32.0), "max_positions": 131_072, "tie_embeddings": True}
-TINY = {"vocab_size": 128, "max_positions": 256, "rope_theta": 10_000.0}
+TINY = {"vocab_size": 160, "max_positions": 256, "rope_theta": 10_000.0}
 
 PRESETS: dict[str, ModelSpec] = {
     "llama3-8b": _llama(4096, 32, 32, 8, 14_336),

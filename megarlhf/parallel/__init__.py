@@ -1,1 +1,7 @@
-"""The only package that knows ranks: layout, mesh, collectives, the pipeline driver, offload, launching."""
+"""The only package that knows ranks. Importing it makes Megatron-Core run on this machine's devices (see `cpu.py`)."""
+
+from __future__ import annotations
+
+from megarlhf.parallel import cpu
+
+cpu.install()

@@ -112,23 +112,26 @@ def _cuda_type_name(type_: Callable[..., Any]) -> Callable[..., Any]:
     return cuda_type_name
 
 
-def _nothing(*args: object, **kwargs: object) -> None:
-    return None
+def _no_op() -> Callable[..., None]:
+    """A new function that does nothing; torch's compiler keeps a table of functions and wants each name's its own."""
+    return lambda *args, **kwargs: None
 
 
 def _install_host_device() -> None:
     """Point `torch.cuda` and every factory that names it at the CPU."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = cuda.reset_peak_memory_stats = _nothing
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, _no_op())
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
-    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: HostStream()
+    cuda.current_stream = lambda *args, **kwargs: HostStream()
+    cuda.default_stream = lambda *args, **kwargs: HostStream()
     cuda.Stream = HostStream
     cuda.Event = HostEvent
     cuda.memory_stats = lambda *args: {"allocated_bytes.all.current": 0, "reserved_bytes.all.current": 0}
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _no_op(), _no_op()
     module: Any = torch
     for name in FACTORIES + LIKE_FACTORIES:
         setattr(module, name, _on_host(vars(torch)[name]))
@@ -160,7 +163,7 @@ def _install_megatron() -> None:
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     # Asserts that tensors broadcast between pipeline stages live on a GPU.
     wire: Any = communication
-    wire._is_cuda = _nothing
+    wire._is_cuda = _no_op()
     # The context falls back to its torch path where the Triton kernel is None.
     context: Any = dynamic_context
     context.triton_append_key_value_cache = None
@@ -194,8 +197,9 @@ def install() -> None:
             raise ImportError(f"megatron-core needs the package {name!r}; install it with: pip install {name}")
     # Megatron warns once per module about each missing optional package; the run's own table says it once.
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
-    # It also calls collectives by names that torch is about to retire, which is not ours to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Its distributed optimizer clears the .grad of views, and it calls collectives by names that torch will retire.
+    warnings.filterwarnings("ignore", message=".*not a leaf Tensor is being accessed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|megatron\.core)")
     if not torch.cuda.is_available():
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
         _import_megatron_uncompiled()

@@ -11,15 +11,15 @@ from megarlhf.errors import LayoutError
 class ParallelLayout(Config):
     """Tensor x pipeline x data parallelism of every model in the run."""
 
-    tensor: int = Field(1, ge=1)
+    tensor: int = Field(default=1, ge=1)
     """Ranks that share each weight matrix (Megatron tensor parallelism). Must divide heads, query groups and FFN size."""
-    pipeline: int = Field(1, ge=1)
+    pipeline: int = Field(default=1, ge=1)
     """Ranks that share the stack of layers (pipeline stages). Must divide the number of layers."""
-    data: int = Field(1, ge=1)
+    data: int = Field(default=1, ge=1)
     """Copies of the model, each on its own rollouts. Must divide every batch size."""
     sequence_parallel: bool = False
     """Split activations between matrix multiplications along the sequence over the tensor ranks (saves memory)."""
-    virtual_pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(default=1, ge=1)
     """Model chunks per pipeline rank; more than 1 selects the interleaved 1F1B schedule (Narayanan et al. 2021)."""
 
     @property

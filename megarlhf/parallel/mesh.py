@@ -9,15 +9,12 @@ from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from megarlhf.parallel import cpu
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.rng import seed_model_parallel
-
-cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402  (Megatron reads torch.cuda at import: patch first)
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 Axis = Literal["tensor", "pipeline", "data", "model", "world"]
 """`model` is tensor x pipeline: the ranks that hold one copy of a model."""
@@ -116,4 +113,4 @@ def _init_process_group(device: torch.device, timeout_s: float) -> None:
         dist.init_process_group(backend, timeout=timeout)
     else:
         # A world of one needs no address and no port.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -27,17 +27,15 @@ class Offloader:
     def __init__(self, *, keep_contents: bool) -> None:
         self._keep = keep_contents
         self._away: list[_Away] = []
-
-    @property
-    def is_away(self) -> bool:
-        """Whether the bytes have been moved off the device."""
-        return bool(self._away)
+        self.is_away = False
+        """Whether the part has been sent to the host; it may have had no bytes yet (optimiser state before a step)."""
 
     def to_host(self, tensors: Iterable[Tensor]) -> None:
         """Empty the storages of `tensors`. Gradients (`keep_contents=False`) are dropped, everything else is copied."""
         for storage in unique_storages(tensors):
             self._away.append(_Away(storage, _host_copy(storage) if self._keep else None, storage.nbytes()))
             storage.resize_(0)
+        self.is_away = True
 
     def to_device(self) -> None:
         """Refill what `to_host` emptied, bit for bit; dropped contents come back as zeros."""
@@ -49,6 +47,7 @@ class Offloader:
             else:
                 device.copy_(away.host, non_blocking=device.is_cuda)
         self._away.clear()
+        self.is_away = False
 
 
 def unique_storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:

@@ -88,7 +88,9 @@ def forward_backward(
 
     def judge(hidden: Tensor, part: RowsT) -> tuple[Tensor, Tensor, None]:
         total, count, metrics = loss(hidden, part)
-        totals.update({name: float(value) for name, value in {"loss": total, "count": count, **metrics}.items()})
+        totals.update(
+            {name: float(value) for name, value in {"loss": total.detach(), "count": count, **metrics}.items()}
+        )
         return total, count.to(torch.int), None
 
     _schedule(chunks, parts, forward_step, mesh, forward_only=False)

@@ -20,6 +20,7 @@ import torch
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 240
+GRACE_S = 5
 
 
 class RankFailedError(AssertionError):
@@ -32,7 +33,8 @@ class Rank:
     def __init__(self) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        # Not a daemon: those may not have children, and saving a checkpoint starts some.
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,))
         self.process.start()
         theirs.close()  # so that a dead process reads as end of file
 
@@ -62,6 +64,9 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]
 def stop_ranks() -> None:
     """End all rank processes; the next `run_ranks` starts new ones."""
     for rank in _ranks:
+        rank.pipe.close()  # an idle rank leaves by itself, and takes the processes it started with it
+    for rank in _ranks:
+        rank.process.join(timeout=GRACE_S)
         rank.process.kill()
     _ranks.clear()
 
@@ -95,7 +100,10 @@ def _receive(rank: int, pipe: Connection) -> Any:
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
-        function, rank, ranks, port, args = pipe.recv()
+        try:
+            function, rank, ranks, port, args = pipe.recv()
+        except EOFError:  # the test session has ended
+            return
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )

@@ -1,0 +1,206 @@
+"""Proximal policy optimisation against a reward model (Schulman et al. 2017; details of Huang et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch import Experience, Prompts
+from megarlhf.checkpoint.sharded import load_model, save_model
+from megarlhf.data.loader import Loader
+from megarlhf.models.role import FrozenRole, LabelLogprobs, PositionValues, SequenceScores, TrainableRole, Update
+from megarlhf.models.roles import Roles
+from megarlhf.observe.clock import Clock
+from megarlhf.observe.metrics import Metrics
+from megarlhf.ops.advantages import gae
+from megarlhf.ops.kl import kl_k1
+from megarlhf.ops.masked import masked_sum, masked_whiten
+from megarlhf.ops.policy_loss import clipped_policy_loss
+from megarlhf.ops.rewards import add_kl_penalty, shape_scores
+from megarlhf.ops.value_loss import clipped_value_loss
+from megarlhf.parallel import launch
+from megarlhf.parallel.collectives import gather, gather_rows, own_rows
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.rng import derive_seed, generator
+from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.trainers.loop import StepGuard, open_run, print_choices, print_memory_plan, role_settings, run_steps
+from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, prepare
+from megarlhf.trainers.ppo_metrics import count_work, experience_metrics, learner_metrics
+
+__all__ = ["PPOConfig", "main", "ppo_iteration", "train"]
+
+
+def ppo_iteration(
+    roles: Roles,
+    engine: RolloutEngine,
+    prompts: Prompts,
+    cfg: PPOConfig,
+    *,
+    iteration: int,
+    guard: StepGuard,
+    clock: Clock,
+) -> Metrics:
+    """Roll out, score, estimate, optimise: once. Collective: every rank calls it with its own prompts, same iteration."""
+    mesh = roles.actor.mesh
+    # 1. Roll out. Only the actor is resident, so the KV cache may have the rest of the memory.
+    with clock("rollout"), roles.actor.resident("weights"):
+        seed = derive_seed(cfg.seed, "rollout", iteration)
+        rollout = engine.generate(prompts, cfg.sampling, seed=seed, group_size=cfg.group_size)
+
+    # 2. Score. Forward only, one model resident at a time.
+    with clock("score"):
+        logprobs = roles.actor.score(rollout)  # [B, T] recomputed by the trainer's forward
+        ref_logprobs = roles.reference.score(rollout)  # [B, T]
+        values = roles.critic.score(rollout)  # [B, T]
+        scores = roles.reward.score(rollout)  # [B]
+
+    # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
+    with clock("estimate"):
+        unestimated = torch.zeros_like(values)
+        experience = gather_rows(Experience(rollout, logprobs, ref_logprobs, values, unestimated, unestimated), mesh)
+        scores = gather(scores, mesh, "data")
+        experience, estimate = estimated(experience, scores, cfg)
+
+    # 4. Optimise. Each learner sees the same mini-batches; one of them is resident at a time.
+    with clock("optimise"):
+        actor_learns = iteration >= cfg.value_warmup_iterations
+        actor = (
+            optimise(roles.actor, policy_loss(roles.actor, cfg), experience, cfg, iteration, guard)
+            if actor_learns
+            else []
+        )
+        critic = optimise(roles.critic, value_loss(roles.critic, cfg), experience, cfg, iteration, guard)
+
+    count_work(clock, roles, experience, cfg, trained=actor_learns)
+    return {**estimate, **learner_metrics(actor, critic), "train/skipped_steps": guard.skipped, **clock.metrics()}
+
+
+def estimated(experience: Experience, scores: Tensor, cfg: PPOConfig) -> tuple[Experience, Metrics]:
+    """Token-level rewards, advantages and returns of the global batch.
+
+    Shapes:   scores [B]. Returns the experience with advantages (whitened) and returns, and its metrics.
+    """
+    rollout = experience.rollout
+    mask = rollout.response_mask
+    kl = kl_k1(experience.logprobs, experience.ref_logprobs)
+    shaped = shape_scores(scores, rollout.terminated, missing_eos_score=cfg.missing_eos_score, clip=cfg.score_clip)
+    token_level_rewards = add_kl_penalty(shaped, kl, mask, kl_coef=cfg.kl_coef)
+    advantages, returns = gae(
+        token_level_rewards, experience.values, mask, rollout.terminated, gamma=cfg.gamma, lam=cfg.gae_lambda
+    )
+    metrics = experience_metrics(experience, scores, token_level_rewards, advantages, returns, kl_coef=cfg.kl_coef)
+    whitened = masked_whiten(advantages, mask)
+    return Experience(**{**vars(experience), "advantages": whitened, "returns": returns}), metrics
+
+
+def optimise(
+    role: TrainableRole, loss: Loss, experience: Experience, cfg: PPOConfig, iteration: int, guard: StepGuard
+) -> list[Update]:
+    """`ppo_epochs` passes over the global experience in mini-batches, of which each data rank takes its share."""
+    updates = []
+    with role.resident(*role.parts):
+        for batch in _mini_batches(experience, cfg, iteration):
+            own = own_rows(batch, role.mesh)
+            updates.append(role.update(own, loss))
+            guard.check(role.name, updates[-1], own, iteration)
+    return updates
+
+
+def _mini_batches(experience: Experience, cfg: PPOConfig, iteration: int) -> Iterator[Experience]:
+    for epoch in range(cfg.ppo_epochs):
+        yield from experience.mini_batches(cfg.global_batch, generator(cfg.seed, "mini_batches", iteration, epoch))
+
+
+def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss:
+    """The clipped surrogate, summed over response tokens."""
+
+    def loss(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mask = rows.rollout.response_mask
+        new_logprobs, entropy = actor.model.label_logprobs(
+            hidden, rows.rollout.labels, mask, temperature=cfg.sampling.temperature, with_entropy=True
+        )
+        total, count, metrics = clipped_policy_loss(
+            new_logprobs, rows.logprobs, rows.advantages, mask, clip_range=cfg.clip_range
+        )
+        return total, count, {**metrics, "entropy": masked_sum(entropy.detach(), mask)}
+
+    return loss
+
+
+def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss:
+    """The clipped regression on returns, summed over response tokens."""
+
+    def loss(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        new_values = critic.reading(critic.model, hidden, rows.rollout)
+        mask = rows.rollout.response_mask
+        return clipped_value_loss(new_values, rows.values, rows.returns, mask, value_clip_range=cfg.value_clip_range)
+
+    return loss
+
+
+def build_roles(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> Roles:
+    """Load all four, one after another, each moved off the device before the next arrives."""
+    settings = role_settings(cfg, mesh)
+    logprobs = LabelLogprobs(cfg.sampling.temperature)
+    scores = SequenceScores(offset=inputs.reward.score_offset)
+    roles = Roles(
+        actor=TrainableRole("actor", inputs.actor.spec, "language", logprobs, settings, mesh),
+        critic=TrainableRole("critic", inputs.critic.spec, "scalar", PositionValues(), settings, mesh),
+        reference=FrozenRole("reference", inputs.reference.spec, "language", logprobs, settings, mesh),
+        reward=FrozenRole("reward", inputs.reward.spec, "scalar", scores, settings, mesh),
+    )
+    inits = (cfg.actor.init, cfg.critic_init, cfg.reference_init, cfg.reward.init)
+    for role, init in zip(roles.every, inits, strict=True):
+        load_model(role, init, seed=cfg.seed)
+    actor_steps = (cfg.iterations - cfg.value_warmup_iterations) * cfg.steps_per_iteration
+    roles.actor.prepare(cfg.actor.optim, actor_steps)
+    roles.critic.prepare(cfg.critic.optim, cfg.iterations * cfg.steps_per_iteration)
+    print_choices(settings.compute, mesh)
+    print_memory_plan(roles.every, mesh)
+    roles.leave()
+    return roles
+
+
+def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> RolloutEngine:
+    """The inference engine over the actor's own weights."""
+    return RolloutEngine(
+        actor.model,
+        actor.spec,
+        actor.mesh,
+        eos_id=inputs.tokenizer.eos_id,
+        pad_id=inputs.tokenizer.pad_id,
+        max_sequence_length=inputs.prompts.longest + cfg.sampling.max_new_tokens,
+    )
+
+
+def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
+    """Run every iteration and save the actor to `cfg.model_dir`. Collective; returns the last iteration's metrics."""
+    roles = build_roles(cfg, inputs, mesh)
+    engine = build_engine(cfg, inputs, roles.actor)
+    per_rank = {"data_rank": mesh.data_rank, "data_size": mesh.size("data")}
+    loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed, **per_rank)
+    guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
+    clock = Clock(mesh.device)
+
+    def step(iteration: int) -> Metrics:
+        prompts = inputs.prompts.batch(loader.local(next(loader)))
+        return ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
+
+    with open_run(cfg, argv, mesh) as writer:
+        metrics = run_steps(cfg.iterations, "PPO", step, "rollout/score_mean", mesh=mesh, writer=writer)
+    save_model(roles.actor, cfg.model_dir, inputs.tokenizer)
+    return metrics
+
+
+def main(cfg: PPOConfig, argv: Sequence[str]) -> int:
+    """`megarlhf ppo`."""
+    inputs = prepare(cfg)
+    return launch.run(lambda: _run(cfg, inputs, argv), cfg.layout, argv)
+
+
+def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str]) -> int:
+    train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+    return 0

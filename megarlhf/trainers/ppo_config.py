@@ -1,0 +1,185 @@
+"""Settings of PPO and the checks they must pass before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from megarlhf.checkpoint.sharded import ModelDescription
+from megarlhf.config import Config
+from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
+from megarlhf.data.rows import DataConfig
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.errors import ConfigError, LayoutError
+from megarlhf.models.optim import OptimConfig
+from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.trainers.settings import (
+    RunConfig,
+    check_batch,
+    check_context,
+    check_tokenizer,
+    checked_model,
+    resolve_tokenizer,
+)
+
+
+class LearnerConfig(Config):
+    """A role that learns."""
+
+    init: str = ""
+    """Where its weights start: a model directory or a preset. Empty for the critic: the reward model."""
+    optim: OptimConfig = OptimConfig()
+    """Its optimiser."""
+
+
+class FrozenConfig(Config):
+    """A role that is only read."""
+
+    init: str = ""
+    """Model directory or preset. Empty for the reference: the actor's start."""
+
+
+class PPOConfig(RunConfig):
+    """`megarlhf ppo`: actor, critic, reference and reward model on the same ranks."""
+
+    actor: LearnerConfig = LearnerConfig()
+    """The policy; `actor.init` is usually the SFT model."""
+    critic: LearnerConfig = LearnerConfig()
+    """The value model. Source of its start, the reward model: Huang et al. 2024."""
+    reference: FrozenConfig = FrozenConfig()
+    """The policy that the KL penalty pulls towards."""
+    reward: FrozenConfig = FrozenConfig()
+    """The model that scores responses."""
+    tokenizer: str = ""
+    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the actor's own."""
+    prompts: DataConfig = DataConfig()
+    """Prompts to roll out: columns prompt and, optionally, answer."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are drawn."""
+    iterations: int = Field(default=100, ge=1)
+    """Rounds of roll out, score, estimate, optimise."""
+    rollout_batch: int = Field(default=512, ge=1)
+    """Rollouts per iteration, over all data ranks. Source: 512 in Huang et al. 2024."""
+    group_size: int = Field(default=1, ge=1)
+    """Responses per prompt; an iteration takes rollout_batch / group_size prompts."""
+    global_batch: int = Field(default=512, ge=1)
+    """Rollouts per optimiser step, over all data ranks; must divide rollout_batch."""
+    ppo_epochs: int = Field(default=4, ge=1)
+    """Passes over an iteration's rollouts. Source: 4 in Huang et al. 2024."""
+    value_warmup_iterations: int = Field(default=0, ge=0)
+    """First iterations in which only the critic learns; the actor's own warm-up is actor.optim.warmup_steps."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Weight of the KL to the reference in the reward, per nat. Source: Huang et al. 2024."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token. Source: Huang et al. 2024."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """Decay of GAE. Source: Huang et al. 2024."""
+    clip_range: float = Field(default=0.2, gt=0)
+    """The ratio is clipped to 1 +- this. Source: Schulman et al. 2017."""
+    value_clip_range: float = Field(default=0.2, gt=0)
+    """Values move at most this far from the old ones, in reward, before the loss ignores them."""
+    missing_eos_score: float | None = -1.0
+    """Score of a response cut at the token limit; null keeps the reward model's. Source: Huang et al. 2024."""
+    score_clip: float = Field(default=float("inf"), gt=0)
+    """Scores are clipped to +- this, in reward, before the penalty."""
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the trained actor goes."""
+        return self.run_dir / "model"
+
+    @property
+    def prompts_per_iteration(self) -> int:
+        """Distinct prompts of one iteration."""
+        return self.rollout_batch // self.group_size
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimiser steps of each learner in one iteration."""
+        return self.ppo_epochs * (self.rollout_batch // self.global_batch)
+
+    @property
+    def reference_init(self) -> str:
+        """Where the reference starts."""
+        return self.reference.init or self.actor.init
+
+    @property
+    def critic_init(self) -> str:
+        """Where the critic starts."""
+        return self.critic.init or self.reward.init
+
+
+@dataclass(frozen=True)
+class PPOInputs:
+    """Everything that was read and checked before a model is built."""
+
+    actor: ModelDescription
+    critic: ModelDescription
+    reference: ModelDescription
+    reward: ModelDescription
+    tokenizer: Tokenizer
+    prompts: PromptSet
+
+
+def prepare(cfg: PPOConfig) -> PPOInputs:
+    """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
+    cfg.check_fresh()
+    for name, init in (("actor.init", cfg.actor.init), ("reward.init", cfg.reward.init)):
+        if not init:
+            raise ConfigError(
+                f"{name} is empty; name a model directory (train one with megarlhf sft and megarlhf reward)."
+            )
+    _check_batches(cfg)
+    models = {
+        name: checked_model(init, cfg.layout, name)
+        for name, init in (
+            ("actor", cfg.actor.init),
+            ("critic", cfg.critic_init),
+            ("reference", cfg.reference_init),
+            ("reward", cfg.reward.init),
+        )
+    }
+    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.actor.init)
+    prompts = load_prompts(cfg.prompts, tokenizer)
+    check_prompt_count(prompts, cfg.prompts_per_iteration)
+    for name, model in models.items():
+        check_tokenizer(tokenizer, model.spec, name)
+        check_context(
+            "the longest prompt + sampling.max_new_tokens", prompts.longest + cfg.sampling.max_new_tokens, model.spec
+        )
+    actor_iterations = cfg.iterations - cfg.value_warmup_iterations
+    cfg.actor.optim.check(actor_iterations * cfg.steps_per_iteration, "actor.optim")
+    cfg.critic.optim.check(cfg.iterations * cfg.steps_per_iteration, "critic.optim")
+    return PPOInputs(**models, tokenizer=tokenizer, prompts=prompts)
+
+
+def _check_batches(cfg: PPOConfig) -> None:
+    if cfg.layout.virtual_pipeline > 1:
+        raise LayoutError(
+            f"layout.virtual_pipeline={cfg.layout.virtual_pipeline}: Megatron-Core's inference engine wants one model chunk "
+            "a rank; set layout.virtual_pipeline=1 for PPO."
+        )
+    if cfg.sampling.temperature == 0:
+        raise ConfigError("sampling.temperature=0 explores nothing; PPO needs a positive temperature.")
+    if cfg.rollout_batch % cfg.group_size:
+        raise ConfigError(
+            f"rollout_batch={cfg.rollout_batch} is not divisible by group_size={cfg.group_size}; change one of them."
+        )
+    if cfg.prompts_per_iteration % cfg.layout.data:
+        raise ConfigError(
+            f"rollout_batch={cfg.rollout_batch} / group_size={cfg.group_size} is {cfg.prompts_per_iteration} prompts, which "
+            f"do not divide over layout.data={cfg.layout.data} ranks; use a multiple of {cfg.layout.data}."
+        )
+    if cfg.rollout_batch % cfg.global_batch:
+        raise ConfigError(
+            f"rollout_batch={cfg.rollout_batch} is not divisible by global_batch={cfg.global_batch}; change one of them."
+        )
+    check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
+    check_batch("rollout_batch", cfg.rollout_batch, cfg.layout, cfg.micro_batch)
+    if cfg.value_warmup_iterations >= cfg.iterations:
+        raise ConfigError(
+            f"value_warmup_iterations={cfg.value_warmup_iterations} leaves none of the {cfg.iterations} iterations to the "
+            "actor; lower it."
+        )

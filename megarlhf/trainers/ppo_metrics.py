@@ -1,0 +1,108 @@
+"""What a PPO iteration reports, each by its formula in observe/metrics.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch import Experience
+from megarlhf.models.role import Role, Update
+from megarlhf.models.roles import Roles
+from megarlhf.observe.clock import Clock
+from megarlhf.observe.metrics import Metrics
+from megarlhf.ops.kl import kl_k1, kl_k3
+from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
+from megarlhf.trainers.ppo_config import PPOConfig
+
+
+def experience_metrics(
+    experience: Experience,
+    scores: Tensor,
+    token_level_rewards: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    *,
+    kl_coef: float,
+) -> Metrics:
+    """Of the global batch, before the optimiser has moved anything. Shapes: scores [B]; the rest [B, T]."""
+    rollout, mask = experience.rollout, experience.rollout.response_mask
+    kl = kl_k1(experience.logprobs, experience.ref_logprobs)
+    gap = (rollout.sampler_logprobs - experience.logprobs).abs()
+    lengths = rollout.response_lengths.float()
+    rows = len(rollout)
+    reference_kl = float(masked_sum(kl, mask)) / rows
+    residual = masked_var(returns - experience.values, mask)
+    spread = masked_var(returns, mask)
+    return {
+        "rollout/score_mean": float(scores.mean()),
+        "rollout/score_std": float(scores.std(correction=0)),
+        "rollout/score_min": float(scores.min()),
+        "rollout/score_max": float(scores.max()),
+        "rollout/reward_mean": float(masked_sum(token_level_rewards, mask)) / rows,
+        "rollout/response_length_mean": float(lengths.mean()),
+        "rollout/response_length_max": float(lengths.max()),
+        "rollout/prompt_length_mean": float(rollout.prompt_lengths.float().mean()),
+        "rollout/truncated_fraction": float((~rollout.terminated).float().mean()),
+        "rollout/sampler_gap_max": float(gap.masked_fill(~mask, 0.0).max()),
+        "rollout/sampler_gap_mean": float(masked_mean(gap, mask)),
+        "rollout/tokens": float(mask.sum()),
+        "kl/reference_mean": reference_kl,
+        "kl/reference_k3_mean": float(masked_sum(kl_k3(experience.logprobs, experience.ref_logprobs), mask)) / rows,
+        "kl/reference_per_token": float(masked_mean(kl, mask)),
+        "kl/penalty_mean": kl_coef * reference_kl,
+        "kl/coef": kl_coef,
+        "policy/advantage_std": float(masked_var(advantages, mask)) ** 0.5,
+        "value/mean": float(masked_mean(experience.values, mask)),
+        "value/return_mean": float(masked_mean(returns, mask)),
+        "value/explained_variance": 1.0 - float(residual) / max(float(spread), 1e-12),
+    }
+
+
+def learner_metrics(actor: Sequence[Update], critic: Sequence[Update]) -> Metrics:
+    """Means over the optimiser steps of an iteration; the first step apart, where the ratio must be 1."""
+    metrics: Metrics = {
+        "value/loss": _mean([update.means.loss for update in critic]),
+        "value/clip_fraction": _mean([update.means.metrics["clip_fraction"] for update in critic]),
+        "value/grad_norm": _mean([update.grad_norm for update in critic]),
+        "value/learning_rate": critic[-1].learning_rate,
+    }
+    if actor:
+        of = {name: [update.means.metrics[name] for update in actor] for name in actor[0].means.metrics}
+        metrics |= {
+            "policy/loss": _mean([update.means.loss for update in actor]),
+            "policy/clip_fraction": _mean(of["clip_fraction"]),
+            "policy/approx_kl": _mean(of["approx_kl"]),
+            "policy/ratio_mean": _mean(of["ratio"]),
+            "policy/entropy_mean": _mean(of["entropy"]),
+            "policy/first_clip_fraction": of["clip_fraction"][0],
+            "policy/first_ratio_gap": abs(of["ratio"][0] - 1.0),
+            "policy/grad_norm": _mean([update.grad_norm for update in actor]),
+            "policy/learning_rate": actor[-1].learning_rate,
+        }
+    return metrics
+
+
+def count_work(clock: Clock, roles: Roles, experience: Experience, cfg: PPOConfig, *, trained: bool) -> None:
+    """Tokens and this device's model FLOPs of the iteration's phases, backward counted as twice forward."""
+    rollout = experience.rollout
+    responses = int(rollout.response_mask.sum())
+    positions = int(rollout.lengths.sum()) - len(rollout)
+    forward = {role.name: _forward_flops(role, rollout.lengths, responses) for role in roles.every}
+    ranks = roles.actor.mesh.layout.world_size
+    learners = forward["critic"] + (forward["actor"] if trained else 0.0)
+    clock.add("rollout", tokens=responses, flops=forward["actor"] / ranks)
+    clock.add("score", tokens=4 * positions, flops=sum(forward.values()) / ranks)
+    learner_passes = cfg.ppo_epochs * (2 if trained else 1)
+    clock.add("optimise", tokens=learner_passes * positions, flops=3 * cfg.ppo_epochs * learners / ranks)
+
+
+def _forward_flops(role: Role, lengths: Tensor, responses: int) -> float:
+    tokens = int(lengths.sum()) - len(lengths)
+    context = float((lengths.float() ** 2).sum()) / 2 / max(tokens, 1)
+    return role.spec.forward_flops(tokens, context, projected=responses if role.head == "language" else 0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).mean())

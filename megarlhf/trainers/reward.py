@@ -1,0 +1,270 @@
+"""Reward models: pairwise (Bradley-Terry), pointwise (binary correctness), or both in one model with a weight.
+
+    L = mean over pairs of -log sigmoid(r(chosen) - r(rejected))  +  pointwise_weight * mean over responses of BCE(r, correct)
+
+Both means are over the whole step, whatever its split: a step is one batch of couples of sequences, each carrying the
+weights that make the mean over couples the formula above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import scipy.stats
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megarlhf.batch import Batch, LabelledResponses, PreferencePairs
+from megarlhf.checkpoint.sharded import ModelDescription, load_model, save_model
+from megarlhf.data.loader import Loader
+from megarlhf.data.preferences import LabelledSet, PreferenceSet, load_labelled, load_preferences
+from megarlhf.data.rows import DataConfig
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.errors import ConfigError
+from megarlhf.models.optim import OptimConfig
+from megarlhf.models.role import SequenceScores, TrainableRole
+from megarlhf.observe.clock import Clock
+from megarlhf.observe.metrics import Metrics
+from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
+from megarlhf.parallel import launch
+from megarlhf.parallel.collectives import gather, own_rows
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.pipeline import Loss
+from megarlhf.trainers.loop import StepGuard, open_run, print_choices, print_memory_plan, role_settings, run_steps
+from megarlhf.trainers.settings import (
+    RunConfig,
+    check_batch,
+    check_context,
+    check_tokenizer,
+    checked_model,
+    resolve_tokenizer,
+)
+
+
+class RewardConfig(RunConfig):
+    """`megarlhf reward`: a reward model from pairs, from judged responses, or from both."""
+
+    model: str = ""
+    """Where the body starts: a model directory (usually the SFT model), or a preset drawn from `seed`."""
+    tokenizer: str = ""
+    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    pairs: DataConfig | None = None
+    """Preference pairs: columns prompt, chosen, rejected, and optionally margin."""
+    labelled: DataConfig | None = None
+    """Judged responses: columns prompt, response, correct (0 to 1)."""
+    heldout: DataConfig | None = None
+    """Judged responses to measure AUC on, and to centre the scores on."""
+    pointwise_weight: float = Field(default=1.0, gt=0)
+    """Weight of the pointwise term. Source: the paper gives none; 1 weighs the terms equally."""
+    pairs_batch: int = Field(default=64, ge=1)
+    """Pairs per optimiser step, over all data ranks; used where `pairs` is set."""
+    labelled_batch: int = Field(default=128, ge=2)
+    """Judged responses per optimiser step, an even number; used where `labelled` is set."""
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    """Optimiser."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the larger of the two data sets; more tend to over-fit. Source: Huang et al. 2024 use 1."""
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the trained model goes."""
+        return self.run_dir / "model"
+
+
+@dataclass(frozen=True, eq=False)
+class Couples(Batch):
+    """Couples of sequences, in rows 2i and 2i + 1: a preference pair, or two judged responses side by side.
+
+    Shapes:   tokens [2C, T+1] int64; lengths [2C]; pair_weight [C] fp32; correct, point_weight [2C] fp32.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    pair_weight: Tensor
+    correct: Tensor
+    point_weight: Tensor
+
+    def __len__(self) -> int:
+        return self.pair_weight.shape[0]
+
+    def rows(self, index: Tensor | slice) -> Couples:
+        """The couples that `index` selects, in its order."""
+        couples = torch.arange(len(self), device=self.tokens.device)[index]
+        both = torch.stack((2 * couples, 2 * couples + 1), dim=1).flatten()
+        return Couples(
+            self.tokens[both], self.lengths[both], self.pair_weight[index], self.correct[both], self.point_weight[both]
+        )
+
+
+def couple(pairs: PreferencePairs | None, labelled: LabelledResponses | None, pointwise_weight: float) -> Couples:
+    """One step's batch, its weights scaled so that the mean over couples is the loss of this module's head."""
+    if pairs is not None and labelled is None:
+        return _from_pairs(pairs, len(pairs))
+    if labelled is not None and pairs is None:
+        return _from_labelled(labelled, len(labelled) // 2, pointwise_weight)
+    if pairs is None or labelled is None:
+        raise ValueError("couple: neither pairs nor labelled responses; give at least one.")
+    count = len(pairs) + len(labelled) // 2
+    width = max(pairs.tokens.shape[1], labelled.tokens.shape[1]) - 1
+    parts = [
+        _from_pairs(pairs, count).padded_to(width),
+        _from_labelled(labelled, count, pointwise_weight).padded_to(width),
+    ]
+    return Couples(*[torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])])
+
+
+def _from_pairs(pairs: PreferencePairs, couples: int) -> Couples:
+    unjudged = torch.zeros(2 * len(pairs))
+    weight = pairs.weight * (couples / float(pairs.weight.sum()))
+    return Couples(pairs.tokens, pairs.lengths, weight, unjudged, unjudged)
+
+
+def _from_labelled(labelled: LabelledResponses, couples: int, pointwise_weight: float) -> Couples:
+    weight = labelled.weight * (pointwise_weight * couples / float(labelled.weight.sum()))
+    return Couples(labelled.tokens, labelled.lengths, torch.zeros(len(labelled) // 2), labelled.correct, weight)
+
+
+def judgement_loss(role: TrainableRole, cfg: RewardConfig) -> Loss:
+    """Pairwise plus pointwise loss over couples."""
+
+    def loss(hidden: Tensor, rows: Couples) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        scores = role.reading(role.model, hidden, rows)
+        metrics: dict[str, Tensor] = {}
+        total = scores.new_zeros(())
+        if cfg.pairs is not None:
+            pairwise, _, seen = bradley_terry_loss(scores[0::2], scores[1::2], rows.pair_weight)
+            total = total + pairwise
+            metrics["pairwise_loss"], metrics["pair_accuracy"] = pairwise.detach(), seen["accuracy"]
+            metrics["margin_mean"] = seen["score_gap"]
+        if cfg.labelled is not None:
+            # The weights carry pointwise_weight; the metrics are reported without it.
+            pointwise, _, seen = pointwise_loss(scores, rows.correct, rows.point_weight)
+            total = total + pointwise
+            metrics["pointwise_loss"] = pointwise.detach() / cfg.pointwise_weight
+            metrics["accuracy"] = seen["accuracy"] / cfg.pointwise_weight
+        return total, torch.tensor(len(rows), device=scores.device), metrics
+
+    return loss
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    """Everything that was read and checked before a model is built."""
+
+    model: ModelDescription
+    tokenizer: Tokenizer
+    pairs: PreferenceSet | None
+    labelled: LabelledSet | None
+    heldout: LabelledSet | None
+    steps: int
+
+
+def prepare(cfg: RewardConfig) -> RewardInputs:
+    """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
+    cfg.check_fresh()
+    if cfg.pairs is None and cfg.labelled is None:
+        raise ConfigError(
+            "reward model without data: pairs and labelled are both unset; set pairs.source or labelled.source."
+        )
+    if cfg.labelled_batch % 2:
+        raise ConfigError(
+            f"labelled_batch={cfg.labelled_batch} is odd; responses travel two by two, use an even number."
+        )
+    model = checked_model(cfg.model, cfg.layout, "model")
+    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
+    check_tokenizer(tokenizer, model.spec, "model")
+    pairs = load_preferences(cfg.pairs, tokenizer) if cfg.pairs else None
+    labelled = load_labelled(cfg.labelled, tokenizer) if cfg.labelled else None
+    heldout = load_labelled(cfg.heldout, tokenizer) if cfg.heldout else None
+    couples = (cfg.pairs_batch if pairs else 0) + (cfg.labelled_batch // 2 if labelled else 0)
+    check_batch("pairs_batch + labelled_batch / 2", couples, cfg.layout, cfg.micro_batch)
+    batches = [(pairs, cfg.pairs_batch), (labelled, cfg.labelled_batch)]
+    for rows, batch in batches:
+        if rows is not None:
+            check_context("the longest row", rows.longest, model.spec)
+            Loader(len(rows), batch, seed=cfg.seed)
+    steps = max(round(cfg.epochs * len(rows) / batch) for rows, batch in batches if rows is not None)
+    cfg.optim.check(max(1, steps), "optim")
+    return RewardInputs(model, tokenizer, pairs, labelled, heldout, max(1, steps))
+
+
+def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
+    """`megarlhf reward`."""
+    inputs = prepare(cfg)
+    return launch.run(lambda: _run(cfg, inputs, argv), cfg.layout, argv)
+
+
+def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> int:
+    train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+    return 0
+
+
+def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
+    """Train, measure on held-out responses, centre and save. Collective; returns the last metrics."""
+    settings = role_settings(cfg, mesh)
+    role = TrainableRole("reward model", inputs.model.spec, "scalar", SequenceScores(), settings, mesh)
+    load_model(role, cfg.model, seed=cfg.seed)
+    role.prepare(cfg.optim, inputs.steps)
+    print_choices(settings.compute, mesh)
+    print_memory_plan([role], mesh)
+    pairs, labelled = inputs.pairs, inputs.labelled
+    pair_loader = Loader(len(pairs), cfg.pairs_batch, seed=cfg.seed) if pairs else None
+    point_loader = Loader(len(labelled), cfg.labelled_batch, seed=cfg.seed) if labelled else None
+    guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
+    clock = Clock(mesh.device)
+
+    def step(index: int) -> Metrics:
+        with clock("train"):
+            batch = couple(
+                pairs.batch(next(pair_loader)) if pairs and pair_loader else None,
+                labelled.batch(next(point_loader)) if labelled and point_loader else None,
+                cfg.pointwise_weight,
+            )
+            batch = own_rows(batch, mesh).to(mesh.device)
+            update = role.update(batch, judgement_loss(role, cfg))
+        guard.check("reward", update, batch, index)
+        return {
+            "reward/loss": update.means.loss,
+            **{f"reward/{name}": value for name, value in update.means.metrics.items()},
+            "reward/grad_norm": update.grad_norm,
+            "reward/learning_rate": update.learning_rate,
+            "train/skipped_steps": guard.skipped,
+            **clock.metrics(),
+        }
+
+    with open_run(cfg, argv, mesh) as writer:
+        metrics = run_steps(inputs.steps, "reward model", step, "reward/loss", mesh=mesh, writer=writer)
+        if inputs.heldout is not None:
+            metrics = {**metrics, **measure(role, inputs.heldout)}
+            if writer is not None:
+                writer.log(metrics, inputs.steps)
+    save_model(role, cfg.model_dir, inputs.tokenizer, score_offset=metrics.get("reward/centre", 0.0))
+    return metrics
+
+
+def measure(role: TrainableRole, heldout: LabelledSet) -> Metrics:
+    """Separation of right from wrong held-out responses, and the mean score that references are centred on.
+
+    Ranks:    collective; equal on every rank. Source of the centring: Huang et al. 2024, SFT references score 0.
+    """
+    mesh = role.mesh
+    every = heldout.batch(torch.arange(len(heldout)))
+    scores = gather(
+        role.score(
+            every.rows(torch.arange(len(heldout)).tensor_split(mesh.size("data"))[mesh.data_rank]).to(mesh.device)
+        ),
+        mesh,
+        "data",
+    ).cpu()
+    right = every.correct > 0.5
+    metrics = {"reward/score_mean": float(scores.mean()), "reward/score_std": float(scores.std())}
+    if 0 < int(right.sum()) < len(right):
+        # AUC is the Mann-Whitney statistic over all right-wrong couples.
+        statistic = scipy.stats.mannwhitneyu(scores[right].numpy(), scores[~right].numpy()).statistic
+        metrics["reward/auc"] = float(statistic) / (int(right.sum()) * int((~right).sum()))
+        metrics["reward/score_right_mean"] = float(scores[right].mean())
+        metrics["reward/score_wrong_mean"] = float(scores[~right].mean())
+    return {**metrics, "reward/centre": metrics["reward/score_mean"]}

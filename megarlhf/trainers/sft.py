@@ -1,0 +1,140 @@
+"""Supervised fine-tuning: next-token prediction on the response tokens of demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megarlhf.batch import TokenBatch
+from megarlhf.checkpoint.sharded import ModelDescription, load_model, save_model
+from megarlhf.data.loader import Loader
+from megarlhf.data.rows import DataConfig
+from megarlhf.data.sft import SftSet, load_sft
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.models.optim import OptimConfig
+from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.observe.clock import Clock
+from megarlhf.observe.metrics import Metrics
+from megarlhf.ops.masked import masked_sum
+from megarlhf.parallel import launch
+from megarlhf.parallel.collectives import own_rows
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.pipeline import Loss
+from megarlhf.trainers.loop import StepGuard, open_run, print_choices, print_memory_plan, role_settings, run_steps
+from megarlhf.trainers.settings import (
+    RunConfig,
+    check_batch,
+    check_context,
+    check_tokenizer,
+    checked_model,
+    resolve_tokenizer,
+)
+
+
+class SftConfig(RunConfig):
+    """`megarlhf sft`: a language model from demonstrations."""
+
+    model: str = "tiny-s"
+    """Where the weights start: a model directory (Hugging Face or megarlhf), or a preset drawn from `seed`."""
+    tokenizer: str = ""
+    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    data: DataConfig = DataConfig()
+    """Demonstrations: columns prompt and response, or messages."""
+    optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine")
+    """Optimiser. Source of the rate: Llama 3's SFT."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data."""
+    global_batch: int = Field(default=64, ge=1)
+    """Demonstrations per optimiser step, over all data ranks."""
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the trained model goes."""
+        return self.run_dir / "model"
+
+
+@dataclass(frozen=True)
+class SftInputs:
+    """Everything that was read and checked before a model is built."""
+
+    model: ModelDescription
+    tokenizer: Tokenizer
+    rows: SftSet
+    steps: int
+
+
+def prepare(cfg: SftConfig) -> SftInputs:
+    """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
+    cfg.check_fresh()
+    model = checked_model(cfg.model, cfg.layout, "model")
+    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
+    check_tokenizer(tokenizer, model.spec, "model")
+    check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
+    rows = load_sft(cfg.data, tokenizer)
+    check_context("the longest row", rows.longest, model.spec)
+    Loader(len(rows), cfg.global_batch, seed=cfg.seed)
+    steps = max(1, round(cfg.epochs * len(rows) / cfg.global_batch))
+    cfg.optim.check(steps, "optim")
+    return SftInputs(model, tokenizer, rows, steps)
+
+
+def main(cfg: SftConfig, argv: Sequence[str]) -> int:
+    """`megarlhf sft`."""
+    inputs = prepare(cfg)
+    return launch.run(lambda: _run(cfg, inputs, argv), cfg.layout, argv)
+
+
+def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> int:
+    train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+    return 0
+
+
+def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
+    """Train and save the model to `cfg.model_dir`. Collective; returns the last step's metrics."""
+    settings = role_settings(cfg, mesh)
+    role = TrainableRole("model", inputs.model.spec, "language", LabelLogprobs(1.0), settings, mesh)
+    load_model(role, cfg.model, seed=cfg.seed)
+    role.prepare(cfg.optim, inputs.steps)
+    print_choices(settings.compute, mesh)
+    print_memory_plan([role], mesh)
+    loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
+    guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
+    clock = Clock(mesh.device)
+
+    def step(index: int) -> Metrics:
+        with clock("train"):
+            batch = own_rows(inputs.rows.batch(next(loader)), mesh).to(mesh.device)
+            update = role.update(batch, next_token_loss(role))
+        guard.check("model", update, batch, index)
+        clock.add("train", tokens=update.means.count)
+        return {
+            "sft/loss": update.means.loss,
+            "sft/tokens": update.means.count,
+            "sft/grad_norm": update.grad_norm,
+            "sft/learning_rate": update.learning_rate,
+            "train/epoch": loader.epoch,
+            "train/skipped_steps": guard.skipped,
+            **clock.metrics(),
+        }
+
+    with open_run(cfg, argv, mesh) as writer:
+        metrics = run_steps(inputs.steps, "SFT", step, "sft/loss", mesh=mesh, writer=writer)
+    save_model(role, cfg.model_dir, inputs.tokenizer)
+    return metrics
+
+
+def next_token_loss(role: TrainableRole) -> Loss:
+    """-log p(label), summed over supervised tokens."""
+
+    def loss(hidden: Tensor, rows: TokenBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logprobs, _ = role.model.label_logprobs(
+            hidden, rows.labels, rows.loss_mask, temperature=1.0, with_entropy=False
+        )
+        return -masked_sum(logprobs, rows.loss_mask), torch.sum(rows.loss_mask), {}
+
+    return loss
