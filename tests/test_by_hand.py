@@ -54,11 +54,11 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 
 def test_the_score_rises():
-    """From a careless writer's to well above it in six iterations (three seeds ended 0.14 to 0.20 higher)."""
-    history = by_hand.train(by_hand.Settings(iterations=7, rollout_batch=128), log_every=0)
+    """From a careless writer's to well above it in seven updates (seeds 1, 2, 3 gained 0.22, 0.26, 0.27)."""
+    history = by_hand.train(by_hand.Settings(iterations=8), log_every=0)
     assert history[0]["kl"] == 0.0  # the actor is still its reference
     assert history[-1]["kl"] > 0.1
-    assert history[-1]["score"] > history[0]["score"] + 0.1
+    assert history[-1]["score"] > history[0]["score"] + 0.15
 
 
 def test_the_case_is_not_trivial(case):
