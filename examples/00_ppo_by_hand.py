@@ -335,7 +335,7 @@ def ppo_step(
 # 8. The loop.
 
 
-def ppo_iteration(
+def one_iteration(
     models: tuple[LlamaForCausalLM, LlamaForCausalLM, Critic],
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
     settings: Settings,
@@ -380,7 +380,7 @@ def train(settings: Settings, *, log_every: int = 5) -> list[dict[str, float]]:
     )
     history = []
     for iteration in range(settings.iterations):
-        metrics = ppo_iteration((actor, reference, critic), optimizers, settings, generator)
+        metrics = one_iteration((actor, reference, critic), optimizers, settings, generator)
         history.append(metrics)
         if log_every and (iteration % log_every == 0 or iteration == settings.iterations - 1):
             print(f"{iteration:3d}  " + "  ".join(f"{name} {value:6.3f}" for name, value in metrics.items()))
