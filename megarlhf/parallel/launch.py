@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -25,17 +26,20 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from megarlhf.errors import LayoutError, MegarlhfError
 from megarlhf.parallel.layout import ParallelLayout
 
+T = TypeVar("T")
+
 BAD_INPUT = 2
 """Exit code of a run that stopped because of what the user gave it."""
 FAILURES = "MEGARLHF_FAILURES"
 """Environment variable: the directory in which a launched rank writes why it failed."""
 
 
-def run(main: Callable[[], int], layout: ParallelLayout, argv: Sequence[str]) -> int:
-    """Run `main` on every rank of `layout` and return the exit code.
+def run(prepare: Callable[[], T], work: Callable[[T], object], layout: ParallelLayout, argv: Sequence[str]) -> int:
+    """Run `work(prepare())` on every rank of `layout` and return the exit code.
 
-    In a process that torchrun, Slurm or this function started, `main` runs here. Otherwise `megarlhf ARGV` is started
-    once a rank on this machine; a layout of one rank needs no other process.
+    In a process that torchrun, Slurm or this function started, both run here. Otherwise `megarlhf ARGV` is started once
+    a rank on this machine, after `prepare` has found no fault with the input here; a layout of one rank needs no other
+    process.
 
     Raises:   LayoutError when the ranks present, or the GPUs of this machine, are not those the layout needs.
     """
@@ -43,15 +47,17 @@ def run(main: Callable[[], int], layout: ParallelLayout, argv: Sequence[str]) ->
     _adopt_slurm()
     if "RANK" in os.environ:
         layout.check_world(int(os.environ["WORLD_SIZE"]))
-        return _run_rank(main)
+        return _run_rank(lambda: work(prepare()))
     if layout.world_size == 1:
-        return main()
+        work(prepare())
+        return 0
     gpus = torch.cuda.device_count()
     if 0 < gpus < layout.world_size:
         raise LayoutError(
             f"layout needs {layout.world_size} ranks but this machine has {gpus} GPUs; shrink the layout, or start the "
             "ranks on several machines with torchrun or srun."
         )
+    prepare()
     return _start_ranks(layout.world_size, argv)
 
 
@@ -103,9 +109,10 @@ def _report_first_failure(error: ChildFailedError, directory: Path) -> int:
     return first["exit_code"]
 
 
-def _run_rank(main: Callable[[], int]) -> int:
+def _run_rank(work: Callable[[], object]) -> int:
     try:
-        return main()
+        work()
+        return 0
     except Exception as error:
         bad_input = isinstance(error, MegarlhfError)
         rank = os.environ["RANK"]

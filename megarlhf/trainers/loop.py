@@ -11,15 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megarlhf.batch import Batch
 from megarlhf.errors import TrainingError
-from megarlhf.models.compute import Compute, resolve
-from megarlhf.models.role import Role, RoleSettings, Update
+from megarlhf.models.role import Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.writers import RunWriter, write_provenance
@@ -100,37 +97,3 @@ def open_run(cfg: RunConfig, argv: Sequence[str], mesh: Mesh) -> Iterator[RunWri
     write_provenance(cfg.run_dir, cfg, argv)
     with RunWriter(cfg.run_dir, tensorboard=cfg.tensorboard, wandb=cfg.wandb) as writer:
         yield writer
-
-
-def role_settings(cfg: RunConfig, mesh: Mesh) -> RoleSettings:
-    """What the run's settings mean for its roles on this machine."""
-    return RoleSettings(compute=resolve(cfg.compute, mesh.device), micro_batch=cfg.micro_batch, offload=cfg.offload)
-
-
-def print_choices(compute: Compute, mesh: Mesh) -> None:
-    """Say once, on rank 0, which implementation each part uses and why."""
-    table = Table(title="what this run uses", title_justify="left")
-    for column in ("part", "implementation", "why"):
-        table.add_column(column)
-    for choice in compute.choices:
-        table.add_row(choice.part, choice.implementation, choice.reason)
-    _console(mesh).print(table)
-
-
-def print_memory_plan(roles: Sequence[Role], mesh: Mesh) -> None:
-    """Say, on rank 0, how many bytes each role's parts take on one rank."""
-    table = Table(title=f"memory on rank 0 ({mesh.layout.world_size} ranks)", title_justify="left")
-    for column in ("role", "weights", "gradients", "optimiser state*"):
-        table.add_column(column, justify="left" if column == "role" else "right")
-    for role in roles:
-        table.add_row(role.name, *[_mebibytes(size) for size in role.planned_bytes()])
-    table.caption = "* allocated at the first step"
-    _console(mesh).print(table)
-
-
-def _console(mesh: Mesh) -> Console:
-    return Console(stderr=True, quiet=not mesh.is_main)
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size else "-"

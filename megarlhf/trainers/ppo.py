@@ -26,7 +26,8 @@ from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.trainers.loop import StepGuard, open_run, print_choices, print_memory_plan, role_settings, run_steps
+from megarlhf.runtime.roles import print_choices, print_memory_plan, role_settings
+from megarlhf.trainers.loop import StepGuard, open_run, run_steps
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, prepare
 from megarlhf.trainers.ppo_metrics import count_work, experience_metrics, learner_metrics
 
@@ -43,7 +44,7 @@ def ppo_iteration(
     guard: StepGuard,
     clock: Clock,
 ) -> Metrics:
-    """Roll out, score, estimate, optimise: once. Collective: every rank calls it with its own prompts, same iteration."""
+    """Roll out, score, estimate, optimise: once. Collective: every rank calls it with its prompts, same iteration."""
     mesh = roles.actor.mesh
     # 1. Roll out. Only the actor is resident, so the KV cache may have the rest of the memory.
     with clock("rollout"), roles.actor.resident("weights"):
@@ -197,10 +198,8 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
 
 def main(cfg: PPOConfig, argv: Sequence[str]) -> int:
     """`megarlhf ppo`."""
-    inputs = prepare(cfg)
-    return launch.run(lambda: _run(cfg, inputs, argv), cfg.layout, argv)
+    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
 
 
-def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str]) -> int:
+def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str]) -> None:
     train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
-    return 0

@@ -15,14 +15,14 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, LayoutError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.trainers.settings import (
-    RunConfig,
+from megarlhf.runtime.checks import (
     check_batch,
     check_context,
     check_tokenizer,
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.trainers.settings import RunConfig
 
 
 class LearnerConfig(Config):
@@ -158,8 +158,8 @@ def prepare(cfg: PPOConfig) -> PPOInputs:
 def _check_batches(cfg: PPOConfig) -> None:
     if cfg.layout.virtual_pipeline > 1:
         raise LayoutError(
-            f"layout.virtual_pipeline={cfg.layout.virtual_pipeline}: Megatron-Core's inference engine wants one model chunk "
-            "a rank; set layout.virtual_pipeline=1 for PPO."
+            f"layout.virtual_pipeline={cfg.layout.virtual_pipeline} cannot roll out: Megatron-Core's inference engine "
+            "wants one model chunk a rank; set layout.virtual_pipeline=1 for PPO."
         )
     if cfg.sampling.temperature == 0:
         raise ConfigError("sampling.temperature=0 explores nothing; PPO needs a positive temperature.")
@@ -169,17 +169,18 @@ def _check_batches(cfg: PPOConfig) -> None:
         )
     if cfg.prompts_per_iteration % cfg.layout.data:
         raise ConfigError(
-            f"rollout_batch={cfg.rollout_batch} / group_size={cfg.group_size} is {cfg.prompts_per_iteration} prompts, which "
-            f"do not divide over layout.data={cfg.layout.data} ranks; use a multiple of {cfg.layout.data}."
+            f"rollout_batch={cfg.rollout_batch} / group_size={cfg.group_size} is {cfg.prompts_per_iteration} prompts, "
+            f"which do not divide over layout.data={cfg.layout.data} ranks; use a multiple of {cfg.layout.data}."
         )
     if cfg.rollout_batch % cfg.global_batch:
         raise ConfigError(
-            f"rollout_batch={cfg.rollout_batch} is not divisible by global_batch={cfg.global_batch}; change one of them."
+            f"rollout_batch={cfg.rollout_batch} is not divisible by global_batch={cfg.global_batch}; "
+            "change one of them."
         )
     check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
     check_batch("rollout_batch", cfg.rollout_batch, cfg.layout, cfg.micro_batch)
     if cfg.value_warmup_iterations >= cfg.iterations:
         raise ConfigError(
-            f"value_warmup_iterations={cfg.value_warmup_iterations} leaves none of the {cfg.iterations} iterations to the "
-            "actor; lower it."
+            f"value_warmup_iterations={cfg.value_warmup_iterations} leaves none of the iterations={cfg.iterations} to "
+            f"the actor; set value_warmup_iterations below {cfg.iterations}."
         )

@@ -1,6 +1,7 @@
 """Reward models: pairwise (Bradley-Terry), pointwise (binary correctness), or both in one model with a weight.
 
-    L = mean over pairs of -log sigmoid(r(chosen) - r(rejected))  +  pointwise_weight * mean over responses of BCE(r, correct)
+    L = mean over pairs of -log sigmoid(r(chosen) - r(rejected))
+        + pointwise_weight * mean over responses of BCE(r, correct)
 
 Both means are over the whole step, whatever its split: a step is one batch of couples of sequences, each carrying the
 weights that make the mean over couples the formula above.
@@ -33,15 +34,16 @@ from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import gather, own_rows
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
-from megarlhf.trainers.loop import StepGuard, open_run, print_choices, print_memory_plan, role_settings, run_steps
-from megarlhf.trainers.settings import (
-    RunConfig,
+from megarlhf.runtime.checks import (
     check_batch,
     check_context,
     check_tokenizer,
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.roles import print_choices, print_memory_plan, role_settings
+from megarlhf.trainers.loop import StepGuard, open_run, run_steps
+from megarlhf.trainers.settings import RunConfig
 
 
 class RewardConfig(RunConfig):
@@ -193,13 +195,11 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
 
 def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
     """`megarlhf reward`."""
-    inputs = prepare(cfg)
-    return launch.run(lambda: _run(cfg, inputs, argv), cfg.layout, argv)
+    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
 
 
-def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> int:
+def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> None:
     train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
-    return 0
 
 
 def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:

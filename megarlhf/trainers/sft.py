@@ -25,15 +25,16 @@ from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
-from megarlhf.trainers.loop import StepGuard, open_run, print_choices, print_memory_plan, role_settings, run_steps
-from megarlhf.trainers.settings import (
-    RunConfig,
+from megarlhf.runtime.checks import (
     check_batch,
     check_context,
     check_tokenizer,
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.roles import print_choices, print_memory_plan, role_settings
+from megarlhf.trainers.loop import StepGuard, open_run, run_steps
+from megarlhf.trainers.settings import RunConfig
 
 
 class SftConfig(RunConfig):
@@ -85,13 +86,11 @@ def prepare(cfg: SftConfig) -> SftInputs:
 
 def main(cfg: SftConfig, argv: Sequence[str]) -> int:
     """`megarlhf sft`."""
-    inputs = prepare(cfg)
-    return launch.run(lambda: _run(cfg, inputs, argv), cfg.layout, argv)
+    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
 
 
-def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> int:
+def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> None:
     train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
-    return 0
 
 
 def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:

@@ -1,0 +1,1 @@
+"""What every command that builds models shares, whether it trains them or only reads them: settings, checks, tables."""
