@@ -57,8 +57,21 @@ def test_padding_changes_no_mask_and_cat_keeps_rows():
     assert both.response_mask.sum(dim=1).tolist() == [1, 2, 1, 2, 3]
     assert torch.equal(both.sampler_logprobs[:2, :4], short.sampler_logprobs)
     assert not both.sampler_logprobs[:2, 4:].any()
-    with pytest.raises(ValueError, match="T is 8, asked for 3"):
+    with pytest.raises(ValueError, match="tokens has width 9, asked for 4"):
         long.padded_to(3)
+
+
+def test_trimming_undoes_padding_in_every_field():
+    experience = an_experience()
+    back = experience.padded_to(12).trimmed(7)
+    for before, after in ((experience, back), (experience.rollout, back.rollout)):
+        for name, value in vars(before).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(vars(after)[name], value)
+    assert back.rollout.answers == experience.rollout.answers
+    pairs = PreferencePairs(torch.ones(4, 3, dtype=torch.int64), torch.full((4,), 2), torch.ones(2))
+    assert pairs.trimmed(1).tokens.shape == (4, 2)
+    assert pairs.padded_to(5).weight.shape == (2,)
 
 
 @pytest.mark.parametrize("index", [torch.tensor([3, 0, 3]), slice(1, 3), torch.tensor([], dtype=torch.int64)])
