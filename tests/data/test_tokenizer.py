@@ -186,3 +186,12 @@ def test_code_in_the_directory_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="own Python code is not supported"):
         load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_settings_in_the_file_neither_cut_nor_pad(tmp_path: Path) -> None:
+    tiny().save(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=20)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("The answer is 5.") == tiny().encode("The answer is 5.")
