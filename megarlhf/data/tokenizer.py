@@ -65,7 +65,7 @@ class Tokenizer:
                 "learn to stop; set another pad_token in tokenizer_config.json."
             )
         self._fast = fast
-        # The Rust tokenizer itself: less than half of the wrapper's time per row. Files may ask it to cut or pad; rows decide.
+        # The Rust tokenizer itself, in half the wrapper's time. Its file may ask it to cut or pad: never here.
         self._backend = fast.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
