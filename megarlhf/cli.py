@@ -30,8 +30,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command(
         "the whole pipeline on a laptop: data, SFT, reward model, PPO, evaluation, report",
-        "megarlhf.trainers.demo:DemoConfig",
-        "megarlhf.trainers.demo:main",
+        "megarlhf.demo:DemoConfig",
+        "megarlhf.demo:main",
     ),
     "sft": Command("supervised fine-tuning", "megarlhf.trainers.sft:SftConfig", "megarlhf.trainers.sft:main"),
     "reward": Command(
@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except MegarlhfError as error:
-        sys.stderr.write(f"{_who()}{error}\n")
+        # The ranks of a machine read the same settings: one of them says what is wrong.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"{_who()}{error}\n")
         return FAILED if isinstance(error, TrainingError) else BAD_INPUT
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
