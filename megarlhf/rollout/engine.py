@@ -18,8 +18,9 @@ from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 from torch import Tensor
 
 from megarlhf.batch import Prompts, Rollout
-from megarlhf.errors import DataError, LayoutError
+from megarlhf.errors import ConfigError, DataError, LayoutError
 from megarlhf.models.spec import ModelSpec
+from megarlhf.parallel.collectives import all_reduce
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.context import HostContext, RolloutContext
 from megarlhf.rollout.controller import Ledger, RolloutController
@@ -32,6 +33,8 @@ PREFILL_TOKENS = 16_384
 """Prompt tokens that may enter one step; bounds the memory of its activations. Source: Megatron-Core's default."""
 CUDA_BLOCK_TOKENS = 256
 """Tokens in a block of the KV cache. Source: flash-attn's paged kernels want multiples of 256."""
+CUDA_MEMORY_SHARE = 0.8
+"""Share of the free memory that the KV cache may take; the rest is for the activations of prefills."""
 CUDA_GRAPHS = 16
 """Batch sizes, evenly spaced, for which decoding is captured. Source: Megatron-LM's default."""
 
@@ -41,7 +44,7 @@ class RolloutEngine:
 
     model: the actor, a GPTModel of `spec` on `mesh`. eos_id: ends a response. pad_id: fills rows to the right.
     max_sequence_length: prompt plus response never get longer, in tokens. max_requests: rows decoded at once, for which
-    the KV cache is allocated; further rows wait until some have finished.
+    the KV cache is allocated; on a GPU no more than its free memory holds. Further rows wait until some have finished.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class RolloutEngine:
         eos_id: int,
         pad_id: int,
         max_sequence_length: int,
-        max_requests: int = 256,
+        max_requests: int = 512,
     ) -> None:
         if mesh.layout.virtual_pipeline > 1:
             raise LayoutError(
@@ -100,9 +103,9 @@ class RolloutEngine:
     def _engine(self, rows: Prompts, ledger: Ledger, sampling: SamplingConfig) -> Iterator[_Engine]:
         """An engine with every prompt waiting; its cache is given back on exit."""
         tensor = self.mesh.layout.tensor
-        # Sequence parallelism splits a step's rows evenly over the tensor ranks.
-        max_requests = -(-min(self.max_requests, len(rows)) // tensor) * tensor
         width = ledger.tokens.shape[1]
+        # Sequence parallelism splits a step's rows evenly over the tensor ranks.
+        max_requests = -(-min(self.max_requests, len(rows), self._rows_that_fit(width)) // tensor) * tensor
         requests = _requests(rows, max_requests)
         context = self._context({row: count for row, count, _ in requests}, max_requests, width)
         config = InferenceWrapperConfig(
@@ -126,28 +129,51 @@ class RolloutEngine:
         finally:
             engine.release()
 
+    @property
+    def _block_tokens(self) -> int | None:
+        """Tokens in a block of the cache; None where a block holds a whole sequence."""
+        return None if self.mesh.device.type == "cpu" else CUDA_BLOCK_TOKENS
+
+    @property
+    def _bytes_per_token(self) -> int:
+        """Keys and values of one token in this rank's layers and heads."""
+        heads = self.spec.kv_heads // self.mesh.layout.tensor
+        return 2 * len(self.model.decoder.layers) * heads * self.spec.head_dim * self.model.config.params_dtype.itemsize
+
+    def _rows_that_fit(self, width: int) -> int:
+        """Rows of `width` tokens for which every rank of this model copy has memory."""
+        block = self._block_tokens
+        if block is None:
+            return self.max_requests
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        bytes_per_row = -(-width // block) * block * self._bytes_per_token
+        fit = torch.tensor(int(CUDA_MEMORY_SHARE * free) // bytes_per_row - 1, device=self.mesh.device)
+        rows = int(all_reduce(fit, self.mesh, "model", "min"))
+        if rows < 1:
+            raise ConfigError(
+                f"KV cache: two rows of {width} tokens need {2 * bytes_per_row / 2**30:.1f} GiB and "
+                f"{free / 2**30:.1f} GiB are free; shorten the responses, offload the other roles or raise layout.tensor."
+            )
+        return rows
+
     def _context(self, samples: dict[int, int], max_requests: int, width: int) -> RolloutContext:
-        on_host = self.mesh.device.type == "cpu"
-        block = width if on_host else CUDA_BLOCK_TOKENS
-        layers = len(self.model.decoder.layers)
-        bytes_per_token = (
-            2 * layers * self.spec.kv_heads // self.mesh.layout.tensor * self.spec.head_dim
-        ) * self.model.config.params_dtype.itemsize
-        # One more block, which padding writes to; half of one, against rounding in GiB.
+        block = self._block_tokens or width
+        # One block more, which padding writes to; and half of one, against rounding in GiB.
         blocks = max_requests * -(-width // block) + 1.5
         options: dict[str, Any] = {
             "samples": samples,
             "params_dtype": self.model.config.params_dtype,
-            "num_layers": layers,
+            "num_layers": len(self.model.decoder.layers),
             "kv_channels": self.spec.head_dim,
             "num_attention_heads": self.spec.kv_heads,
             "max_sequence_length": width,
             "max_requests": max_requests,
             "max_tokens": max(PREFILL_TOKENS, width, max_requests),
-            "buffer_size_gb": blocks * block * bytes_per_token / 2**30,
+            "buffer_size_gb": blocks * block * self._bytes_per_token / 2**30,
             "pg_collection": self.mesh.groups,
         }
-        if on_host:
+        if self._block_tokens is None:
             return HostContext(**options)
         graphs = CUDA_GRAPHS if self.model.config.cuda_graph_impl == "local" else None
         return RolloutContext(

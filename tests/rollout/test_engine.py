@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megarlhf.errors import DataError, LayoutError
+from megarlhf.errors import ConfigError, DataError, LayoutError
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.offload import resident_bytes
@@ -36,7 +36,7 @@ def roll(layout: ParallelLayout, sampling: SamplingConfig, seed: int, max_reques
 
 @pytest.fixture(scope="module")
 def reference() -> tuple:
-    return run_ranks(roll, 1, ParallelLayout(), SAMPLING, 7, 256)[0]
+    return run_ranks(roll, 1, ParallelLayout(), SAMPLING, 7, 512)[0]
 
 
 LAYOUTS = [
@@ -50,7 +50,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_and_rank_gives_the_same_rollout(layout: ParallelLayout, reference: tuple) -> None:
-    ranks = run_ranks(roll, layout.world_size, layout, SAMPLING, 7, 256)
+    ranks = run_ranks(roll, layout.world_size, layout, SAMPLING, 7, 512)
     for tokens, lengths, terminated, logprobs, gap in ranks:
         assert torch.equal(tokens, reference[0])
         assert torch.equal(lengths, reference[1])
@@ -77,8 +77,8 @@ def test_waiting_works_on_split_models_too(reference: tuple) -> None:
 
 
 def test_the_seed_decides(reference: tuple) -> None:
-    again = run_ranks(roll, 1, ParallelLayout(), SAMPLING, 7, 256)[0]
-    other = run_ranks(roll, 1, ParallelLayout(), SAMPLING, 8, 256)[0]
+    again = run_ranks(roll, 1, ParallelLayout(), SAMPLING, 7, 512)[0]
+    other = run_ranks(roll, 1, ParallelLayout(), SAMPLING, 8, 512)[0]
     assert torch.equal(again[0], reference[0])
     assert torch.equal(again[3], reference[3])
     width = min(other[0].shape[1], reference[0].shape[1])
@@ -215,27 +215,43 @@ def test_the_cache_is_given_back() -> None:
     assert after == before
 
 
-def roll_as_on_a_gpu(block: int) -> tuple:
-    """The geometry that GPUs use: blocks shorter than a sequence, handed out in any order."""
+def roll_as_on_a_gpu(block: int, free: int) -> tuple | str:
+    """The geometry that GPUs use: blocks shorter than a sequence, handed out in any order, as many as memory holds."""
     role = actor(ParallelLayout())
     on_gpu = dataclasses.replace(role.mesh, device=torch.device("cuda"))
-    sampler = RolloutEngine(role.model, SPEC, on_gpu, eos_id=EOS, pad_id=PAD, max_sequence_length=40, max_requests=7)
-    usual = engine_module.CUDA_BLOCK_TOKENS
-    engine_module.CUDA_BLOCK_TOKENS = block
-    try:
-        return as_tensors(sampler.generate(prompts(), SAMPLING, seed=7, group_size=SAMPLES))
-    finally:
-        engine_module.CUDA_BLOCK_TOKENS = usual
+    sampler = RolloutEngine(role.model, SPEC, on_gpu, eos_id=EOS, pad_id=PAD, max_sequence_length=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "CUDA_BLOCK_TOKENS", block)
+        patch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * 2**30))
+        try:
+            return as_tensors(sampler.generate(prompts(), SAMPLING, seed=7, group_size=SAMPLES))
+        except ConfigError as error:
+            return str(error)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
 @pytest.mark.parametrize("block", [4, 256])
-def test_short_blocks_give_the_same_rollout(block: int, reference: tuple) -> None:
-    tokens, lengths, terminated, logprobs = run_ranks(roll_as_on_a_gpu, 1, block)[0]
+@pytest.mark.parametrize("rows", [5, 100])
+def test_short_blocks_and_little_memory_give_the_same_rollout(block: int, rows: int, reference: tuple) -> None:
+    free = int(row_bytes(block) * (rows + 1.5) / 0.8)
+    tokens, lengths, terminated, logprobs = run_ranks(roll_as_on_a_gpu, 1, block, free)[0]
     assert torch.equal(tokens, reference[0])
     assert torch.equal(lengths, reference[1])
     assert torch.equal(terminated, reference[2])
     torch.testing.assert_close(logprobs, reference[3], atol=1e-5, rtol=0)
+
+
+def row_bytes(block: int) -> int:
+    """fp32 keys and values of a row of 13 + 20 tokens in whole blocks."""
+    return -(-33 // block) * block * 2 * SPEC.layers * SPEC.kv_heads * SPEC.head_dim * 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
+def test_too_little_memory_for_one_row_is_an_error() -> None:
+    message = run_ranks(roll_as_on_a_gpu, 1, 4, row_bytes(4))[0]
+    assert message.startswith(
+        "KV cache: two rows of 33 tokens need 0.0 GiB and 0.0 GiB are free; shorten the responses"
+    )
 
 
 def errors() -> list[str]:

@@ -43,7 +43,7 @@ def actor(layout: ParallelLayout, *, temperature: float = 1.0, directory: Path |
     return role
 
 
-def engine(role: FrozenRole, *, eos_id: int = EOS, max_requests: int = 256) -> RolloutEngine:
+def engine(role: FrozenRole, *, eos_id: int = EOS, max_requests: int = 512) -> RolloutEngine:
     return RolloutEngine(
         role.model, SPEC, role.mesh, eos_id=eos_id, pad_id=PAD, max_sequence_length=40, max_requests=max_requests
     )
