@@ -153,7 +153,7 @@ class RolloutEngine:
         if rows < 1:
             raise ConfigError(
                 f"KV cache: two rows of {width} tokens need {2 * bytes_per_row / 2**30:.1f} GiB and "
-                f"{free / 2**30:.1f} GiB are free; shorten the responses, offload the other roles or raise layout.tensor."
+                f"{free / 2**30:.1f} GiB are free; shorten responses, offload the other roles or raise layout.tensor."
             )
         return rows
 

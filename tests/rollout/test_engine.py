@@ -249,9 +249,7 @@ def row_bytes(block: int) -> int:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
 def test_too_little_memory_for_one_row_is_an_error() -> None:
     message = run_ranks(roll_as_on_a_gpu, 1, 4, row_bytes(4))[0]
-    assert message.startswith(
-        "KV cache: two rows of 33 tokens need 0.0 GiB and 0.0 GiB are free; shorten the responses"
-    )
+    assert message.startswith("KV cache: two rows of 33 tokens need 0.0 GiB and 0.0 GiB are free; shorten responses")
 
 
 def errors() -> list[str]:
