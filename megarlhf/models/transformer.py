@@ -11,7 +11,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
     linear_with_grad_accumulation_and_async_allreduce,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -247,4 +249,17 @@ def _build_chunk(
         pg_collection=mesh.groups,
         vp_stage=chunk,
     )
+    _mark_shards(model)
     return model.to(mesh.device)
+
+
+def _mark_shards(model: LlamaModel) -> None:
+    """Tell Megatron which weights are shards. It does so while it initialises them, which is left to us here.
+
+    A weight without the mark passes for a copy, and the gradient norm would count tensor rank 0's part alone.
+    """
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
