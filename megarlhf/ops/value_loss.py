@@ -24,7 +24,8 @@ def clipped_value_loss(
     check_mask(mask, new_values=new_values, values=values, returns=returns)
     # Zeros before the square: a masked token may overflow, and inf * 0 is NaN in the gradient.
     new, old, target = (torch.where(mask, x, 0.0) for x in (new_values, values, returns))
-    moved = old + (new - old).clamp(-value_clip_range, value_clip_range)
+    # Bounds, not `old + clamp(new - old)`: rounding would make tokens inside the range look clipped.
+    moved = new.clamp(old - value_clip_range, old + value_clip_range)
     unclipped, clipped = (new - target) ** 2, (moved - target) ** 2
     metrics = {
         "clip_fraction": masked_sum((clipped > unclipped).to(new.dtype), mask),
