@@ -1,0 +1,116 @@
+"""How often a policy is right on held-out problems: sampled as PPO samples it, and greedily."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch import Batch, Rollout
+from megarlhf.data.prompts import PromptSet
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.models.role import FrozenRole
+from megarlhf.observe.progress import Progress
+from megarlhf.parallel.collectives import gather_rows
+from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.verifiers import Verifier, verify
+
+CHUNK = 512
+"""Problems rolled out together, over all data ranks."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Responses to held-out prompts, in the order of the data.
+
+    Shapes:   correct [N] bool; scores [N] fp32, the reward model's, 0 without one; lengths [N] int64, response tokens.
+    """
+
+    responses: tuple[str, ...]
+    correct: Tensor
+    scores: Tensor
+    lengths: Tensor
+    terminated: Tensor
+
+
+def evaluate(
+    policy: FrozenRole,
+    reward: FrozenRole | None,
+    prompts: PromptSet,
+    tokenizer: Tokenizer,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    verifier: Verifier,
+) -> Evaluation:
+    """One response to each prompt, verified, and scored where there is a reward model.
+
+    Ranks:    collective over the policy's mesh; every rank gets the whole Evaluation.
+    """
+    mesh = policy.mesh
+    engine = RolloutEngine(
+        policy.model,
+        policy.spec,
+        mesh,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        max_sequence_length=prompts.longest + sampling.max_new_tokens,
+    )
+    kind = "greedy" if sampling.temperature == 0 else "sampled"
+    parts: list[Evaluation] = []
+    with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:
+        for chunk in torch.arange(len(prompts)).split(CHUNK):
+            mine = chunk.tensor_split(mesh.size("data"))[mesh.data_rank]
+            with policy.resident("weights"):
+                rollout = engine.generate(prompts.batch(mine), sampling, seed=seed)
+            scores = (
+                rollout.lengths.new_zeros(len(rollout), dtype=torch.float32)
+                if reward is None
+                else reward.score(rollout)
+            )
+            everyone = gather_rows(Scored(rollout, scores), mesh).to("cpu")
+            parts.append(_judged(everyone, tokenizer, verifier))
+            bar.advance(len(chunk))
+    return Evaluation(
+        responses=tuple(text for part in parts for text in part.responses),
+        correct=torch.cat([part.correct for part in parts]),
+        scores=torch.cat([part.scores for part in parts]),
+        lengths=torch.cat([part.lengths for part in parts]),
+        terminated=torch.cat([part.terminated for part in parts]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(Batch):
+    """Rollouts and their scores [B]."""
+
+    rollout: Rollout
+    scores: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, T+1]: the rollout's."""
+        return self.rollout.tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B]: the rollout's."""
+        return self.rollout.lengths
+
+
+def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The responses as text, EOS left out."""
+    spans = zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths - rollout.terminated.long(), strict=True)
+    return tuple(tokenizer.decode(row[start:end].tolist()) for row, start, end in spans)
+
+
+def _judged(scored: Scored, tokenizer: Tokenizer, verifier: Verifier) -> Evaluation:
+    rollout = scored.rollout
+    texts = response_texts(rollout, tokenizer)
+    verdicts = [verify(text, answer, verifier) for text, answer in zip(texts, rollout.answers, strict=True)]
+    return Evaluation(texts, torch.tensor(verdicts), scored.scores, rollout.response_lengths, rollout.terminated)
