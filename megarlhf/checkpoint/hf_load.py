@@ -1,7 +1,7 @@
 """Weights into a Megatron model of any layout: from a Hugging Face directory, or drawn at random.
 
-Each rank reads only the slices it keeps. Random weights are drawn as Hugging Face tensors too, each from a seed of its own,
-so a seed means the same model in every layout.
+Each rank keeps only its slices. Random weights are drawn as Hugging Face tensors too, each from a seed of its own, so a
+seed means the same model in every layout.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,9 @@ SINGLE = "model.safetensors"
 class TensorSource(Protocol):
     """Whole Hugging Face tensors by name."""
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`, whole, on the CPU."""
+        ...
 
 
 class HuggingFaceDirectory:
@@ -51,6 +53,7 @@ class HuggingFaceDirectory:
             )
 
     def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`, in the file's own type."""
         path = self._directory / self._files[name]
         try:
             with safe_open(path, framework="pt") as file:
@@ -60,7 +63,8 @@ class HuggingFaceDirectory:
         expected = shape_of(name, self._spec)
         if tuple(tensor.shape) != expected:
             raise CheckpointError(
-                f"{path}: {name} is {list(tensor.shape)}, config.json says {list(expected)}; the files do not belong together."
+                f"{path}: {name} is {list(tensor.shape)}, config.json says {list(expected)}; "
+                "the files do not belong together."
             )
         return tensor
 
@@ -76,6 +80,7 @@ class RandomTensors:
         self._seed = seed
 
     def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`, fp32."""
         shape = shape_of(name, self._spec)
         if name.endswith("norm.weight"):
             return torch.ones(shape)
@@ -110,7 +115,8 @@ def named_parameters(chunks: Sequence[LlamaModel]) -> Iterator[tuple[str, torch.
             parts = name.split(".")
             if name.startswith("decoder.layers."):
                 # Megatron numbers layers from 1 over the whole model, and from 0 within a chunk.
-                parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+                layer: Any = chunk.decoder.layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
             yield ".".join(parts), parameter
 
 
@@ -132,7 +138,7 @@ def _files(directory: Path) -> dict[str, str]:
         return files
     if not (directory / SINGLE).is_file():
         raise CheckpointError(
-            f"{directory}: neither {SINGLE} nor {INDEX} is there; megarlhf reads safetensors only, convert .bin files first."
+            f"{directory}: neither {SINGLE} nor {INDEX} is there; megarlhf reads safetensors only, convert .bin files."
         )
     try:
         with safe_open(directory / SINGLE, framework="pt") as file:

@@ -20,7 +20,7 @@ Cut = Literal["whole", "columns", "vocabulary", "query_groups", "gate_up"]
 """How a tensor rank's part is taken: all of it; columns; vocabulary rows, padded; rows of its query groups, query,
 key and value of each group together; rows of gate and of up, gate first."""
 
-LAYER = {
+LAYER: dict[str, tuple[Cut, list[str]]] = {
     "input_layernorm.weight": ("whole", ["input_layernorm.weight"]),
     "self_attention.linear_qkv.weight": (
         "query_groups",

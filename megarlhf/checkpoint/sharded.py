@@ -41,6 +41,8 @@ class ModelDescription(Config):
     """Vocabulary projection or scalar head."""
     score_offset: float = 0.0
     """Subtracted from a reward model's scores, so that reference responses score 0 on average."""
+    score_scale: float = pydantic.Field(default=1.0, gt=0)
+    """What the centred scores are divided by."""
 
 
 def describe_model(init: str) -> ModelDescription:
@@ -52,7 +54,7 @@ def describe_model(init: str) -> ModelDescription:
         return ModelDescription(spec=preset(init), head="language")
     directory = Path(init)
     if (directory / MODEL).is_file():
-        if not (directory / WEIGHTS / "metadata.json").is_file():
+        if any(not list((directory / WEIGHTS).glob(name)) for name in ("metadata.json", ".metadata", "*.distcp")):
             raise CheckpointError(f"model directory {init}: {WEIGHTS}/ is missing or partial; save the model again.")
         try:
             return ModelDescription.model_validate_json((directory / MODEL).read_text())
@@ -60,8 +62,8 @@ def describe_model(init: str) -> ModelDescription:
             raise CheckpointError(f"{directory / MODEL}: {error.errors()[0]['msg']}; save the model again.") from None
     if not directory.is_dir():
         raise CheckpointError(
-            f"model {init!r} is neither a directory nor a preset; name a Hugging Face or megarlhf model directory, or one "
-            f"of {', '.join(PRESETS)}."
+            f"model {init!r} is neither a directory nor a preset; name a Hugging Face or megarlhf model directory, or "
+            f"one of {', '.join(PRESETS)}."
         )
     return _describe_hf(directory)
 
@@ -88,7 +90,9 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
         load_tensors(role, HuggingFaceDirectory(Path(init), role.spec, found.head), backbone_only=body_only)
 
 
-def save_model(role: Role, directory: Path, tokenizer: Tokenizer, *, score_offset: float = 0.0) -> None:
+def save_model(
+    role: Role, directory: Path, tokenizer: Tokenizer, *, score_offset: float = 0.0, score_scale: float = 1.0
+) -> None:
     """Write `role` as a model directory, replacing an older one only once the new one is whole.
 
     Ranks:    collective over the mesh; rank 0 renames.
@@ -101,7 +105,9 @@ def save_model(role: Role, directory: Path, tokenizer: Tokenizer, *, score_offse
     with role.resident("weights"):
         dist_checkpointing.save(_sharded_state(role), str(partial / WEIGHTS), content_metadata={})
     if role.mesh.is_main:
-        description = ModelDescription(spec=role.spec, head=role.head, score_offset=score_offset)
+        description = ModelDescription(
+            spec=role.spec, head=role.head, score_offset=score_offset, score_scale=score_scale
+        )
         (partial / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
         tokenizer.save(partial / TOKENIZER)
         old = directory.with_name(directory.name + ".old")
@@ -124,8 +130,10 @@ def _describe_hf(directory: Path) -> ModelDescription:
     heads: dict[str, HeadKind] = {"LlamaForCausalLM": "language", "LlamaForSequenceClassification": "scalar"}
     if architectures[0] not in heads:
         raise CheckpointError(
-            f"model directory {directory}: architecture {architectures[0]} is not supported; use one of {', '.join(heads)}."
+            f"model directory {directory}: architecture {architectures[0]} is unknown; use one of {', '.join(heads)}."
         )
+    # Opening it finds missing files and tensors now, before a model is built.
+    HuggingFaceDirectory(directory, spec, heads[architectures[0]])
     return ModelDescription(spec=spec, head=heads[architectures[0]])
 
 
@@ -145,7 +153,7 @@ def _load_sharded(role: Role, directory: Path, body_only: bool) -> None:
     if body_only:
         state = {chunk: {k: v for k, v in part.items() if "output_layer" not in k} for chunk, part in state.items()}
     try:
-        loaded = dist_checkpointing.load(state, str(directory / WEIGHTS))
+        loaded: Any = dist_checkpointing.load(state, str(directory / WEIGHTS))
     except Exception as error:
         raise CheckpointError(
             f"{directory / WEIGHTS}: cannot be loaded ({error}); the directory may be damaged."

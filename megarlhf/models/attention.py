@@ -7,7 +7,7 @@ since Megatron's unfused attention materialises the [T, T] scores.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
@@ -80,7 +80,7 @@ class LocalSelfAttention(SelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         key_value_states: Tensor | None = None,
         inference_context: BaseInferenceContext | None = None,
         rotary_pos_emb: Tensor | None = None,
@@ -100,7 +100,7 @@ class LocalSelfAttention(SelfAttention):
             raise ValueError(
                 "LocalSelfAttention needs rotary_pos_emb; build the model with position_embedding_type='rope'."
             )
-        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+        query, key, value = cast(tuple[Tensor, Tensor, Tensor], self.get_query_key_value_tensors(hidden_states, None))
         context = self.core_attention(rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb), value)
         return self.linear_proj(context)
 
@@ -113,7 +113,7 @@ class CausalAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> Tensor:
         """Shapes: query [T, B, heads, d]; key, value [T, B, kv_heads, d]. Returns [T, B, heads * d]."""
-        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
-        grouped = query.shape[2] != key.shape[2]
-        out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).flatten(2)

@@ -43,7 +43,7 @@ class Compute:
 
     dtype: torch.dtype
     transformer_engine: bool
-    fp8: str | None
+    fp8: Literal["hybrid", "e4m3"] | None
     recompute: bool
     cuda_graphs: bool
     choices: tuple[Choice, ...]

@@ -24,5 +24,6 @@ class ScalarHead(MegatronModule):
         )
 
     def forward(self, hidden: Tensor, *rest: Any) -> Tensor:
+        """One number a position; further arguments are what Megatron hands an output layer."""
         # A dot product a position costs nothing in fp32, and values rounded to bf16 would blur every advantage.
         return hidden.float() @ self.weight[0].float()

@@ -99,5 +99,6 @@ def guarded_step(optimizer: MegatronOptimizer, loss: float, max_grad_norm: float
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm) or not math.isfinite(loss):
         return norm, False
-    clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_grad_norm, norm)
+    parameters: list[Any] = optimizer.get_parameters()
+    clip_grad_by_total_norm_fp32(parameters, max_grad_norm, norm)
     return norm, bool(optimizer.step_with_ready_grads())

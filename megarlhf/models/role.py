@@ -33,7 +33,9 @@ class Reading(Protocol):
     reads_last: bool
     """Whether it needs the hidden state of the last token itself, and not only of those that predict a token."""
 
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor: ...
+    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+        """Read hidden states [b, s, H]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class LabelLogprobs:
     reads_last = False
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+        """[b, T]."""
         return model.label_logprobs(
             hidden, rows.labels, rows.response_mask, temperature=self.temperature, with_entropy=False
         )[0]
@@ -58,21 +61,25 @@ class PositionValues:
     reads_last = False
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+        """[b, T]."""
         mask = rows.response_mask
         return model.scalars(hidden)[:, : mask.shape[1]].masked_fill(~mask, 0.0)
 
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """The scalar head at each row's last token, less `offset`: one score for the whole text."""
+    """(scalar head at each row's last token - offset) / scale: one score for the whole text."""
 
     offset: float = 0.0
+    scale: float = 1.0
     per_token = False
     reads_last = True
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+        """[b]."""
         last = rows.lengths - 1
-        return model.scalars(hidden[torch.arange(len(last), device=last.device), last]) - self.offset
+        raw = model.scalars(hidden[torch.arange(len(last), device=last.device), last])
+        return (raw - self.offset) / self.scale
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class Role:
     @contextmanager
     def resident(self, *parts: Part) -> Iterator[None]:
         """Hold `parts` (default: weights) on the device inside the block. Nested blocks move nothing twice."""
-        wanted = parts or ("weights",)
+        wanted: tuple[Part, ...] = parts or ("weights",)
         arrived = [part for part in wanted if self._offloaders[part].is_away]
         for part in arrived:
             self._offloaders[part].to_device()
@@ -198,10 +205,11 @@ class TrainableRole(Role):
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """What this role keeps in memory."""
         return ("weights", "gradients", "optimizer")
 
     def prepare(self, optim: OptimConfig, steps: int) -> None:
-        """Wrap for training and build the optimiser, once the weights are loaded. `steps`: optimiser steps of the run."""
+        """Wrap for training and build the optimiser, once the weights are loaded. `steps`: optimiser steps to come."""
         self.optim = optim
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, overlap_grad_reduce=False
@@ -216,7 +224,7 @@ class TrainableRole(Role):
         self.schedule = build_schedule(optim, self.optimizer, steps)
 
     def planned_bytes(self) -> tuple[int, int, int]:
-        """Bytes of weights, gradients and optimiser state (two moments, and fp32 masters of bf16 weights) on this rank."""
+        """Bytes of weights, gradients and optimiser state (two moments, fp32 masters of bf16 weights) on this rank."""
         weights, _, _ = super().planned_bytes()
         numbers = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
         copies = 2 if self.settings.compute.dtype == torch.float32 else 3
@@ -228,7 +236,7 @@ class TrainableRole(Role):
         if part == "weights":
             return super().tensors(part)
         if part == "gradients":
-            return [buffer.grad_data for wrapped in self._wrapped for buffer in wrapped.buffers]
+            return [buffer.grad_data for wrapped in self._wrapped for buffer in vars(wrapped)["buffers"]]
         state = [value for _, values in self.optimizer.state.items() for value in values.values()]
         masters = self.optimizer.get_parameters()
         return [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]

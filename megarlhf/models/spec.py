@@ -179,9 +179,9 @@ PRESETS: dict[str, ModelSpec] = {
     "llama3.2-1b": _llama(2048, 16, 32, 8, 8192, **SMALL),
     "llama3.2-3b": _llama(3072, 28, 24, 8, 8192, **SMALL),
     "llama3.3-70b": _llama(8192, 80, 64, 8, 28_672, **LONG),
-    # The ladder of the laptop studies: about 0.2, 0.9, 4 and 16 million parameters.
+    # The ladder of the laptop studies: about 0.2, 1, 4 and 19 million parameters.
     "tiny-xs": _llama(64, 4, 4, 2, 192, **TINY),
-    "tiny-s": _llama(128, 4, 4, 2, 384, **TINY),
+    "tiny-s": _llama(128, 4, 4, 2, 512, **TINY),
     "tiny-m": _llama(256, 4, 8, 4, 1024, **TINY),
     "tiny-l": _llama(512, 6, 8, 4, 1536, **TINY),
 }

@@ -26,7 +26,7 @@ def all_reduce(tensor: torch.Tensor, mesh: Mesh, axis: Axis, op: ReduceOp = "sum
 
 
 def gather(tensor: torch.Tensor, mesh: Mesh, axis: Axis) -> torch.Tensor:
-    """The `axis` ranks' tensors in rank order, concatenated along dimension 0. Shapes may differ in dimension 0 only."""
+    """The `axis` ranks' tensors in rank order, joined along dimension 0, the only one in which they may differ."""
     size = mesh.size(axis)
     if size == 1:
         return tensor

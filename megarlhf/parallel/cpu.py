@@ -28,6 +28,7 @@ class HostEvent:
         self.recorded_at = 0.0
 
     def record(self, stream: object = None) -> None:
+        """Take the time."""
         self.recorded_at = time.perf_counter()
 
     def synchronize(self) -> None:
@@ -37,9 +38,11 @@ class HostEvent:
         """Host work is done when the call returns."""
 
     def query(self) -> bool:
+        """Whether the event has happened."""
         return True
 
     def elapsed_time(self, end: HostEvent) -> float:
+        """Milliseconds from this event to `end`."""
         return (end.recorded_at - self.recorded_at) * 1e3
 
 
@@ -62,6 +65,7 @@ class HostStream:
         """Host work is done when the call returns."""
 
     def record_event(self, event: HostEvent | None = None) -> HostEvent:
+        """An event that has happened."""
         event = event or HostEvent()
         event.record()
         return event
@@ -125,7 +129,7 @@ def _install_host_device() -> None:
         setattr(cuda, name, _no_op())
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.manual_seed = torch.manual_seed
     cuda.current_stream = lambda *args, **kwargs: HostStream()
     cuda.default_stream = lambda *args, **kwargs: HostStream()
     cuda.Stream = HostStream

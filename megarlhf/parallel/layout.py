@@ -12,7 +12,7 @@ class ParallelLayout(Config):
     """Tensor x pipeline x data parallelism of every model in the run."""
 
     tensor: int = Field(default=1, ge=1)
-    """Ranks that share each weight matrix (Megatron tensor parallelism). Must divide heads, query groups and FFN size."""
+    """Ranks that share each weight matrix (Megatron's tensor parallelism); divides heads, query groups and FFN size."""
     pipeline: int = Field(default=1, ge=1)
     """Ranks that share the stack of layers (pipeline stages). Must divide the number of layers."""
     data: int = Field(default=1, ge=1)
@@ -62,5 +62,5 @@ class ParallelLayout(Config):
         """Raise LayoutError unless `parts` ranks along `axis` divide `value` of `what`."""
         if value % parts:
             raise LayoutError(
-                f"{what}={value} is not divisible by layout.{axis}={parts}; choose a layout.{axis} that divides {value}."
+                f"{what}={value} is not divisible by layout.{axis}={parts}; choose a layout.{axis} that divides it."
             )

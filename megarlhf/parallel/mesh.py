@@ -31,14 +31,17 @@ class Mesh:
 
     @property
     def tensor_rank(self) -> int:
+        """Place among the ranks that share each matrix."""
         return self.groups.tp.rank()
 
     @property
     def pipeline_rank(self) -> int:
+        """Stage of the pipeline."""
         return self.groups.pp.rank()
 
     @property
     def data_rank(self) -> int:
+        """Which copy of the model this rank belongs to."""
         return self.groups.dp.rank()
 
     @property

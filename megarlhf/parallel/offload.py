@@ -1,7 +1,7 @@
 """Which of a model's bytes are on the device: weights, gradients and optimiser state come and go by storage.
 
-A storage is emptied in place (`resize_(0)`) and refilled in place, so every view into it (Megatron's flat buffers and the
-parameters that point into them) stays valid without being rebuilt.
+A storage is emptied in place (`resize_(0)`) and refilled in place, so every view into it (Megatron's flat buffers and
+the parameters that point into them) stays valid without being rebuilt.
 """
 
 from __future__ import annotations

@@ -20,13 +20,12 @@ from megarlhf.batch import TokenRows
 from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object
 from megarlhf.parallel.mesh import Mesh
 
-
 RowsT = TypeVar("RowsT", bound=TokenRows)
 
-Read = Callable[[Tensor, RowsT], Tensor]
+Read = Callable[[Tensor, Any], Tensor]
 """(hidden [b, s, H], rows) -> what the role reads off them: [b, T] or [b], fp32. Called on the last stage."""
 
-Loss = Callable[[Tensor, RowsT], tuple[Tensor, Tensor, dict[str, Tensor]]]
+Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 """(hidden [b, s, H], rows) -> (sum, count, sums of metrics that share the count). Called on the last stage."""
 
 
@@ -40,7 +39,14 @@ class LossMeans:
 
 
 def forward_only(
-    chunks: Sequence[Any], batch: RowsT, read: Read, *, mesh: Mesh, micro_batch: int, reads_last: bool, per_token: bool
+    chunks: Sequence[Any],
+    batch: TokenRows,
+    read: Read,
+    *,
+    mesh: Mesh,
+    micro_batch: int,
+    reads_last: bool,
+    per_token: bool,
 ) -> Tensor:
     """Run the model over `batch` without gradients and return what `read` says of every row.
 
@@ -51,11 +57,11 @@ def forward_only(
     order, parts = _split(batch, micro_batch)
     outputs: list[Tensor] = []
 
-    def forward_step(rows: Iterator[RowsT], model: Any) -> tuple[Tensor, Callable]:
+    def forward_step(rows: Iterator[TokenRows], model: Any) -> tuple[Tensor, Callable]:
         part = next(rows)
         return _forward(model, part, mesh, reads_last), lambda hidden: keep(hidden, part)
 
-    def keep(hidden: Tensor, part: RowsT) -> tuple[Tensor, Tensor, None]:
+    def keep(hidden: Tensor, part: TokenRows) -> tuple[Tensor, Tensor, None]:
         outputs.append(read(hidden, part))
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
 
@@ -72,7 +78,7 @@ def forward_only(
 
 
 def forward_backward(
-    chunks: Sequence[Any], batch: RowsT, loss: Loss, *, mesh: Mesh, micro_batch: int, reads_last: bool
+    chunks: Sequence[Any], batch: TokenRows, loss: Loss, *, mesh: Mesh, micro_batch: int, reads_last: bool
 ) -> LossMeans:
     """Accumulate the gradient of the mean loss over the global batch into the chunks' gradient buffers.
 
@@ -82,11 +88,11 @@ def forward_backward(
     _, parts = _split(batch, micro_batch)
     totals: Counter[str] = Counter()
 
-    def forward_step(rows: Iterator[RowsT], model: Any) -> tuple[Tensor, Callable]:
+    def forward_step(rows: Iterator[TokenRows], model: Any) -> tuple[Tensor, Callable]:
         part = next(rows)
         return _forward(model, part, mesh, reads_last), lambda hidden: judge(hidden, part)
 
-    def judge(hidden: Tensor, part: RowsT) -> tuple[Tensor, Tensor, None]:
+    def judge(hidden: Tensor, part: TokenRows) -> tuple[Tensor, Tensor, None]:
         total, count, metrics = loss(hidden, part)
         totals.update(
             {name: float(value) for name, value in {"loss": total.detach(), "count": count, **metrics}.items()}
