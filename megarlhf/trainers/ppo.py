@@ -146,7 +146,7 @@ def build_roles(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> Roles:
     """Load all four, one after another, each moved off the device before the next arrives."""
     settings = role_settings(cfg, mesh)
     logprobs = LabelLogprobs(cfg.sampling.temperature)
-    scores = SequenceScores(offset=inputs.reward.score_offset)
+    scores = SequenceScores(inputs.reward.score_offset, inputs.reward.score_scale)
     roles = Roles(
         actor=TrainableRole("actor", inputs.actor.spec, "language", logprobs, settings, mesh),
         critic=TrainableRole("critic", inputs.critic.spec, "scalar", PositionValues(), settings, mesh),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import scipy.stats
 import torch
@@ -36,7 +37,8 @@ from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.runtime.checks import (
     check_batch,
-    check_context,
+    check_longest,
+    check_rows,
     check_tokenizer,
     checked_model,
     resolve_tokenizer,
@@ -65,6 +67,9 @@ class RewardConfig(RunConfig):
     """Pairs per optimiser step, over all data ranks; used where `pairs` is set."""
     labelled_batch: int = Field(default=128, ge=2)
     """Judged responses per optimiser step, an even number; used where `labelled` is set."""
+    normalise: Literal["none", "centre", "standardise"] = "centre"
+    """What is done to scores, by held-out responses: shift their mean to 0, and divide by their spread too.
+    Source: centre is Huang et al. 2024; standardise is Ziegler et al. 2019."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
     """Optimiser."""
     epochs: float = Field(default=1.0, gt=0)
@@ -166,7 +171,7 @@ class RewardInputs:
 
 def prepare(cfg: RewardConfig) -> RewardInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
-    cfg.check_fresh()
+    cfg.check_run_dir()
     if cfg.pairs is None and cfg.labelled is None:
         raise ConfigError(
             "reward model without data: pairs and labelled are both unset; set pairs.source or labelled.source."
@@ -183,14 +188,16 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
     heldout = load_labelled(cfg.heldout, tokenizer) if cfg.heldout else None
     couples = (cfg.pairs_batch if pairs else 0) + (cfg.labelled_batch // 2 if labelled else 0)
     check_batch("pairs_batch + labelled_batch / 2", couples, cfg.layout, cfg.micro_batch)
-    batches = [(pairs, cfg.pairs_batch), (labelled, cfg.labelled_batch)]
-    for rows, batch in batches:
+    steps = 1
+    for name, rows, batch in (("pairs", pairs, cfg.pairs_batch), ("labelled", labelled, cfg.labelled_batch)):
         if rows is not None:
-            check_context("the longest row", rows.longest, model.spec)
-            Loader(len(rows), batch, seed=cfg.seed)
-    steps = max(round(cfg.epochs * len(rows) / batch) for rows, batch in batches if rows is not None)
-    cfg.optim.check(max(1, steps), "optim")
-    return RewardInputs(model, tokenizer, pairs, labelled, heldout, max(1, steps))
+            check_longest(name, rows.longest, model.spec)
+            check_rows(f"{name}_batch", batch, name, len(rows))
+            steps = max(steps, round(cfg.epochs * len(rows) / batch))
+    if heldout is not None:
+        check_longest("heldout", heldout.longest, model.spec)
+    cfg.optim.check(steps, "optim")
+    return RewardInputs(model, tokenizer, pairs, labelled, heldout, steps)
 
 
 def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
@@ -241,7 +248,9 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
             metrics = {**metrics, **measure(role, inputs.heldout)}
             if writer is not None:
                 writer.log(metrics, inputs.steps)
-    save_model(role, cfg.model_dir, inputs.tokenizer, score_offset=metrics.get("reward/centre", 0.0))
+    offset = 0.0 if cfg.normalise == "none" else metrics.get("reward/centre", 0.0)
+    scale = metrics.get("reward/score_std", 1.0) if cfg.normalise == "standardise" else 1.0
+    save_model(role, cfg.model_dir, inputs.tokenizer, score_offset=offset, score_scale=scale)
     return metrics
 
 
