@@ -25,6 +25,7 @@ REQUIRES = [
     "rich>=14.1",
     "matplotlib>=3.9",
     "tensorboard>=2.18",
+    "scipy>=1.13",
 ]
 
 # NVIDIA Apex is used when it can be imported and is never listed: the package of that name on PyPI is another project.
@@ -34,6 +35,7 @@ EXTRAS = {
     "wandb": ["wandb>=0.19"],
     "bench": ["nvidia-ml-py>=12"],
     "dev": [
+        "math-verify>=0.8",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "ruff>=0.12",

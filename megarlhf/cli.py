@@ -45,14 +45,14 @@ COMMANDS = {
         "megarlhf.trainers.ppo:main",
     ),
     "generate": Command(
-        "sample responses to a file of prompts",
-        "megarlhf.rollout.generate:GenerateConfig",
-        "megarlhf.rollout.generate:main",
+        "sample responses to a prompt or a file of prompts",
+        "megarlhf.eval.generate:GenerateConfig",
+        "megarlhf.eval.generate:main",
     ),
     "eval": Command(
         "accuracy on held-out problems, sampled and greedy, with intervals",
-        "megarlhf.eval.accuracy:EvalConfig",
-        "megarlhf.eval.accuracy:main",
+        "megarlhf.eval.command:EvalConfig",
+        "megarlhf.eval.command:main",
     ),
     "report": Command("make the page of a run again", "megarlhf.eval.report:ReportConfig", "megarlhf.eval.report:main"),
 }

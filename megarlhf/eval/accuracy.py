@@ -15,6 +15,7 @@ from megarlhf.observe.progress import Progress
 from megarlhf.parallel.collectives import gather_rows
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.texts import response_texts
 from megarlhf.rollout.verifiers import Verifier, verify
 
 CHUNK = 512
@@ -101,12 +102,6 @@ class Scored(Batch):
     def lengths(self) -> Tensor:
         """[B]: the rollout's."""
         return self.rollout.lengths
-
-
-def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The responses as text, EOS left out."""
-    spans = zip(rollout.tokens, rollout.prompt_lengths, rollout.lengths - rollout.terminated.long(), strict=True)
-    return tuple(tokenizer.decode(row[start:end].tolist()) for row, start, end in spans)
 
 
 def _judged(scored: Scored, tokenizer: Tokenizer, verifier: Verifier) -> Evaluation:

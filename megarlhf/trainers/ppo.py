@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from megarlhf.models.role import FrozenRole, LabelLogprobs, PositionValues, Sequ
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
+from megarlhf.observe.writers import RunWriter
 from megarlhf.ops.advantages import gae
 from megarlhf.ops.kl import kl_k1
 from megarlhf.ops.masked import masked_sum, masked_whiten
@@ -26,12 +28,27 @@ from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.runtime.roles import print_choices, print_memory_plan, role_settings
+from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
 from megarlhf.trainers.loop import StepGuard, open_run, run_steps
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, prepare
-from megarlhf.trainers.ppo_metrics import count_work, experience_metrics, learner_metrics
+from megarlhf.trainers.ppo_metrics import (
+    accuracy_metric,
+    count_work,
+    experience_metrics,
+    judged_rollouts,
+    learner_metrics,
+)
 
 __all__ = ["PPOConfig", "main", "ppo_iteration", "train"]
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration made: the global experience, its raw scores [B], and its metrics; equal on every rank."""
+
+    experience: Experience
+    scores: Tensor
+    metrics: Metrics
 
 
 def ppo_iteration(
@@ -43,7 +60,7 @@ def ppo_iteration(
     iteration: int,
     guard: StepGuard,
     clock: Clock,
-) -> Metrics:
+) -> Iteration:
     """Roll out, score, estimate, optimise: once. Collective: every rank calls it with its prompts, same iteration."""
     mesh = roles.actor.mesh
     # 1. Roll out. Only the actor is resident, so the KV cache may have the rest of the memory.
@@ -76,7 +93,8 @@ def ppo_iteration(
         critic = optimise(roles.critic, value_loss(roles.critic, cfg), experience, cfg, iteration, guard)
 
     count_work(clock, roles, experience, cfg, trained=actor_learns)
-    return {**estimate, **learner_metrics(actor, critic), "train/skipped_steps": guard.skipped, **clock.metrics()}
+    learning = {**learner_metrics(actor, critic), "train/skipped_steps": guard.skipped}
+    return Iteration(experience, scores, {**estimate, **learning, **clock.metrics()})
 
 
 def estimated(experience: Experience, scores: Tensor, cfg: PPOConfig) -> tuple[Experience, Metrics]:
@@ -180,18 +198,25 @@ def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> Rol
 def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
     """Run every iteration and save the actor to `cfg.model_dir`. Collective; returns the last iteration's metrics."""
     roles = build_roles(cfg, inputs, mesh)
+    print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
     engine = build_engine(cfg, inputs, roles.actor)
     per_rank = {"data_rank": mesh.data_rank, "data_size": mesh.size("data")}
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed, **per_rank)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     clock = Clock(mesh.device)
 
-    def step(iteration: int) -> Metrics:
+    def step(iteration: int, writer: RunWriter | None) -> Metrics:
         prompts = inputs.prompts.batch(loader.local(next(loader)))
-        return ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
+        done = ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
+        judged = judged_rollouts(done.experience.rollout, done.scores, inputs.tokenizer, cfg.verifier)
+        if writer is not None and iteration % cfg.samples_every == 0:
+            writer.samples(judged[: cfg.samples], iteration + 1)
+        return {**done.metrics, **accuracy_metric(judged)}
 
     with open_run(cfg, argv, mesh) as writer:
-        metrics = run_steps(cfg.iterations, "PPO", step, "rollout/score_mean", mesh=mesh, writer=writer)
+        metrics = run_steps(
+            cfg.iterations, "PPO", lambda i: step(i, writer), "rollout/score_mean", mesh=mesh, writer=writer
+        )
     save_model(roles.actor, cfg.model_dir, inputs.tokenizer)
     return metrics
 

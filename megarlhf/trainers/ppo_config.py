@@ -12,12 +12,14 @@ from megarlhf.config import Config
 from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError, LayoutError
+from megarlhf.errors import CheckpointError, ConfigError, LayoutError
 from megarlhf.models.optim import OptimConfig
+from megarlhf.models.spec import PRESETS
 from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.verifiers import Verifier
 from megarlhf.runtime.checks import (
     check_batch,
-    check_context,
+    check_room,
     check_tokenizer,
     checked_model,
     resolve_tokenizer,
@@ -85,6 +87,13 @@ class PPOConfig(RunConfig):
     score_clip: float = Field(default=float("inf"), gt=0)
     """Scores are clipped to +- this, in reward, before the penalty."""
 
+    verifier: Verifier = "arithmetic"
+    """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's, or `maths`."""
+    samples_every: int = Field(default=10, ge=1)
+    """Iterations between two writings of sample rollouts to samples.jsonl."""
+    samples: int = Field(default=8, ge=0)
+    """Rollouts written each time."""
+
     @property
     def model_dir(self) -> Path:
         """Where the trained actor goes."""
@@ -125,30 +134,25 @@ class PPOInputs:
 
 def prepare(cfg: PPOConfig) -> PPOInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
-    cfg.check_fresh()
-    for name, init in (("actor.init", cfg.actor.init), ("reward.init", cfg.reward.init)):
-        if not init:
-            raise ConfigError(
-                f"{name} is empty; name a model directory (train one with megarlhf sft and megarlhf reward)."
-            )
+    cfg.check_run_dir()
     _check_batches(cfg)
     models = {
-        name: checked_model(init, cfg.layout, name)
-        for name, init in (
-            ("actor", cfg.actor.init),
-            ("critic", cfg.critic_init),
-            ("reference", cfg.reference_init),
-            ("reward", cfg.reward.init),
-        )
+        "actor": checked_model(cfg.actor.init, cfg.layout, "actor.init", needs="language"),
+        "reward": checked_model(cfg.reward.init, cfg.layout, "reward.init"),
+        "critic": checked_model(cfg.critic_init, cfg.layout, "critic.init"),
+        "reference": checked_model(cfg.reference_init, cfg.layout, "reference.init", needs="language"),
     }
+    if models["reward"].head == "language" and cfg.reward.init not in PRESETS:
+        raise CheckpointError(
+            f"reward.init={cfg.reward.init} is a language model, whose scores would be noise; train a reward model from "
+            "it with megarlhf reward."
+        )
     tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.actor.init)
     prompts = load_prompts(cfg.prompts, tokenizer)
     check_prompt_count(prompts, cfg.prompts_per_iteration)
     for name, model in models.items():
         check_tokenizer(tokenizer, model.spec, name)
-        check_context(
-            "the longest prompt + sampling.max_new_tokens", prompts.longest + cfg.sampling.max_new_tokens, model.spec
-        )
+        check_room(prompts.longest, cfg.sampling.max_new_tokens, model.spec, name)
     actor_iterations = cfg.iterations - cfg.value_warmup_iterations
     cfg.actor.optim.check(actor_iterations * cfg.steps_per_iteration, "actor.optim")
     cfg.critic.optim.check(cfg.iterations * cfg.steps_per_iteration, "critic.optim")
@@ -162,7 +166,9 @@ def _check_batches(cfg: PPOConfig) -> None:
             "wants one model chunk a rank; set layout.virtual_pipeline=1 for PPO."
         )
     if cfg.sampling.temperature == 0:
-        raise ConfigError("sampling.temperature=0 explores nothing; PPO needs a positive temperature.")
+        raise ConfigError(
+            "sampling.temperature=0 always draws the same response, and PPO learns from differences; set it above 0 (0.7 or 1)."
+        )
     if cfg.rollout_batch % cfg.group_size:
         raise ConfigError(
             f"rollout_batch={cfg.rollout_batch} is not divisible by group_size={cfg.group_size}; change one of them."

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Experience
+from megarlhf.batch import Experience, Rollout
+from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.role import Role, Update
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.kl import kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
+from megarlhf.rollout.texts import prompt_texts, response_texts
+from megarlhf.rollout.verifiers import Verifier, verify
 from megarlhf.trainers.ppo_config import PPOConfig
 
 
@@ -82,6 +85,35 @@ def learner_metrics(actor: Sequence[Update], critic: Sequence[Update]) -> Metric
             "policy/learning_rate": actor[-1].learning_rate,
         }
     return metrics
+
+
+def judged_rollouts(
+    rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier
+) -> list[dict[str, str | float | bool | None]]:
+    """Every rollout as text with its score, and the verifier's verdict where the data has an answer (else None)."""
+    columns = zip(
+        prompt_texts(rollout, tokenizer),
+        response_texts(rollout, tokenizer),
+        rollout.answers,
+        scores.tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            "answer": answer,
+            "score": score,
+            "correct": verify(response, answer, verifier) if answer else None,
+        }
+        for prompt, response, answer, score in columns
+    ]
+
+
+def accuracy_metric(judged: Sequence[Mapping[str, object]]) -> Metrics:
+    """The share of verified rollouts; nothing where the data has no answers."""
+    verdicts = [row["correct"] for row in judged if row["correct"] is not None]
+    return {"rollout/accuracy": verdicts.count(True) / len(verdicts)} if verdicts else {}
 
 
 def count_work(clock: Clock, roles: Roles, experience: Experience, cfg: PPOConfig, *, trained: bool) -> None:

@@ -1,0 +1,141 @@
+"""`megarlhf eval`: accuracy of a model on held-out problems, sampled and greedy, with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from megarlhf.checkpoint.sharded import ModelDescription, load_model
+from megarlhf.data.prompts import PromptSet, load_prompts
+from megarlhf.data.rows import DataConfig
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.errors import DataError
+from megarlhf.eval.accuracy import Evaluation, evaluate
+from megarlhf.eval.intervals import mean, share
+from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.parallel import launch
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.verifiers import Verifier
+from megarlhf.runtime.checks import check_room, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.roles import role_settings
+from megarlhf.runtime.settings import RanksConfig
+
+
+class EvalConfig(RanksConfig):
+    """`megarlhf eval`: how often a policy is right."""
+
+    model: str = ""
+    """The policy: a model directory, Hugging Face or megarlhf."""
+    reward: str = ""
+    """Reward model whose mean score is reported too; empty for none."""
+    tokenizer: str = ""
+    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    prompts: DataConfig = DataConfig(split="heldout")
+    """Problems: columns prompt and answer."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the sampled responses; 1 is the policy itself. The greedy ones are at 0."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """A response that has not ended after this many tokens is cut."""
+    verifier: Verifier = "arithmetic"
+    """What decides that a response is right: the built-in task's exact one, or math-verify (`maths`)."""
+    output: Path | None = None
+    """File for the responses, one JSON object a line; none are kept without it."""
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """Everything that was read and checked before a model is built."""
+
+    model: ModelDescription
+    reward: ModelDescription | None
+    tokenizer: Tokenizer
+    prompts: PromptSet
+
+
+def prepare(cfg: EvalConfig) -> EvalInputs:
+    """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
+    model = checked_model(cfg.model, cfg.layout, "model", needs="language")
+    reward = checked_model(cfg.reward, cfg.layout, "reward") if cfg.reward else None
+    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
+    prompts = load_prompts(cfg.prompts, tokenizer)
+    if "" in prompts.answers:
+        row = prompts.ids[list(prompts.answers).index("")] + 1
+        raise DataError(f"{cfg.prompts.source}, row {row}: no answer to check against; fill the column 'answer'.")
+    for name, found in (("model", model), ("reward", reward)):
+        if found is not None:
+            check_tokenizer(tokenizer, found.spec, name)
+            check_room(prompts.longest, cfg.max_new_tokens, found.spec, name)
+    return EvalInputs(model, reward, tokenizer, prompts)
+
+
+def main(cfg: EvalConfig, argv: Sequence[str]) -> int:
+    """`megarlhf eval`."""
+    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs), cfg.layout, argv)
+
+
+def _run(cfg: EvalConfig, inputs: EvalInputs) -> None:
+    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    settings = role_settings(cfg, mesh)
+    policy = FrozenRole("policy", inputs.model.spec, "language", LabelLogprobs(cfg.temperature), settings, mesh)
+    load_model(policy, cfg.model, seed=cfg.seed)
+    reward = None
+    if inputs.reward is not None:
+        reading = SequenceScores(inputs.reward.score_offset, inputs.reward.score_scale)
+        reward = FrozenRole("reward", inputs.reward.spec, "scalar", reading, settings, mesh)
+        load_model(reward, cfg.reward, seed=cfg.seed)
+    results = {
+        name: evaluate(
+            policy,
+            reward,
+            inputs.prompts,
+            inputs.tokenizer,
+            SamplingConfig(temperature=temperature, max_new_tokens=cfg.max_new_tokens),
+            seed=cfg.seed,
+            verifier=cfg.verifier,
+        )
+        for name, temperature in (("sampled", cfg.temperature), ("greedy", 0.0))
+    }
+    _report(cfg, inputs, results, mesh)
+
+
+def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation], mesh: Mesh) -> None:
+    if not mesh.is_main:
+        return
+    table = Table(title=f"{cfg.model}, {len(inputs.prompts)} problems, 95 % intervals", title_justify="left")
+    for column in ("responses", "accuracy", "mean score", "tokens", "cut"):
+        table.add_column(column, justify="left" if column == "responses" else "right")
+    for name, result in results.items():
+        accuracy, score = share(result.correct), mean(result.scores)
+        table.add_row(
+            name,
+            f"{accuracy.mean:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]",
+            f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]" if cfg.reward else "-",
+            f"{float(result.lengths.float().mean()):.1f}",
+            f"{float((~result.terminated).float().mean()):.3f}",
+        )
+    Console().print(table)
+    if cfg.output is not None:
+        _write(cfg.output, inputs, results)
+
+
+def _write(path: Path, inputs: EvalInputs, results: dict[str, Evaluation]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for name, result in results.items():
+            for index, text in enumerate(result.responses):
+                row = {
+                    "prompt": inputs.tokenizer.decode(inputs.prompts.tokens[index]),
+                    "answer": inputs.prompts.answers[index],
+                    "decoding": name,
+                    "response": text,
+                    "correct": bool(result.correct[index]),
+                    "score": float(result.scores[index]),
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
