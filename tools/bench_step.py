@@ -1,0 +1,420 @@
+"""Seconds, tokens/s, FLOP/s and peak memory of a PPO iteration's phases, beside transformers on the same work.
+
+    python tools/bench_step.py                      the default workload, 5 rounds
+    python tools/bench_step.py --json step.json     ... and write everything measured, with machine, versions and commit
+
+Every round runs each phase and its counterpart once, one after the other, so that a busy machine slows both; the ratio
+is that of the medians. Both sides hold the same random Llama and work on the same tokens:
+
+    rollout, rollout_ragged     `generate` with sampling; ragged responses end after uniform 4..N tokens on both sides
+    score_*                     a forward without gradients (all logits)
+    update_*                    forward, backward (cross entropy of the response tokens) and fused AdamW
+    iteration                   1 generate + 4 forwards + 2 forward, backward and AdamW
+
+Ours do more: the phases include offloading, log-probs, entropy, losses, gradient clipping and metrics.
+FLOP/s count the model's: every position once, the vocabulary only where a response token is predicted, backward twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from megarlhf.batch import Experience, Prompts
+from megarlhf.models.roles import Roles
+from megarlhf.observe.clock import Clock
+from megarlhf.observe.writers import versions
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.rollout.controller import Ledger
+from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.trainers.loop import StepGuard
+from megarlhf.trainers.ppo import build_roles, optimise, policy_loss, ppo_iteration, value_loss
+from megarlhf.trainers.ppo_config import PPOConfig, prepare
+
+EOS = 0
+"""The first token: inverse-CDF sampling draws it for a random number of 0."""
+SHORTEST = 4
+"""Shortest ragged response."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The workload."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    prompts: int
+    group: int
+    prompt_tokens: int
+    new_tokens: int
+    micro_batch: int
+    """Rows of one of our forward passes."""
+    peer_micro_batch: int
+    """Rows of one of transformers' forward passes."""
+
+    @property
+    def rows(self) -> int:
+        """Rollouts of an iteration."""
+        return self.prompts * self.group
+
+
+class FixedLengths(RolloutEngine):
+    """Draws EOS exactly where told: its random numbers are 0 there, and elsewhere too large for the first token."""
+
+    response_lengths: Tensor
+
+    def _ledger(self, rows: Prompts, sampling: SamplingConfig, seed: int) -> Ledger:
+        ledger = super()._ledger(rows, sampling, seed)
+        draws = ledger.uniforms.clamp(min=0.1)
+        last = (rows.lengths + self.response_lengths - 1)[:, None]
+        ends = (self.response_lengths < sampling.max_new_tokens)[:, None]
+        return replace(ledger, uniforms=draws.scatter(1, last, draws.gather(1, last).masked_fill(ends, 0.0)))
+
+
+class Peer:
+    """The same model in transformers."""
+
+    def __init__(self, directory: Path, sizes: Sizes, prompts: Prompts, device: torch.device) -> None:
+        from transformers import LlamaForCausalLM
+
+        self.sizes, self.prompts = sizes, prompts.tokens.to(device)
+        self.model: Any = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.model.to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+
+    def generate(self, response_lengths: Tensor) -> Tensor:
+        """Tokens [B, prompt + N], pure sampling; rows end at `response_lengths` [B]."""
+        self.model.eval()
+        # Rows of full length need no EOS, and then nothing is spent on forcing one.
+        ragged = bool((response_lengths < self.sizes.new_tokens).any())
+        return self.model.generate(
+            self.prompts,
+            attention_mask=torch.ones_like(self.prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=self.sizes.group,
+            max_new_tokens=self.sizes.new_tokens,
+            eos_token_id=EOS if ragged else None,
+            pad_token_id=EOS,
+            logits_processor=[self._ending(response_lengths)] if ragged else [],
+        )
+
+    def _ending(self, response_lengths: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        last = self.sizes.prompt_tokens + response_lengths - 1
+
+        def processor(tokens: Tensor, scores: Tensor) -> Tensor:
+            # 1e9 stands for certainty: EOS where the row ends, anything else before.
+            scores[:, EOS] = (2.0 * (last == tokens.shape[1]) - 1.0) * 1e9
+            return scores
+
+        return processor
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> None:
+        """Logits of every position, in micro-batches."""
+        self.model.eval()
+        for rows in inputs.split(self.sizes.peer_micro_batch):
+            self.model(rows, use_cache=False)
+
+    def train(self, inputs: Tensor, labels: Tensor, mask: Tensor) -> None:
+        """One AdamW step on the mean cross entropy of the labels in `mask`."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = [x.split(self.sizes.peer_micro_batch) for x in (inputs, labels, mask)]
+        for rows, targets, chosen in zip(*parts, strict=True):
+            logits = self.model(rows, use_cache=False).logits
+            (cross_entropy(logits[chosen], targets[chosen], reduction="sum") / mask.sum()).backward()
+        self.optimizer.step()
+
+
+@dataclass
+class Phase:
+    """One phase, what it is compared to, and the seconds of every round."""
+
+    name: str
+    run: Callable[[], object]
+    counterpart: dict[str, int]
+    """What transformers needs for the same work: name and how often."""
+    tokens: int
+    flops: float
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+@dataclass
+class Bench:
+    """Both sides, ready to run."""
+
+    phases: list[Phase]
+    peer: dict[str, Phase]
+
+
+def build(sizes: Sizes, directory: Path) -> tuple[Bench, Mesh]:
+    """Random models in `directory`, our four roles and transformers' model on it, and everything to time."""
+    mesh = start(_config(sizes, directory).layout, seed=1)
+    _write_models(sizes, directory)
+    cfg = _config(sizes, directory)
+    roles = build_roles(cfg, prepare(cfg), mesh)
+    prompts = _prompts(sizes)
+    peer = Peer(directory / "language", sizes, prompts, mesh.device)
+    engine = FixedLengths(
+        roles.actor.model,
+        roles.actor.spec,
+        mesh,
+        eos_id=EOS,
+        pad_id=EOS,
+        max_sequence_length=sizes.prompt_tokens + sizes.new_tokens,
+    )
+    return Bench(*_phases(sizes, cfg, roles, engine, prompts, peer)), mesh
+
+
+def _phases(
+    sizes: Sizes, cfg: PPOConfig, roles: Roles, engine: FixedLengths, prompts: Prompts, peer: Peer
+) -> tuple[list[Phase], dict[str, Phase]]:
+    mesh = roles.actor.mesh
+    equal = torch.full((sizes.rows,), sizes.new_tokens, device=mesh.device)
+    drawn = torch.randint(SHORTEST, sizes.new_tokens + 1, (sizes.rows,), generator=torch.Generator().manual_seed(3))
+    ragged = drawn.to(mesh.device)
+    guard, clock = StepGuard(cfg.run_dir, 0, mesh), Clock(mesh.device)
+
+    def roll_out(response_lengths: Tensor) -> Any:
+        engine.response_lengths = response_lengths
+        with roles.actor.resident("weights"):
+            return engine.generate(prompts, cfg.sampling, seed=1, group_size=sizes.group)
+
+    def iterate() -> object:
+        engine.response_lengths = equal
+        return ppo_iteration(roles, engine, prompts, cfg, iteration=0, guard=guard, clock=clock)
+
+    rollout = roll_out(equal)
+    if not (roll_out(ragged).response_lengths == ragged).all():
+        raise RuntimeError("ragged rollouts do not end where they should; the model's first token is too likely.")
+    mask, inputs, labels = rollout.response_mask, rollout.inputs, rollout.labels
+    noise = torch.zeros_like(rollout.sampler_logprobs)
+    experience = Experience(rollout, rollout.sampler_logprobs, noise, noise, noise + 1.0, noise)
+
+    responses, short, positions = sizes.rows * sizes.new_tokens, int(ragged.sum()), inputs.numel()
+    spec = roles.actor.spec
+    forward = spec.forward_flops(positions, inputs.shape[1] / 2, responses)
+    body = spec.forward_flops(positions, inputs.shape[1] / 2, 0)
+    scoring = {"actor": forward, "reference": forward, "critic": body, "reward": body}
+    learning = {"actor": policy_loss(roles.actor, cfg), "critic": value_loss(roles.critic, cfg)}
+    by_name = {role.name: role for role in roles.every}
+
+    def score(name: str) -> Callable[[], object]:
+        return lambda: by_name[name].score(rollout)
+
+    def update(name: str) -> Callable[[], object]:
+        role = roles.actor if name == "actor" else roles.critic
+        return lambda: optimise(role, learning[name], experience, cfg, 0, guard)
+
+    phases = [
+        Phase("rollout", lambda: roll_out(equal), {"generate": 1}, responses, forward),
+        Phase("rollout_ragged", lambda: roll_out(ragged), {"generate_ragged": 1}, short, forward * short / responses),
+        *(Phase(f"score_{name}", score(name), {"forward": 1}, positions, scoring[name]) for name in scoring),
+        *(Phase(f"update_{name}", update(name), {"train": 1}, positions, 3 * scoring[name]) for name in learning),
+        Phase(
+            "iteration",
+            iterate,
+            {"generate": 1, "forward": 4, "train": 2},
+            responses,
+            forward + sum(scoring.values()) + 3 * (forward + body),
+        ),
+    ]
+    work = [
+        Phase("generate", lambda: peer.generate(equal), {}, responses, forward),
+        Phase("generate_ragged", lambda: peer.generate(ragged), {}, short, forward * short / responses),
+        Phase("forward", lambda: peer.forward(inputs), {}, positions, forward),
+        Phase("train", lambda: peer.train(inputs, labels, mask), {}, positions, 3 * forward),
+    ]
+    return phases, {phase.name: phase for phase in work}
+
+
+def measure(bench: Bench, repeats: int, device: torch.device) -> None:
+    """One round to warm up, then `repeats` rounds; each counterpart runs right before the first phase that needs it."""
+    order: list[Phase] = []
+    for phase in bench.phases:
+        order += [bench.peer[name] for name in phase.counterpart if bench.peer[name] not in order] + [phase]
+    for phase in order:
+        phase.run()
+    for _ in range(repeats):
+        for phase in order:
+            _reset_peak(device)
+            started = time.perf_counter()
+            phase.run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            phase.seconds.append(time.perf_counter() - started)
+            phase.peak_bytes = max(phase.peak_bytes, _peak_bytes(device))
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's name for "reset the peak resident size"
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Of this phase: allocated on a GPU, resident in this process on a Linux CPU; 0 elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return 0
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def results(bench: Bench) -> list[dict[str, Any]]:
+    """One row a phase: medians, rates, peak memory, the counterpart's seconds, and the ratio."""
+    rows = []
+    for phase in bench.phases:
+        median = statistics.median(phase.seconds)
+        peers = {name: statistics.median(bench.peer[name].seconds) for name in phase.counterpart}
+        theirs = sum(times * peers[name] for name, times in phase.counterpart.items())
+        rows.append(
+            {
+                "phase": phase.name,
+                "seconds": median,
+                "tokens_per_s": phase.tokens / median,
+                "flops_per_s": phase.flops / median,
+                "peak_bytes": phase.peak_bytes,
+                "counterpart": phase.counterpart,
+                "transformers_seconds": theirs,
+                "ratio": median / theirs,
+                "all_seconds": phase.seconds,
+            }
+        )
+    return rows
+
+
+def _config(sizes: Sizes, directory: Path) -> PPOConfig:
+    return PPOConfig.model_validate(
+        {
+            "run_dir": directory / "run",
+            "actor": {"init": str(directory / "language")},
+            "reward": {"init": str(directory / "scalar")},
+            "tokenizer": "arithmetic",
+            "prompts": {"template": "plain"},
+            "compute": {"dtype": "float32"},
+            "sampling": {"temperature": 1.0, "max_new_tokens": sizes.new_tokens},
+            "iterations": 1_000_000,
+            "rollout_batch": sizes.rows,
+            "group_size": sizes.group,
+            "global_batch": sizes.rows,
+            "micro_batch": sizes.micro_batch,
+            "ppo_epochs": 1,
+        }
+    )
+
+
+def _write_models(sizes: Sizes, directory: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        intermediate_size=sizes.ffn,
+        vocab_size=sizes.vocab,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=max(256, sizes.prompt_tokens + sizes.new_tokens),
+        bos_token_id=None,
+        eos_token_id=None,
+        num_labels=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "language")
+    LlamaForSequenceClassification(config).save_pretrained(directory / "scalar")
+
+
+def _prompts(sizes: Sizes) -> Prompts:
+    shape = (sizes.prompts, sizes.prompt_tokens)
+    tokens = torch.randint(1, sizes.vocab, shape, generator=torch.Generator().manual_seed(2))
+    return Prompts(
+        tokens, torch.full(shape[:1], sizes.prompt_tokens), torch.arange(sizes.prompts), ("",) * sizes.prompts
+    )
+
+
+def about(sizes: Sizes, device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
+    """What a reader needs to repeat the measurement."""
+    return {
+        "command": shlex.join(["python", "tools/bench_step.py", *arguments]),
+        "versions": versions(),
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[0],
+        },
+        "workload": asdict(sizes),
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of both sides (default 2)")
+    defaults = Sizes(256, 4, 8, 4, 1024, 512, 8, 8, 32, 64, 16, 64)
+    for name, value in asdict(defaults).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, and write."""
+    args = parse(arguments)
+    sizes = Sizes(**{name: vars(args)[name] for name in Sizes.__dataclass_fields__})
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as directory:
+        bench, mesh = build(sizes, Path(directory))
+        measure(bench, args.repeats, mesh.device)
+    rows = results(bench)
+    print(f"{'phase':<16}{'seconds':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'peak MiB':>10}{'transformers':>14}{'ratio':>7}")
+    for row in rows:
+        print(
+            f"{row['phase']:<16}{row['seconds']:>9.3f}{row['tokens_per_s']:>10.0f}{row['flops_per_s'] / 1e9:>9.0f}"
+            f"{row['peak_bytes'] / 2**20:>10.0f}{row['transformers_seconds']:>14.3f}{row['ratio']:>7.2f}"
+        )
+    if args.json:
+        peers = {
+            name: {"all_seconds": phase.seconds, "peak_bytes": phase.peak_bytes} for name, phase in bench.peer.items()
+        }
+        report = {**about(sizes, mesh.device, arguments), "phases": rows, "transformers": peers}
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
