@@ -66,5 +66,5 @@ def check_prompt_count(prompts: PromptSet, per_iteration: int) -> None:
     if len(prompts) < per_iteration:
         raise ConfigError(
             f"prompt set is smaller than the rollout batch: {len(prompts)} prompts, {per_iteration} needed an "
-            "iteration; add prompts or lower the rollout batch."
+            "iteration (rollout_batch / group_size); add prompts, lower rollout_batch or raise group_size."
         )

@@ -7,11 +7,31 @@ from pathlib import Path
 from megarlhf.checkpoint.sharded import ModelDescription, describe_model, tokenizer_directory
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import Tokenizer, build_tiny_tokenizer, load_tokenizer
-from megarlhf.errors import ConfigError
-from megarlhf.models.spec import ModelSpec
+from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.models.spec import PRESETS, ModelSpec
+from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
 
 BUILT_IN_TOKENIZER = "arithmetic"
+
+
+def checked_model(init: str, layout: ParallelLayout, name: str, *, needs: HeadKind = "scalar") -> ModelDescription:
+    """The model behind `init`, once it is known to fit the layout and its use; `name` is the setting.
+
+    needs: the head of the role it fills. Any body can carry a scalar head, a new one if need be; only a language model
+    can speak.
+    """
+    if not init:
+        raise ConfigError(
+            f"{name} is empty; name a model directory (Hugging Face or megarlhf) or one of {', '.join(PRESETS)}."
+        )
+    found = describe_model(init)
+    if needs == "language" and found.head == "scalar":
+        raise CheckpointError(
+            f"{name}={init} has a scalar head, as reward models have, but a language model is needed; name another."
+        )
+    found.spec.check_layout(layout, name)
+    return found
 
 
 def check_batch(name: str, batch: int, layout: ParallelLayout, micro_batch: int) -> None:
@@ -36,13 +56,47 @@ def check_batch(name: str, batch: int, layout: ParallelLayout, micro_batch: int)
         )
 
 
+def check_rows(name: str, batch: int, data: str, rows: int) -> None:
+    """Raise ConfigError where a batch is larger than the data set that the setting `data` describes."""
+    if batch > rows:
+        raise ConfigError(
+            f"{name}={batch} is more than the {rows} rows of {data}; lower {name} to at most {rows}, or add rows."
+        )
+
+
+def check_longest(data: str, tokens: int, spec: ModelSpec) -> None:
+    """Raise ConfigError where the longest row of the setting `data` exceeds the model's context."""
+    if tokens > spec.max_positions:
+        raise ConfigError(
+            f"the longest row of {data} has {tokens} tokens, but the model's context is {spec.max_positions}; set "
+            f"{data}.max_tokens={spec.max_positions} and {data}.overlong=drop, or use another model."
+        )
+
+
+def check_room(prompt: int, max_new_tokens: int, spec: ModelSpec, name: str) -> None:
+    """Raise ConfigError where a response to the longest prompt could exceed the context of the model `name`."""
+    room = spec.max_positions - prompt
+    if max_new_tokens > room:
+        fits = f"set sampling.max_new_tokens to at most {room}"
+        remedy = fits if room > 0 else "lower prompts.max_tokens and set prompts.overlong=drop"
+        raise ConfigError(
+            f"sampling.max_new_tokens={max_new_tokens} after prompts of up to {prompt} tokens exceeds the context of "
+            f"{name}, {spec.max_positions} tokens; {remedy}."
+        )
+
+
 def resolve_tokenizer(tokenizer: str, init: str) -> Tokenizer:
     """The tokenizer called `tokenizer`: "" for the model's own, "arithmetic" for the tiny one, else a directory.
 
-    Raises:   ConfigError or CheckpointError when there is none.
+    Raises:   ConfigError or DataError when there is none.
     """
     if tokenizer == BUILT_IN_TOKENIZER:
         return build_tiny_tokenizer(words())
+    if not tokenizer and init in PRESETS:
+        raise ConfigError(
+            f"tokenizer is empty and the preset {init} has none of its own; set tokenizer={BUILT_IN_TOKENIZER} (that of "
+            "the built-in task) or name a tokenizer directory."
+        )
     return load_tokenizer(Path(tokenizer) if tokenizer else tokenizer_directory(init))
 
 
@@ -50,22 +104,6 @@ def check_tokenizer(tokenizer: Tokenizer, spec: ModelSpec, name: str) -> None:
     """Raise ConfigError where the tokenizer makes ids that the model has no row for."""
     if tokenizer.vocab_size > spec.vocab_size:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but {name} has {spec.vocab_size} embedding rows; "
-            "use the model's own tokenizer."
+            f"the tokenizer {tokenizer.source} has {tokenizer.vocab_size} tokens but {name} has {spec.vocab_size} "
+            "embedding rows; use the model's own tokenizer."
         )
-
-
-def check_context(name: str, tokens: int, spec: ModelSpec) -> None:
-    """Raise ConfigError where rows of `tokens` tokens exceed the model's context."""
-    if tokens > spec.max_positions:
-        raise ConfigError(
-            f"{name} = {tokens} tokens, which exceed the model's context of {spec.max_positions}; lower {name} or use "
-            "another model."
-        )
-
-
-def checked_model(init: str, layout: ParallelLayout, name: str) -> ModelDescription:
-    """The model behind `init`, once it is known to fit the layout."""
-    found = describe_model(init)
-    found.spec.check_layout(layout, name)
-    return found

@@ -39,6 +39,13 @@ def print_memory_plan(roles: Sequence[Role], mesh: Mesh) -> None:
     _console(mesh).print(table)
 
 
+def print_dropped(name: str, dropped: int, kept: int, mesh: Mesh) -> None:
+    """Say, on rank 0, how many rows of the setting `name` were left out because they were too long; silent for none."""
+    if dropped:
+        limits = f"longer than {name}.max_tokens ({name}.overlong=drop)"
+        _console(mesh).print(f"{name}: {dropped} of {dropped + kept} rows dropped, {limits}", highlight=False)
+
+
 def _console(mesh: Mesh) -> Console:
     return Console(stderr=True, quiet=not mesh.is_main)
 

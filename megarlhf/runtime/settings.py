@@ -15,14 +15,14 @@ class RanksConfig(Config):
     """Settings shared by every command that builds models."""
 
     seed: int = Field(default=1, ge=0)
-    """Seed of initial weights, data order, rollouts and mini-batches; the same seed gives the same run."""
+    """Seed of all that is random: initial weights, data order, rollouts, mini-batches. The same seed, the same run."""
     layout: ParallelLayout = ParallelLayout()
     """Ranks along each parallel axis."""
     compute: ComputeConfig = ComputeConfig()
     """Number formats and implementations."""
     micro_batch: int = Field(default=8, ge=1)
-    """Rows of one forward pass on one data rank; bounds the memory of activations, changes no result."""
+    """Rows of one forward pass on one data rank. Bounds the memory of activations; changes no result."""
     offload: Literal["host", "none"] = "host"
-    """Where a model's bytes wait while another works: `host` (pinned there on a GPU), or `none`: they stay."""
+    """Where a model's bytes wait while another works: host memory (pinned where there is a GPU), or where they are."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Longest wait in a collective, in seconds, before the run stops. Source: torch's default with NCCL."""
+    """Longest wait in a collective, in seconds, before the run stops. Source: torch's default for NCCL."""

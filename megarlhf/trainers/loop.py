@@ -20,6 +20,7 @@ from megarlhf.models.role import Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.writers import RunWriter, write_provenance
+from megarlhf.parallel.collectives import barrier
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.trainers.settings import RunConfig
 
@@ -47,6 +48,7 @@ class StepGuard:
         if self.skipped <= self._limit:
             return
         path = self._save(role, update, batch, step)
+        barrier(self._mesh)  # the first rank that leaves ends the others, who may be writing still
         raise TrainingError(
             f"{self.skipped} optimiser steps were skipped because loss or gradient was not finite (last: {role}, step "
             f"{step}, loss {update.means.loss}, gradient norm {update.grad_norm}); the batch is in {path}. Lower the "

@@ -144,8 +144,8 @@ def prepare(cfg: PPOConfig) -> PPOInputs:
     }
     if models["reward"].head == "language" and cfg.reward.init not in PRESETS:
         raise CheckpointError(
-            f"reward.init={cfg.reward.init} is a language model, whose scores would be noise; train a reward model from "
-            "it with megarlhf reward."
+            f"reward.init={cfg.reward.init} is a language model, whose scores would be noise; train a reward model "
+            "from it with megarlhf reward."
         )
     tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.actor.init)
     prompts = load_prompts(cfg.prompts, tokenizer)
@@ -167,7 +167,8 @@ def _check_batches(cfg: PPOConfig) -> None:
         )
     if cfg.sampling.temperature == 0:
         raise ConfigError(
-            "sampling.temperature=0 always draws the same response, and PPO learns from differences; set it above 0 (0.7 or 1)."
+            "sampling.temperature=0 always draws the same response, and PPO learns from differences; set it above 0, "
+            "to 0.7 for example."
         )
     if cfg.rollout_batch % cfg.group_size:
         raise ConfigError(

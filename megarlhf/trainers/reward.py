@@ -43,7 +43,7 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
-from megarlhf.runtime.roles import print_choices, print_memory_plan, role_settings
+from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
 from megarlhf.trainers.loop import StepGuard, open_run, run_steps
 from megarlhf.trainers.settings import RunConfig
 
@@ -218,6 +218,9 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
     print_choices(settings.compute, mesh)
     print_memory_plan([role], mesh)
     pairs, labelled = inputs.pairs, inputs.labelled
+    for name, rows in (("pairs", pairs), ("labelled", labelled), ("heldout", inputs.heldout)):
+        if rows is not None:
+            print_dropped(name, rows.dropped, len(rows), mesh)
     pair_loader = Loader(len(pairs), cfg.pairs_batch, seed=cfg.seed) if pairs else None
     point_loader = Loader(len(labelled), cfg.labelled_batch, seed=cfg.seed) if labelled else None
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)

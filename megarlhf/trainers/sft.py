@@ -27,12 +27,13 @@ from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.runtime.checks import (
     check_batch,
-    check_context,
+    check_longest,
+    check_rows,
     check_tokenizer,
     checked_model,
     resolve_tokenizer,
 )
-from megarlhf.runtime.roles import print_choices, print_memory_plan, role_settings
+from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
 from megarlhf.trainers.loop import StepGuard, open_run, run_steps
 from megarlhf.trainers.settings import RunConfig
 
@@ -71,14 +72,14 @@ class SftInputs:
 
 def prepare(cfg: SftConfig) -> SftInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
-    cfg.check_fresh()
-    model = checked_model(cfg.model, cfg.layout, "model")
+    cfg.check_run_dir()
+    model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
     check_tokenizer(tokenizer, model.spec, "model")
     check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
     rows = load_sft(cfg.data, tokenizer)
-    check_context("the longest row", rows.longest, model.spec)
-    Loader(len(rows), cfg.global_batch, seed=cfg.seed)
+    check_longest("data", rows.longest, model.spec)
+    check_rows("global_batch", cfg.global_batch, "data", len(rows))
     steps = max(1, round(cfg.epochs * len(rows) / cfg.global_batch))
     cfg.optim.check(steps, "optim")
     return SftInputs(model, tokenizer, rows, steps)
@@ -101,6 +102,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
     role.prepare(cfg.optim, inputs.steps)
     print_choices(settings.compute, mesh)
     print_memory_plan([role], mesh)
+    print_dropped("data", inputs.rows.dropped, len(inputs.rows), mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     clock = Clock(mesh.device)

@@ -1,0 +1,163 @@
+"""`megarlhf generate`: sample responses to one prompt or to a file of them, as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from pydantic import Field
+
+from megarlhf.batch import Rollout
+from megarlhf.checkpoint.sharded import ModelDescription, load_model
+from megarlhf.data.arithmetic import prompt_rows
+from megarlhf.data.prompts import PromptSet, load_prompts
+from megarlhf.data.rows import DataConfig, load_rows
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.errors import ConfigError, LayoutError
+from megarlhf.models.role import FrozenRole, LabelLogprobs
+from megarlhf.observe.progress import Progress
+from megarlhf.parallel import launch
+from megarlhf.parallel.collectives import gather_rows
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.runtime.checks import check_room, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.roles import print_choices, print_dropped, role_settings
+from megarlhf.runtime.settings import RanksConfig
+
+ROLLOUTS = 512
+"""Responses drawn between two writes; the engine itself decodes as many of them at once as fit."""
+
+
+class GenerateConfig(RanksConfig):
+    """`megarlhf generate`: sample responses."""
+
+    model: str
+    """Directory of a language model, Hugging Face or megarlhf; or a preset, drawn at random from `seed`."""
+    tokenizer: str = ""
+    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    prompt: str = ""
+    """One prompt, as text; `prompts` then says only how it is rendered. Empty reads the prompts of `prompts.source`."""
+    prompts: DataConfig = DataConfig()
+    """Prompts: column prompt."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are drawn."""
+    group_size: int = Field(default=1, ge=1)
+    """Responses per prompt."""
+    output: Path | None = None
+    """JSON lines file to write, which must not exist; null prints to standard output."""
+
+
+@dataclass(frozen=True)
+class GenerateInputs:
+    """Everything that was read and checked before the model is built."""
+
+    model: ModelDescription
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    said: Sequence[Any]
+    """The prompts as the data has them, text or conversations, by row of the data."""
+
+
+def prepare(cfg: GenerateConfig) -> GenerateInputs:
+    """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
+    if cfg.output is not None:
+        _check_output(cfg.output)
+    if cfg.layout.virtual_pipeline > 1:
+        raise LayoutError(
+            f"layout.virtual_pipeline={cfg.layout.virtual_pipeline} cannot roll out: Megatron-Core's inference engine "
+            "wants one model chunk a rank; set layout.virtual_pipeline=1."
+        )
+    model = checked_model(cfg.model, cfg.layout, "model", needs="language")
+    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
+    check_tokenizer(tokenizer, model.spec, "model")
+    prompts, said = _prompts(cfg, tokenizer)
+    if len(prompts) < cfg.layout.data:
+        raise LayoutError(
+            f"layout.data={cfg.layout.data} is more than the {len(prompts)} prompts; set it to at most {len(prompts)}."
+        )
+    check_room(prompts.longest, cfg.sampling.max_new_tokens, model.spec, "model")
+    return GenerateInputs(model, tokenizer, prompts, said)
+
+
+def main(cfg: GenerateConfig, argv: Sequence[str]) -> int:
+    """`megarlhf generate`."""
+    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs), cfg.layout, argv)
+
+
+def _run(cfg: GenerateConfig, inputs: GenerateInputs) -> None:
+    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    settings = role_settings(cfg, mesh)
+    policy = FrozenRole("model", inputs.model.spec, "language", LabelLogprobs(cfg.sampling.temperature), settings, mesh)
+    load_model(policy, cfg.model, seed=cfg.seed)
+    print_choices(settings.compute, mesh)
+    print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
+    with _open(cfg, mesh) as file, Progress(len(inputs.prompts), "generate", enabled=mesh.is_main) as bar:
+        for rollout in rollouts(policy, inputs, cfg):
+            if mesh.is_main:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(rollout, inputs))
+            bar.advance(len(rollout) // cfg.group_size)
+
+
+def rollouts(policy: FrozenRole, inputs: GenerateInputs, cfg: GenerateConfig) -> Iterator[Rollout]:
+    """Responses to all prompts in order, a part at a time. Collective; equal on every rank."""
+    mesh, prompts = policy.mesh, inputs.prompts
+    engine = RolloutEngine(
+        policy.model,
+        policy.spec,
+        mesh,
+        eos_id=inputs.tokenizer.eos_id,
+        pad_id=inputs.tokenizer.pad_id,
+        max_sequence_length=prompts.longest + cfg.sampling.max_new_tokens,
+    )
+    # Equal parts, none smaller than the data ranks: every one of them takes part in every collective.
+    parts = min(-(-len(prompts) * cfg.group_size // ROLLOUTS), len(prompts) // mesh.size("data"))
+    for part in torch.arange(len(prompts)).tensor_split(parts):
+        mine = part.tensor_split(mesh.size("data"))[mesh.data_rank]
+        drawn = engine.generate(prompts.batch(mine), cfg.sampling, seed=cfg.seed, group_size=cfg.group_size)
+        yield gather_rows(drawn, mesh)
+
+
+def rows_of(rollout: Rollout, inputs: GenerateInputs) -> Iterator[dict[str, Any]]:
+    """One mapping a response. `logprob`: of the whole response, EOS included, in nats, at the sampling temperature."""
+    logprobs = rollout.sampler_logprobs.double().sum(1).tolist()
+    # EOS ends a response and is no part of its text.
+    ends = (rollout.lengths - rollout.terminated.long()).tolist()
+    for row in range(len(rollout)):
+        start, terminated = int(rollout.prompt_lengths[row]), bool(rollout.terminated[row])
+        yield {
+            "prompt": inputs.said[int(rollout.prompt_ids[row])],
+            "response": inputs.tokenizer.decode(rollout.tokens[row, start : ends[row]].tolist()),
+            "logprob": logprobs[row],
+            "tokens": int(rollout.lengths[row]) - start,
+            "terminated": terminated,
+        }
+
+
+def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer) -> tuple[PromptSet, Sequence[Any]]:
+    if cfg.prompt:
+        tokens = tokenizer.encode_prompt(cfg.prompt, cfg.prompts.template)
+        return PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0), [cfg.prompt]
+    return load_prompts(cfg.prompts, tokenizer), [row.columns["prompt"] for row in load_rows(cfg.prompts, prompt_rows)]
+
+
+def _check_output(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"output={output} exists; choose another file, or remove it.")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"output={output}: there is no directory {output.parent}; make it, or choose another.")
+
+
+@contextmanager
+def _open(cfg: GenerateConfig, mesh: Mesh) -> Iterator[TextIO]:
+    if cfg.output is None or not mesh.is_main:
+        yield sys.stdout
+    else:
+        with cfg.output.open("x", encoding="utf-8") as file:
+            yield file
