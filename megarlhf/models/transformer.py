@@ -144,10 +144,11 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         params_dtype=compute.dtype,
         bf16=compute.dtype == torch.bfloat16,
         fp8=compute.fp8,
-        # Micro-batches are trimmed to their longest row, so stages tell each other the shape.
-        variable_seq_lengths=layout.pipeline > 1,
+        # Micro-batches are trimmed to their longest row, so stages tell each other the shape; `parallel/pipeline.py`
+        # says why interleaved ones do not. Batched messages would mix up forward and backward between two stages.
+        variable_seq_lengths=layout.pipeline > 1 and layout.virtual_pipeline == 1,
         moe_token_dispatcher_type="alltoall",  # no experts here, but Megatron checks it against variable lengths
-        batch_p2p_comm=not on_cpu,
+        batch_p2p_comm=not on_cpu and layout.virtual_pipeline == 1,
         calculate_per_token_loss=True,
         # Weights come from a checkpoint, or are drawn the same way for every layout.
         perform_initialization=False,
@@ -184,6 +185,7 @@ def layer_spec(transformer_engine: bool) -> tuple[ModuleSpec, type]:
 
 
 def _layer_spec(attention: type, column: type, row: type, core: type, norm: type) -> ModuleSpec:
+    residual_add: Any = get_bias_dropout_add
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -199,10 +201,10 @@ def _layer_spec(attention: type, column: type, row: type, core: type, norm: type
                     k_layernorm=IdentityOp,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=residual_add,
         ),
     )
 
@@ -226,7 +228,7 @@ def _build_chunk(
     head: HeadKind,
     config: TransformerConfig,
     layer: ModuleSpec,
-    norm: type,
+    norm: Any,
     mesh: Mesh,
     chunk: int | None,
 ) -> LlamaModel:

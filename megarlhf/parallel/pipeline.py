@@ -2,6 +2,9 @@
 
 A batch is split into micro-batches of similar length, each trimmed to its longest row. Losses are sums; they and their
 gradients are divided once, by the count over all micro-batches and data ranks, so no split can change the result.
+
+Interleaved stages get micro-batches of one shape instead: with two pipeline ranks the next stage and the one before are
+the same rank, and Megatron-Core 0.16.1 then takes the shape of an activation for that of a gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def forward_only(
     Ranks:    the same tensor on every tensor and pipeline rank; data ranks pass their own rows.
     reads_last: whether `read` needs the position of the last token itself, and not only those that predict a token.
     """
-    order, parts = _split(batch, micro_batch)
+    order, parts = _split(batch, micro_batch, mesh)
     outputs: list[Tensor] = []
 
     def forward_step(rows: Iterator[TokenRows], model: Any) -> tuple[Tensor, Callable]:
@@ -66,7 +69,7 @@ def forward_only(
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
 
     with torch.no_grad():
-        _schedule(chunks, parts, forward_step, mesh, forward_only=True)
+        _schedule(chunks, parts, forward_step, mesh, reads_last=reads_last, forward_only=True)
     shape = (len(batch), batch.tokens.shape[1] - 1) if per_token else (len(batch),)
     result = torch.zeros(shape, dtype=torch.float32, device=batch.tokens.device)
     for index, output in zip(order.split(micro_batch), outputs, strict=False):  # no outputs before the last stage
@@ -85,7 +88,7 @@ def forward_backward(
     Shapes:   batch: this data rank's B rows of the global batch.
     Ranks:    collective over the mesh; the returned means are equal on every rank.
     """
-    _, parts = _split(batch, micro_batch)
+    _, parts = _split(batch, micro_batch, mesh)
     totals: Counter[str] = Counter()
 
     def forward_step(rows: Iterator[TokenRows], model: Any) -> tuple[Tensor, Callable]:
@@ -99,41 +102,60 @@ def forward_backward(
         )
         return total, count.to(torch.int), None
 
-    _schedule(chunks, parts, forward_step, mesh, forward_only=False)
+    _schedule(chunks, parts, forward_step, mesh, reads_last=reads_last, forward_only=False)
     return _means(totals, mesh)
 
 
-def _split(batch: RowsT, micro_batch: int) -> tuple[Tensor, list[RowsT]]:
+def _split(batch: RowsT, micro_batch: int, mesh: Mesh) -> tuple[Tensor, list[RowsT]]:
     """Rows ordered by length, cut into chunks of `micro_batch`: neighbours are equally long, so little is padding."""
     longest = batch.lengths.reshape(len(batch), -1).amax(dim=1)
     order = longest.argsort(stable=True, descending=True)
     parts = [batch.rows(index) for index in order.split(micro_batch)]
-    return order, [part.trimmed(int(part.lengths.max()) - 1) for part in parts]
+    if mesh.layout.virtual_pipeline == 1:
+        return order, [part.trimmed(int(part.lengths.max()) - 1) for part in parts]
+    if len(batch) % micro_batch:
+        raise ValueError(
+            f"{len(batch)} rows are not divisible by micro_batch={micro_batch}; interleaved stages need equal shapes."
+        )
+    return order, [part.trimmed(int(longest.max()) - 1) for part in parts]
 
 
-def _forward(model: Any, part: TokenRows, mesh: Mesh, reads_last: bool) -> Tensor:
-    """Final hidden states [b, s, H] on the last stage; on the others, what is sent to the next."""
+def _inputs(part: TokenRows, mesh: Mesh, reads_last: bool) -> Tensor:
+    """[b, s]: what the model reads."""
     inputs = part.tokens if reads_last else part.tokens[:, :-1]
     if mesh.layout.sequence_parallel:
         # Tensor ranks hold equal slices of the sequence.
         inputs = torch.nn.functional.pad(inputs, (0, -inputs.shape[1] % mesh.layout.tensor))
+    return inputs
+
+
+def _forward(model: Any, part: TokenRows, mesh: Mesh, reads_last: bool) -> Tensor:
+    """Final hidden states [b, s, H] on the last stage; on the others, what is sent to the next."""
+    inputs = _inputs(part, mesh, reads_last)
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     return model(inputs, positions, None)
 
 
 def _schedule(
-    chunks: Sequence[Any], parts: list[Any], forward_step: Callable, mesh: Mesh, *, forward_only: bool
+    chunks: Sequence[Any],
+    parts: list[Any],
+    forward_step: Callable,
+    mesh: Mesh,
+    *,
+    reads_last: bool,
+    forward_only: bool,
 ) -> None:
     config = chunks[0].config
     run = get_forward_backward_func(mesh.layout.pipeline, config.virtual_pipeline_model_parallel_size)
+    rows, positions = _inputs(parts[0], mesh, reads_last).shape
     run(
         forward_step_func=forward_step,
         data_iterator=[iter(parts) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(parts),
-        # Ignored: stages exchange shapes (variable_seq_lengths), since micro-batches differ in length.
-        seq_length=mesh.layout.tensor,
-        micro_batch_size=1,
+        # The shape of every micro-batch between interleaved stages; other stages tell each other.
+        seq_length=positions,
+        micro_batch_size=rows,
         forward_only=forward_only,
         p2p_communicator=P2PCommunicator(mesh.group("pipeline"), config),
         pg_collection=mesh.groups,
