@@ -1,0 +1,166 @@
+"""Losses, gradients and next weights do not depend on how the work is split (invariants 3 and 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megarlhf.batch import Experience, LabelledResponses, PreferencePairs, TokenBatch
+from megarlhf.data.rows import DataConfig
+from megarlhf.models.optim import OptimConfig
+from megarlhf.models.role import LabelLogprobs, PositionValues, SequenceScores, TrainableRole
+from megarlhf.parallel.collectives import own_rows
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.pipeline import Loss
+from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.trainers.ppo import policy_loss, value_loss
+from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.reward import RewardConfig, couple, judgement_loss
+from megarlhf.trainers.sft import next_token_loss
+from tests.helpers.ranks import run_ranks
+from tests.models.worlds import (
+    STRETCHED,
+    language_model,
+    learner,
+    name_of,
+    ragged_rollout,
+    score_model,
+    settings,
+    whole_weights,
+    worst,
+)
+
+STEPS = 3
+LR = 1e-3
+RELATIVE = 2e-5
+"""Of losses, metrics and gradient norms: fp32 sums of some thousand terms in another order, three steps deep."""
+WEIGHTS = 5e-3 * LR
+"""A step moves a weight by LR or less; Adam divides a gradient's rounding error, about 1e-8, by eps = 1e-5 or more."""
+VOCAB = 131
+ROWS = ragged_rollout(8, vocab=VOCAB)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A layout, rows per micro-batch, and whether optimiser state is sharded."""
+
+    layout: ParallelLayout
+    micro_batch: int
+    distributed: bool = False
+
+    def __str__(self) -> str:
+        return f"{name_of(self.layout)}-micro{self.micro_batch}{'-distributed' * self.distributed}"
+
+
+WHOLE = Split(ParallelLayout(), 8)
+SPLITS = [
+    Split(ParallelLayout(), 1),
+    Split(ParallelLayout(), 3, distributed=True),  # 3 does not divide 8: a short last micro-batch
+    Split(ParallelLayout(tensor=2), 4, distributed=True),
+    Split(ParallelLayout(tensor=2, sequence_parallel=True), 2),
+    Split(ParallelLayout(pipeline=2), 2, distributed=True),
+    Split(ParallelLayout(pipeline=2, virtual_pipeline=2), 2, distributed=True),
+    Split(ParallelLayout(data=2), 2),
+    Split(ParallelLayout(data=2), 4, distributed=True),
+    Split(ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), 2),
+    Split(ParallelLayout(pipeline=2, data=2), 2, distributed=True),
+    Split(ParallelLayout(tensor=2, data=2, sequence_parallel=True), 1, distributed=True),
+]
+
+
+def sft_batch(step: int) -> TokenBatch:
+    """Other rows and another supervised part at every step."""
+    rows = ragged_rollout(8, vocab=VOCAB, seed=20 + step)
+    return TokenBatch(rows.tokens, rows.lengths, rows.response_mask)
+
+
+def experience(step: int) -> Experience:
+    """Log-probs near a uniform policy's and values near 0, so that some tokens are clipped and some are not."""
+    rows = ragged_rollout(8, vocab=VOCAB, seed=40 + step)
+    generator = torch.Generator().manual_seed(60 + step)
+    noise = torch.randn(4, *rows.labels.shape, generator=generator)
+    logprobs = -torch.tensor(float(VOCAB)).log() + noise[0]
+    return Experience(rows, logprobs, logprobs, 0.5 * noise[1], noise[2], noise[3])
+
+
+def couples(step: int) -> Any:
+    """Three weighted pairs and ten judged responses: 8 couples in one batch."""
+    generator = torch.Generator().manual_seed(80 + step)
+    pairs, judged = ragged_rollout(6, vocab=VOCAB, seed=90 + step), ragged_rollout(10, vocab=VOCAB, seed=95 + step)
+    return couple(
+        PreferencePairs(pairs.tokens, pairs.lengths, torch.tensor([1.0, 0.5, 2.0])),
+        LabelledResponses(
+            judged.tokens, judged.lengths, torch.rand(10, generator=generator).round(decimals=1), torch.ones(10)
+        ),
+        0.7,
+    )
+
+
+def steps_of(role: TrainableRole, loss: Loss, batches: Sequence[Any], mesh: Mesh) -> dict[str, Any]:
+    """What every optimiser step reports, and what the model is and says afterwards."""
+    updates = [role.update(own_rows(batch, mesh), loss) for batch in batches]
+    assert all(update.stepped for update in updates)
+    numbers = [{"loss": u.means.loss, "norm": u.grad_norm, "count": u.means.count, **u.means.metrics} for u in updates]
+    return {"steps": numbers, "weights": whole_weights(role), "scores": role.score(ROWS)}
+
+
+def learn(split: Split, language: str, tied: str, scalar: str) -> dict[str, dict[str, Any]]:
+    """Three optimiser steps on each objective."""
+    mesh = start(split.layout, seed=1)
+    shared = settings(mesh, split.micro_batch)
+    optim = OptimConfig(lr=LR, weight_decay=0.1, max_grad_norm=0.5, distributed=split.distributed)
+    ppo = PPOConfig.model_validate({"run_dir": "unused", "sampling": SamplingConfig(temperature=0.7)})
+    reward = RewardConfig.model_validate(
+        {"run_dir": "unused", "pairs": DataConfig(), "labelled": DataConfig(), "pointwise_weight": 0.7}
+    )
+    result = {}
+    role = learner(tied, LabelLogprobs(1.0), shared, mesh, optim)
+    result["sft"] = steps_of(role, next_token_loss(role), [sft_batch(i) for i in range(STEPS)], mesh)
+    role = learner(language, LabelLogprobs(0.7), shared, mesh, optim)
+    result["policy"] = steps_of(role, policy_loss(role, ppo), [experience(i) for i in range(STEPS)], mesh)
+    role = learner(scalar, PositionValues(), shared, mesh, optim)
+    result["value"] = steps_of(role, value_loss(role, ppo), [experience(i) for i in range(STEPS)], mesh)
+    role = learner(scalar, SequenceScores(), shared, mesh, optim)
+    result["reward"] = steps_of(role, judgement_loss(role, reward), [couples(i) for i in range(STEPS)], mesh)
+    return result
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    folder: Path = tmp_path_factory.mktemp("models")
+    language_model(folder / "language", seed=1)
+    language_model(folder / "tied", seed=2, tie_word_embeddings=True, rope_parameters=STRETCHED)
+    score_model(folder / "scalar", seed=3)
+    return str(folder / "language"), str(folder / "tied"), str(folder / "scalar")
+
+
+@pytest.fixture(scope="module")
+def whole(models: tuple[str, str, str]) -> dict[str, dict[str, Any]]:
+    return run_ranks(learn, 1, WHOLE, *models)[0]
+
+
+def test_the_reference_is_not_trivial(whole: dict[str, dict[str, Any]]) -> None:
+    """Every loss moves, every gradient is clipped, and both sides of each clip are met."""
+    for objective in whole.values():
+        assert len({step["loss"] for step in objective["steps"]}) == STEPS
+        assert min(step["norm"] for step in objective["steps"]) > 0.5
+    assert all(0.05 < step["clip_fraction"] < 0.95 for name in ("policy", "value") for step in whole[name]["steps"])
+    assert all(min(step["pairwise_loss"], step["pointwise_loss"]) > 0 for step in whole["reward"]["steps"])
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_no_split_changes_anything(
+    split: Split, models: tuple[str, str, str], whole: dict[str, dict[str, Any]]
+) -> None:
+    for rank in run_ranks(learn, split.layout.world_size, split, *models):
+        for name, expected in whole.items():
+            for step, reference in zip(rank[name]["steps"], expected["steps"], strict=True):
+                assert step == pytest.approx(reference, rel=RELATIVE, abs=1e-6), f"{name}: {step} vs {reference}"
+            assert worst(rank[name]["weights"], expected["weights"]) < WEIGHTS, name
+            torch.testing.assert_close(rank[name]["scores"], expected["scores"], atol=1e-4, rtol=0, msg=name)
