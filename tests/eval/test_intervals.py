@@ -1,0 +1,62 @@
+"""Intervals against textbook values, and against what they promise: to cover the truth 95 times in 100."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megarlhf.eval.intervals import mean, paired_difference, share
+
+
+def test_wilson_interval_of_a_share():
+    # Wilson 1927 for 81 of 263, the example of Newcombe 1998, table I: 0.2553 to 0.3662.
+    correct = torch.zeros(263, dtype=torch.bool)
+    correct[:81] = True
+    found = share(correct)
+    assert found.mean == pytest.approx(81 / 263)
+    assert (found.low, found.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
+
+
+def test_a_share_of_all_or_none_keeps_an_open_side():
+    assert share(torch.ones(10, dtype=torch.bool)).low < 0.8
+    assert share(torch.zeros(10, dtype=torch.bool)).high > 0.2
+
+
+def test_student_interval_by_hand():
+    # Mean 2.5, standard error sqrt(5/3 / 4), and t = 3.182446 at 3 degrees of freedom.
+    found = mean(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    half = 3.182446305 * (5 / 3 / 4) ** 0.5
+    assert found == pytest.approx((2.5, 2.5 - half, 2.5 + half), rel=1e-6)
+
+
+def test_pairing_sees_what_two_shares_cannot():
+    before = torch.zeros(200, dtype=torch.bool)
+    before[:100] = True
+    after = before.clone()
+    after[100:110] = True  # ten problems gained, none lost
+    found = paired_difference(before, after)
+    assert found.mean == pytest.approx(0.05)
+    assert found.low > 0
+    assert share(after).low < share(before).high  # unpaired, the intervals overlap
+
+
+def test_equal_policies_differ_by_exactly_nothing():
+    correct = torch.tensor([True, False, True])
+    assert paired_difference(correct, correct) == (0.0, 0.0, 0.0)
+
+
+def test_different_problems_cannot_be_paired():
+    with pytest.raises(ValueError, match=r"before \[2\] and after \[3\]"):
+        paired_difference(torch.zeros(2), torch.zeros(3))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(400):
+        before = torch.rand(200, generator=generator) < 0.4
+        after = torch.rand(200, generator=generator) < 0.6
+        found = paired_difference(before, after)
+        covered += found.low <= 0.2 <= found.high
+    # 95 % of 400 with three standard errors of 4.4.
+    assert 366 <= covered <= 394

@@ -1,0 +1,82 @@
+"""The demo in miniature, through the command line on two ranks: what it leaves, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    *("model=tiny-xs", "demonstrations=2048", "sft_epochs=1", "judged=1280", "iterations=3", "rollouts=32"),
+    *("problems=64", "samples=2"),
+)
+
+
+def demo(run_dir: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    output = run_dir.parent / "output.txt"
+    with output.open("w") as file:  # a pipe would be held open by the writer processes of checkpoints
+        command = [sys.executable, "-m", "megarlhf.cli", "demo", f"run_dir={run_dir}", *settings]
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=280, check=False)
+    return subprocess.CompletedProcess(command, done.returncode, output.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    done = demo(run_dir, *SMALL)
+    assert done.returncode == 0, done.stdout
+    return run_dir, done.stdout
+
+
+def test_summary_has_the_promised_numbers(finished: tuple[Path, str]):
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    low, high = summary["gain_ci95"]
+    assert low <= summary["gain"] <= high
+    assert summary["gain"] == pytest.approx(summary["ppo_accuracy"] - summary["sft_accuracy"])
+    assert summary["problems"] == 64
+    assert summary["seed"] == 1
+    stages = [json.loads((finished[0] / stage / "seconds.json").read_text()) for stage in ("sft", "reward", "ppo")]
+    assert summary["wall_s"] > sum(stages)
+
+
+def test_table_says_what_the_summary_says(finished: tuple[Path, str]):
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    row = next(line for line in finished[1].splitlines() if "accuracy, sampled" in line)
+    before, after, difference = re.findall(r"([+-]?\d\.\d{3}) \[", row)
+    assert float(before) == pytest.approx(summary["sft_accuracy"], abs=5e-4)
+    assert float(after) == pytest.approx(summary["ppo_accuracy"], abs=5e-4)
+    assert float(difference) == pytest.approx(summary["gain"], abs=5e-4)
+
+
+def test_report_needs_nothing_but_itself(finished: tuple[Path, str]):
+    page = (finished[0] / "report.html").read_text()
+    assert page.count("<svg") >= 6
+    assert "How many" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+def test_metrics_of_ppo_keep_their_promises(finished: tuple[Path, str]):
+    rows = [json.loads(line) for line in (finished[0] / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    # Iteration 3 is the actor's first: the others only warm the critic up.
+    assert rows[0]["kl/reference_mean"] == rows[1]["kl/reference_mean"] == 0.0
+    assert rows[2]["policy/first_ratio_gap"] < 1e-5
+    assert rows[2]["policy/first_clip_fraction"] == 0.0
+    assert max(row["rollout/sampler_gap_max"] for row in rows) < 1e-5
+
+
+def test_a_second_call_runs_no_finished_stage_again(finished: tuple[Path, str]):
+    before = {path: path.stat().st_mtime_ns for path in finished[0].glob("*/metrics.jsonl")}
+    done = demo(finished[0], *SMALL)
+    assert done.returncode == 0, done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished[0].glob("*/metrics.jsonl")} == before
+
+
+def test_other_settings_do_not_mix_with_finished_stages(finished: tuple[Path, str]):
+    done = demo(finished[0], *SMALL, "seed=2")
+    assert done.returncode == 2
+    assert f"{finished[0]}/sft was made with other settings" in done.stdout
