@@ -190,6 +190,11 @@ class Experience(Batch):
         """[B]: the rollout's."""
         return self.rollout.lengths
 
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool: the rollout's."""
+        return self.rollout.response_mask
+
     def mini_batches(self, size: int, generator: torch.Generator) -> Iterator[Experience]:
         """Every row once: a permutation from `generator` (a CPU one), cut into consecutive chunks of `size`.
 
@@ -234,6 +239,11 @@ class TokenBatch(Batch):
     def labels(self) -> Tensor:
         """[B, T]: what it predicts; labels[:, t] is token t + 1."""
         return self.tokens[:, 1:]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool: `loss_mask`, by the name it has where responses are sampled."""
+        return self.loss_mask
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,8 +30,10 @@ class Reading(Protocol):
 
     per_token: bool
     """Whether it gives one number a position ([b, T]) or one a row ([b])."""
-    reads_last: bool
-    """Whether it needs the hidden state of the last token itself, and not only of those that predict a token."""
+
+    def reads(self, rows: Any) -> Tensor:
+        """[b, s] bool: the inputs whose final hidden states are read; s = T + 1 where the last token itself may be."""
+        ...
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
         """Read hidden states [b, s, H]."""
@@ -44,7 +46,10 @@ class LabelLogprobs:
 
     temperature: float
     per_token = True
-    reads_last = False
+
+    def reads(self, rows: Any) -> Tensor:
+        """[b, T]."""
+        return rows.response_mask
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
         """[b, T]."""
@@ -58,7 +63,10 @@ class PositionValues:
     """The scalar head at every position that predicts a response token: the state before the token. 0 elsewhere."""
 
     per_token = True
-    reads_last = False
+
+    def reads(self, rows: Any) -> Tensor:
+        """[b, T]."""
+        return rows.response_mask
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
         """[b, T]."""
@@ -73,7 +81,10 @@ class SequenceScores:
     offset: float = 0.0
     scale: float = 1.0
     per_token = False
-    reads_last = True
+
+    def reads(self, rows: Any) -> Tensor:
+        """[b, T + 1]: one a row."""
+        return torch.arange(rows.tokens.shape[1], device=rows.tokens.device) == (rows.lengths - 1)[:, None]
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
         """[b]."""
@@ -139,7 +150,7 @@ class Role:
                 lambda hidden, rows: self.reading(self.model, hidden, rows),
                 mesh=self.mesh,
                 micro_batch=self.settings.micro_batch,
-                reads_last=self.reading.reads_last,
+                reads=self.reading.reads,
                 per_token=self.reading.per_token,
             )
 
@@ -256,7 +267,7 @@ class TrainableRole(Role):
                 loss,
                 mesh=self.mesh,
                 micro_batch=self.settings.micro_batch,
-                reads_last=self.reading.reads_last,
+                reads=self.reading.reads,
             )
             norm, stepped = guarded_step(self.optimizer, means.loss, self.optim.max_grad_norm)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])

@@ -44,6 +44,28 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class LocalLayer(TransformerLayer):
+    """Megatron's layer, which at the top of the model leaves out the MLP of hidden states that nobody reads."""
+
+    def _forward_mlp(
+        self,
+        hidden_states: Tensor,
+        inference_context: BaseInferenceContext | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """[s, b, H] -> [s, b, H]; rows in `padding_mask` [b, s] keep what they had.
+
+        Under sequence parallelism every row is computed: tensor ranks must hold equally many.
+        """
+        on_top = self.layer_number == self.config.num_layers
+        if padding_mask is None or not on_top or self.config.sequence_parallel:
+            return super()._forward_mlp(hidden_states, inference_context)
+        rows = hidden_states.flatten(0, 1)
+        read = (~padding_mask).t().flatten().nonzero()[:, 0]
+        computed = super()._forward_mlp(rows[read][:, None])
+        return rows.index_copy(0, read, computed[:, 0]).view_as(hidden_states)
+
+
 class LlamaModel(GPTModel):
     """GPTModel that ends, outside inference, at the final hidden states; what is read off them is asked for by name.
 
@@ -178,16 +200,18 @@ def layer_spec(transformer_engine: bool) -> tuple[ModuleSpec, type]:
         )
 
         return _layer_spec(
-            SelfAttention, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention, TENorm
+            TransformerLayer, SelfAttention, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention, TENorm
         ), TENorm
-    local = _layer_spec(LocalSelfAttention, ColumnParallelLinear, RowParallelLinear, CausalAttention, RMSNorm)
+    local = _layer_spec(
+        LocalLayer, LocalSelfAttention, ColumnParallelLinear, RowParallelLinear, CausalAttention, RMSNorm
+    )
     return local, RMSNorm
 
 
-def _layer_spec(attention: type, column: type, row: type, core: type, norm: type) -> ModuleSpec:
+def _layer_spec(layer: type, attention: type, column: type, row: type, core: type, norm: type) -> ModuleSpec:
     residual_add: Any = get_bias_dropout_add
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(

@@ -28,6 +28,9 @@ RowsT = TypeVar("RowsT", bound=TokenRows)
 Read = Callable[[Tensor, Any], Tensor]
 """(hidden [b, s, H], rows) -> what the role reads off them: [b, T] or [b], fp32. Called on the last stage."""
 
+Reads = Callable[[Any], Tensor]
+"""rows -> [b, s] bool: the inputs, all T + 1 tokens or the first T, whose final hidden states are read."""
+
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 """(hidden [b, s, H], rows) -> (sum, count, sums of metrics that share the count). Called on the last stage."""
 
@@ -48,28 +51,27 @@ def forward_only(
     *,
     mesh: Mesh,
     micro_batch: int,
-    reads_last: bool,
+    reads: Reads,
     per_token: bool,
 ) -> Tensor:
     """Run the model over `batch` without gradients and return what `read` says of every row.
 
     Shapes:   batch of B rows; returns [B, T] where `per_token`, else [B], as `read` does; fp32.
     Ranks:    the same tensor on every tensor and pipeline rank; data ranks pass their own rows.
-    reads_last: whether `read` needs the position of the last token itself, and not only those that predict a token.
     """
     order, parts = _split(batch, micro_batch, mesh)
     outputs: list[Tensor] = []
 
     def forward_step(rows: Iterator[TokenRows], model: Any) -> tuple[Tensor, Callable]:
         part = next(rows)
-        return _forward(model, part, mesh, reads_last), lambda hidden: keep(hidden, part)
+        return _forward(model, part, mesh, reads), lambda hidden: keep(hidden, part)
 
     def keep(hidden: Tensor, part: TokenRows) -> tuple[Tensor, Tensor, None]:
         outputs.append(read(hidden, part))
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
 
     with torch.no_grad():
-        _schedule(chunks, parts, forward_step, mesh, reads_last=reads_last, forward_only=True)
+        _schedule(chunks, parts, forward_step, mesh, reads=reads, forward_only=True)
     shape = (len(batch), batch.tokens.shape[1] - 1) if per_token else (len(batch),)
     result = torch.zeros(shape, dtype=torch.float32, device=batch.tokens.device)
     for index, output in zip(order.split(micro_batch), outputs, strict=False):  # no outputs before the last stage
@@ -81,7 +83,7 @@ def forward_only(
 
 
 def forward_backward(
-    chunks: Sequence[Any], batch: TokenRows, loss: Loss, *, mesh: Mesh, micro_batch: int, reads_last: bool
+    chunks: Sequence[Any], batch: TokenRows, loss: Loss, *, mesh: Mesh, micro_batch: int, reads: Reads
 ) -> LossMeans:
     """Accumulate the gradient of the mean loss over the global batch into the chunks' gradient buffers.
 
@@ -93,7 +95,7 @@ def forward_backward(
 
     def forward_step(rows: Iterator[TokenRows], model: Any) -> tuple[Tensor, Callable]:
         part = next(rows)
-        return _forward(model, part, mesh, reads_last), lambda hidden: judge(hidden, part)
+        return _forward(model, part, mesh, reads), lambda hidden: judge(hidden, part)
 
     def judge(hidden: Tensor, part: TokenRows) -> tuple[Tensor, Tensor, None]:
         total, count, metrics = loss(hidden, part)
@@ -102,7 +104,7 @@ def forward_backward(
         )
         return total, count.to(torch.int), None
 
-    _schedule(chunks, parts, forward_step, mesh, reads_last=reads_last, forward_only=False)
+    _schedule(chunks, parts, forward_step, mesh, reads=reads, forward_only=False)
     return _means(totals, mesh)
 
 
@@ -120,20 +122,23 @@ def _split(batch: RowsT, micro_batch: int, mesh: Mesh) -> tuple[Tensor, list[Row
     return order, [part.trimmed(int(longest.max()) - 1) for part in parts]
 
 
-def _inputs(part: TokenRows, mesh: Mesh, reads_last: bool) -> Tensor:
-    """[b, s]: what the model reads."""
-    inputs = part.tokens if reads_last else part.tokens[:, :-1]
+def _inputs(part: TokenRows, mesh: Mesh, reads: Reads) -> tuple[Tensor, Tensor]:
+    """[b, s] each: the tokens the model sees, and whether the hidden state that comes of one is read."""
+    read = reads(part)
+    inputs = part.tokens[:, : read.shape[1]]
     if mesh.layout.sequence_parallel:
         # Tensor ranks hold equal slices of the sequence.
-        inputs = torch.nn.functional.pad(inputs, (0, -inputs.shape[1] % mesh.layout.tensor))
-    return inputs
+        missing = -inputs.shape[1] % mesh.layout.tensor
+        inputs, read = (torch.nn.functional.pad(x, (0, missing)) for x in (inputs, read))
+    return inputs, read
 
 
-def _forward(model: Any, part: TokenRows, mesh: Mesh, reads_last: bool) -> Tensor:
+def _forward(model: Any, part: TokenRows, mesh: Mesh, reads: Reads) -> Tensor:
     """Final hidden states [b, s, H] on the last stage; on the others, what is sent to the next."""
-    inputs = _inputs(part, mesh, reads_last)
+    inputs, read = _inputs(part, mesh, reads)
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    return model(inputs, positions, None)
+    # "Padding" is what Megatron calls positions that need no work.
+    return model(inputs, positions, None, padding_mask=~read)
 
 
 def _schedule(
@@ -142,12 +147,12 @@ def _schedule(
     forward_step: Callable,
     mesh: Mesh,
     *,
-    reads_last: bool,
+    reads: Reads,
     forward_only: bool,
 ) -> None:
     config = chunks[0].config
     run = get_forward_backward_func(mesh.layout.pipeline, config.virtual_pipeline_model_parallel_size)
-    rows, positions = _inputs(parts[0], mesh, reads_last).shape
+    rows, positions = _inputs(parts[0], mesh, reads)[0].shape
     run(
         forward_step_func=forward_step,
         data_iterator=[iter(parts) for _ in chunks],

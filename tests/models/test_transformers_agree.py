@@ -33,7 +33,9 @@ class VocabLogits:
     mesh: Mesh
     seen: dict[int, Tensor] = field(default_factory=dict)
     per_token = True
-    reads_last = False
+
+    def reads(self, rows: Rollout) -> Tensor:
+        return torch.ones_like(rows.labels, dtype=torch.bool)
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Rollout) -> Tensor:
         local = model._vocab_logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
