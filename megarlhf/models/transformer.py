@@ -29,6 +29,7 @@ from torch import Tensor
 from megarlhf.models.attention import CausalAttention, LocalSelfAttention, rope_frequencies
 from megarlhf.models.compute import Compute
 from megarlhf.models.heads import ScalarHead
+from megarlhf.models.mlp import LocalMLP
 from megarlhf.models.spec import ModelSpec
 from megarlhf.ops.logprobs import token_logprobs
 from megarlhf.parallel.mesh import Mesh
@@ -199,16 +200,20 @@ def layer_spec(transformer_engine: bool) -> tuple[ModuleSpec, type]:
             TERowParallelLinear,
         )
 
-        return _layer_spec(
-            TransformerLayer, SelfAttention, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention, TENorm
-        ), TENorm
-    local = _layer_spec(
-        LocalLayer, LocalSelfAttention, ColumnParallelLinear, RowParallelLinear, CausalAttention, RMSNorm
-    )
-    return local, RMSNorm
+        parts = (
+            TransformerLayer,
+            SelfAttention,
+            TEDotProductAttention,
+            MLP,
+            TEColumnParallelLinear,
+            TERowParallelLinear,
+        )
+        return _layer_spec(*parts, TENorm), TENorm
+    parts = (LocalLayer, LocalSelfAttention, CausalAttention, LocalMLP, ColumnParallelLinear, RowParallelLinear)
+    return _layer_spec(*parts, RMSNorm), RMSNorm
 
 
-def _layer_spec(layer: type, attention: type, column: type, row: type, core: type, norm: type) -> ModuleSpec:
+def _layer_spec(layer: type, attention: type, core: type, mlp: type, column: type, row: type, norm: type) -> ModuleSpec:
     residual_add: Any = get_bias_dropout_add
     return ModuleSpec(
         module=layer,
@@ -227,7 +232,7 @@ def _layer_spec(layer: type, attention: type, column: type, row: type, core: typ
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(module=mlp, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=residual_add,
         ),
     )
