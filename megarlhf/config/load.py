@@ -13,7 +13,7 @@ import yaml
 
 from megarlhf.config import yaml12
 from megarlhf.config.base import Config
-from megarlhf.config.describe import describe
+from megarlhf.config.describe import describe, nested_config
 from megarlhf.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -30,7 +30,7 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
     source = "the command line" if path is None else str(path)
     try:
         # Strict JSON mode: 2.0 or "2" for an int is an error, while a list may fill a tuple and text may fill a Path.
-        return cls.model_validate_json(json.dumps(settings), strict=True)
+        return cls.model_validate_json(json.dumps(_over_defaults(cls, settings)), strict=True)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explain(cls, detail, source) for detail in error.errors())) from None
 
@@ -38,6 +38,32 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
 def dump_config(cfg: Config, path: Path) -> None:
     """Write every setting with its resolved value, so that `load_config` of the file gives an equal object."""
     path.write_text(cfg.to_yaml(), encoding="utf-8")
+
+
+def _over_defaults(cls: type[Config], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay each group of settings over the default that its owner gives it.
+
+    Without this, `optim.warmup_steps=5` beside `optim: OptimConfig = OptimConfig(lr=1e-5)` would also bring back the lr
+    of OptimConfig itself.
+    """
+    merged = dict(settings)
+    for name, field in cls.model_fields.items():
+        inner, given = nested_config(field.annotation), settings.get(name)
+        if inner is None or not isinstance(given, dict):
+            continue
+        default = field.get_default(call_default_factory=True, validated_data={})
+        chosen = default.model_dump(mode="json") if isinstance(default, Config) else {}
+        merged[name] = _over_defaults(inner, _merged(chosen, given))
+    return merged
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {name: _merged(below[name], value) for name, value in above.items() if _are_dicts(below.get(name), value)}
+    return {**below, **above, **both}
+
+
+def _are_dicts(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -117,10 +143,10 @@ def _prefixes(loc: Sequence[str | int]) -> list[str]:
 def _suggestion(cls: type[Config], name: str) -> str:
     known = [row.name for row in describe(cls)]
     groups = sorted({prefix for row in known for prefix in _prefixes(row.split("."))[1:]})
-    close = difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.6)
+    leaves = {row.rpartition(".")[2]: row for row in reversed(known)}
+    # Right word, wrong group: `tensor=2` instead of `layout.tensor=2`.
+    close = [leaves[name]] if name in leaves else difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.6)
     if not close:
-        # Right word, wrong group: `tensor=2` instead of `layout.tensor=2`.
-        leaves = {row.rpartition(".")[2]: row for row in reversed(known)}
         close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.75)]
     return f"did you mean {close[0]}?" if close else "run the command with --help to see every setting."
 

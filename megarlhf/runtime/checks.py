@@ -94,8 +94,8 @@ def resolve_tokenizer(tokenizer: str, init: str) -> Tokenizer:
         return build_tiny_tokenizer(words())
     if not tokenizer and init in PRESETS:
         raise ConfigError(
-            f"tokenizer is empty and the preset {init} has none of its own; set tokenizer={BUILT_IN_TOKENIZER} (that of "
-            "the built-in task) or name a tokenizer directory."
+            f"tokenizer is empty and the preset {init} has none of its own; set tokenizer={BUILT_IN_TOKENIZER} (the "
+            "built-in task's) or name a tokenizer directory."
         )
     return load_tokenizer(Path(tokenizer) if tokenizer else tokenizer_directory(init))
 

@@ -68,6 +68,30 @@ def test_nested_overrides_keep_their_siblings(tmp_path: Path) -> None:
     assert load_config(Run, path, ["optim={lr: 0.25}"]).optim == Optim(lr=0.25, betas=(0.1, 0.2))
 
 
+class Learner(Config):
+    optim: Optim = Optim(lr=7e-6, betas=(0.5, 0.6))
+    """Its optimiser."""
+    init: str = ""
+    """Where it starts."""
+
+
+class Both(Config):
+    actor: Learner = Learner(init="sft")
+    """The policy."""
+    critic: Learner = Learner(optim=Optim(lr=2e-6))
+    """The value model."""
+
+
+def test_a_partly_given_group_keeps_the_defaults_of_its_owner() -> None:
+    assert load_config(Run, None, ["name=a", "optim.betas=[0.1, 0.2]"]).optim == Optim(lr=1e-4, betas=(0.1, 0.2))
+    both = load_config(Both, None, ["actor.optim.lr=1.0", "critic.optim.betas=[0.1, 0.2]", "critic.init=x"])
+    assert both.actor == Learner(init="sft", optim=Optim(lr=1.0, betas=(0.5, 0.6)))
+    # The critic's owner gives it an Optim of its own, which replaces Learner's as a whole, in --help too.
+    assert {row.name: row.default for row in describe(Both)}["critic.optim.betas"] == "[0.9, 0.95]"
+    assert both.critic == Learner(init="x", optim=Optim(lr=2e-6, betas=(0.1, 0.2)))
+    assert load_config(Both, None, ["critic.init=x"]).critic.optim == Optim(lr=2e-6)
+
+
 def test_values_are_yaml_1_2() -> None:
     cfg = load_config(Run, None, ["name=no", "optim.lr=1e-5", "resume=true", "batch=010"])
     assert (cfg.name, cfg.optim.lr, cfg.resume, cfg.batch) == ("no", 1e-5, True, 10)

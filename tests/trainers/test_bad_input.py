@@ -385,7 +385,7 @@ def test_rows_beyond_the_context(tmp_path: Path, refused: Callable[..., str]) ->
 
 @pytest.mark.parametrize("command", [SFT, REWARD, PPO], ids=lambda command: command[0])
 def test_run_directories(command: tuple[str, ...], tmp_path: Path, refused: Callable[..., str]) -> None:
-    for trace in ("config.yaml", "model"):
+    for trace in ("metrics.jsonl", "config.yaml", "model"):
         (tmp_path / trace / "used" / trace).mkdir(parents=True)
         used = f"run_dir={trace}/used"
         assert_matches(

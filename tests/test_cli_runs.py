@@ -1,0 +1,129 @@
+"""The demo's pipeline in miniature, through the command line and on real ranks: SFT, reward model, PPO, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarlhf.checkpoint.sharded import describe_model
+from megarlhf.config import load_config
+from megarlhf.data.tokenizer import load_tokenizer
+from megarlhf.trainers.ppo_config import PPOConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+RANKED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT_S = 200
+
+SFT = ("data.arithmetic.rows=192", "epochs=1", "micro_batch=16", "optim.warmup_steps=1")
+REWARD = (
+    *("pairs.arithmetic.rows=64", "labelled.arithmetic.rows=128", "heldout.arithmetic.rows=32", "epochs=1"),
+    "optim.warmup_steps=0",
+)
+PPO = (
+    *("prompts.arithmetic.rows=64", "iterations=2", "rollout_batch=16", "global_batch=8", "micro_batch=4"),
+    *("ppo_epochs=1", "sampling.max_new_tokens=12", "value_warmup_iterations=0"),
+)
+GENERATE = (
+    *("generate", "model=runs/tiny/ppo/model", "prompts.template=plain", "prompts.split=heldout", "group_size=2"),
+    *("prompts.arithmetic.rows=3", "sampling.max_new_tokens=12", "output=responses.jsonl"),
+)
+
+
+def megarlhf(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in RANKED}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-m", "megarlhf.cli", *arguments],
+        cwd=directory,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all four commands have run, each from its example with smaller numbers."""
+    directory = tmp_path_factory.mktemp("pipeline")
+    for command, overrides in (("sft", SFT), ("reward", REWARD), ("ppo", PPO)):
+        done = megarlhf(command, "--config", str(EXAMPLES / f"{command}_tiny.yaml"), *overrides, directory=directory)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        assert done.stdout == ""
+        assert "Warning" not in done.stderr
+        assert done.stderr.count("what this run uses") == 1
+    done = megarlhf(*GENERATE, directory=directory)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("stage", "steps"), [("sft", 3), ("reward", 2), ("ppo", 2)])
+def test_a_run_leaves_its_metrics_and_its_provenance(stage: str, steps: int, runs: Path) -> None:
+    run = runs / "runs" / "tiny" / stage
+    # 192 rows in batches of 64; 128 judged responses in batches of 64, and 64 pairs in batches of 32; 2 iterations.
+    assert max(row["step"] for row in metrics(run)) == steps
+    assert all(row["train/skipped_steps"] == 0 for row in metrics(run) if "train/skipped_steps" in row)
+    assert (run / "command.txt").read_text().startswith(f"megarlhf {stage} --config ")
+    assert json.loads((run / "versions.json").read_text()).keys() >= {"torch", "megatron-core", "python", "commit"}
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_ppo_starts_on_policy_and_samples_what_it_trains(runs: Path) -> None:
+    for row in metrics(runs / "runs" / "tiny" / "ppo"):
+        # The first optimiser step of an iteration sees the policy that made the rollouts.
+        assert row["policy/first_ratio_gap"] <= 1e-6
+        assert row["policy/first_clip_fraction"] == 0
+        assert row["rollout/sampler_gap_max"] <= 1e-5
+        assert row["rollout/tokens"] <= 16 * 12
+    # Before the first step the policy is the reference.
+    assert metrics(runs / "runs" / "tiny" / "ppo")[0]["kl/reference_mean"] == 0
+
+
+def test_the_resolved_settings_make_the_same_run(runs: Path) -> None:
+    cfg = load_config(PPOConfig, runs / "runs" / "tiny" / "ppo" / "config.yaml", [])
+    assert cfg == load_config(PPOConfig, EXAMPLES / "ppo_tiny.yaml", PPO)
+    assert cfg.layout.world_size == 2
+
+
+@pytest.mark.parametrize(("stage", "head"), [("sft", "language"), ("reward", "scalar"), ("ppo", "language")])
+def test_models_are_whole(stage: str, head: str, runs: Path) -> None:
+    model = runs / "runs" / "tiny" / stage / "model"
+    assert describe_model(str(model)).head == head
+    tokenizer = load_tokenizer(model / "tokenizer")
+    assert tokenizer.decode(tokenizer.encode_response("The answer is 5.")) == "The answer is 5."
+    assert not list(model.parent.glob("model.*")), "a partial or an old model was left"
+
+
+def test_generated_rows(runs: Path) -> None:
+    rows = [json.loads(line) for line in (runs / "responses.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 2
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["prompt"] == second["prompt"]
+        assert "How many" in first["prompt"]
+    for row in rows:
+        assert row["logprob"] < 0
+        assert 1 <= row["tokens"] <= 12
+        assert row["terminated"] or row["tokens"] == 12
+        assert "<|" not in row["response"]
+
+
+def test_generate_says_the_same_on_two_ranks(runs: Path) -> None:
+    done = megarlhf(*GENERATE[:-1], "layout.tensor=2", directory=runs)
+    assert done.returncode == 0, done.stderr
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    written = [json.loads(line) for line in (runs / "responses.jsonl").read_text().splitlines()]
+    for one, other in zip(written, printed, strict=True):
+        assert one["response"] == other["response"]
+        assert abs(one["logprob"] - other["logprob"]) < 1e-4
