@@ -69,7 +69,7 @@ class DemoConfig(Config):
     """Passes over the demonstrations."""
     judged: int = Field(default=6400, ge=1280)
     """Judged responses for the reward model. Source: the issue of this demo, half a minute of training."""
-    iterations: int = Field(default=25, ge=1)
+    iterations: int = Field(default=22, ge=1)
     """PPO iterations."""
     rollouts: int = Field(default=256, ge=2)
     """Rollouts per PPO iteration."""

@@ -60,8 +60,13 @@ class LabelLogprobs:
 
 @dataclass(frozen=True)
 class PositionValues:
-    """The scalar head at every position that predicts a response token: the state before the token. 0 elsewhere."""
+    """(scalar head - offset) / scale at every position that predicts a response token: the state before it. 0 elsewhere.
 
+    A critic that starts from a normalised reward model keeps its normalisation, or its first values would be off by it.
+    """
+
+    offset: float = 0.0
+    scale: float = 1.0
     per_token = True
 
     def reads(self, rows: Any) -> Tensor:
@@ -71,7 +76,8 @@ class PositionValues:
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
         """[b, T]."""
         mask = rows.response_mask
-        return model.scalars(hidden)[:, : mask.shape[1]].masked_fill(~mask, 0.0)
+        values = (model.scalars(hidden)[:, : mask.shape[1]] - self.offset) / self.scale
+        return values.masked_fill(~mask, 0.0)
 
 
 @dataclass(frozen=True)

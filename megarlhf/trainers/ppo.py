@@ -164,22 +164,26 @@ def build_roles(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> Roles:
     """Load all four, one after another, each moved off the device before the next arrives."""
     settings = role_settings(cfg, mesh)
     logprobs = LabelLogprobs(cfg.sampling.temperature)
+    values = PositionValues(inputs.critic.score_offset, inputs.critic.score_scale)
     scores = SequenceScores(inputs.reward.score_offset, inputs.reward.score_scale)
-    roles = Roles(
-        actor=TrainableRole("actor", inputs.actor.spec, "language", logprobs, settings, mesh),
-        critic=TrainableRole("critic", inputs.critic.spec, "scalar", PositionValues(), settings, mesh),
-        reference=FrozenRole("reference", inputs.reference.spec, "language", logprobs, settings, mesh),
-        reward=FrozenRole("reward", inputs.reward.spec, "scalar", scores, settings, mesh),
-    )
-    inits = (cfg.actor.init, cfg.critic_init, cfg.reference_init, cfg.reward.init)
-    for role, init in zip(roles.every, inits, strict=True):
-        load_model(role, init, seed=cfg.seed)
-    actor_steps = (cfg.iterations - cfg.value_warmup_iterations) * cfg.steps_per_iteration
-    roles.actor.prepare(cfg.actor.optim, actor_steps)
-    roles.critic.prepare(cfg.critic.optim, cfg.iterations * cfg.steps_per_iteration)
+    steps = cfg.iterations * cfg.steps_per_iteration
+    actor = TrainableRole("actor", inputs.actor.spec, "language", logprobs, settings, mesh)
+    load_model(actor, cfg.actor.init, seed=cfg.seed)
+    actor.prepare(cfg.actor.optim, steps - cfg.value_warmup_iterations * cfg.steps_per_iteration)
+    actor.leave()
+    critic = TrainableRole("critic", inputs.critic.spec, "scalar", values, settings, mesh)
+    load_model(critic, cfg.critic_init, seed=cfg.seed)
+    critic.prepare(cfg.critic.optim, steps)
+    critic.leave()
+    reference = FrozenRole("reference", inputs.reference.spec, "language", logprobs, settings, mesh)
+    load_model(reference, cfg.reference_init, seed=cfg.seed)
+    reference.leave()
+    reward = FrozenRole("reward", inputs.reward.spec, "scalar", scores, settings, mesh)
+    load_model(reward, cfg.reward.init, seed=cfg.seed)
+    reward.leave()
+    roles = Roles(actor, critic, reference, reward)
     print_choices(settings.compute, mesh)
     print_memory_plan(roles.every, mesh)
-    roles.leave()
     return roles
 
 
