@@ -165,7 +165,7 @@ def _print_settings(name: str, settings: type[Config]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from megarlhf.config import describe
+    from megarlhf.config import describe, describe_groups
 
     console = _console()
     console.print(Text(f"megarlhf {name} [--config FILE] [name=value ...]", style="bold"))
@@ -173,7 +173,12 @@ def _print_settings(name: str, settings: type[Config]) -> None:
     table = Table(box=None, padding=(0, 2, 1, 0), header_style="dim")
     for heading, ratio in (("setting", 3), ("type", 3), ("default", 2), ("meaning", 8)):
         table.add_column(heading, overflow="fold", ratio=ratio)
+    groups = describe_groups(settings)
     for row in describe(settings):
+        # A group is introduced where its first setting stands.
+        parents = [name for name in groups if row.name.startswith(f"{name}.")]
+        for name in parents:
+            table.add_row(Text(f"{name}.*", style="bold"), Text(""), Text(""), Text(groups.pop(name), style="bold"))
         default = Text(row.default, style="bold red" if row.default == "required" else "green")
         table.add_row(Text(row.name, style="bold cyan"), Text(row.type, style="dim"), default, Text(row.help))
     console.print(table)

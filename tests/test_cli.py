@@ -110,6 +110,16 @@ def test_help_lists_every_setting_with_type_default_and_meaning(capsys: pytest.C
     assert "word text required What to say." in rows
 
 
+def test_help_introduces_groups_and_needs_no_required_setting(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ppo", "--help"]) == 0
+    rows = [" ".join(line.split()) for line in capfd.readouterr().out.splitlines()]
+    assert rows.count("actor.* The policy; `actor.init` is usually the SFT") == 1
+    heading = next(index for index, row in enumerate(rows) if row.startswith("actor.*"))
+    assert [row.split()[0] for row in rows[heading:] if row.startswith("actor.")][:4] == [
+        *("actor.*", "actor.init", "actor.optim.*", "actor.optim.lr"),
+    ]
+
+
 def test_report_command_makes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunWriter(tmp_path) as writer:
         writer.log({"policy/loss": 0.5}, step=1)

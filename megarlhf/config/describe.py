@@ -31,6 +31,17 @@ def describe(cls: type[Config]) -> list[FieldHelp]:
     return list(_rows(cls, prefix="", defaults=None))
 
 
+def describe_groups(cls: type[Config]) -> dict[str, str]:
+    """The documentation of every group of settings in `cls`, by dotted name."""
+    found: dict[str, str] = {}
+    for name, field in cls.model_fields.items():
+        inner = nested_config(field.annotation)
+        if inner is not None:
+            found[name] = _one_line(field.description)
+            found |= {f"{name}.{deeper}": text for deeper, text in describe_groups(inner).items()}
+    return found
+
+
 def nested_config(annotation: Any) -> type[Config] | None:
     """Return the settings class inside an annotation such as `OptimConfig` or `OptimConfig | None`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, Config):

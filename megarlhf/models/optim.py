@@ -21,23 +21,23 @@ class OptimConfig(Config):
     """AdamW and its schedule."""
 
     lr: float = Field(default=3e-6, gt=0)
-    """Peak learning rate. Source: Huang et al. 2024."""
+    """Peak learning rate, per optimiser step. Source: 3e-6 in Huang et al. 2024."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the schedule."""
+    """Learning rate at the end of the schedule, per optimiser step; 0 decays to nothing."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the decay from lr to min_lr. Source: linear in Huang et al. 2024."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimiser steps over which the learning rate rises from 0 to lr."""
+    """Optimiser steps over which the learning rate rises from 0 to lr; fewer than the run has."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay (Loshchilov and Hutter 2019), on matrices only."""
+    """Decoupled weight decay (Loshchilov and Hutter 2019), on matrices only, times lr per step."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay of the first moment, per step. Source: Kingma and Ba 2015."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment. Source: Llama 3."""
+    """Decay of the second moment, per step. Source: 0.95 in Touvron et al. 2023 (Llama 2)."""
     eps: float = Field(default=1e-5, gt=0)
     """Added to the root of the second moment. Source: Huang et al. 2024."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients of a larger global norm are scaled down to it."""
+    """A gradient of a larger norm, over all weights, is scaled down to it. Source: Touvron et al. 2023 (Llama 2)."""
     distributed: bool = True
     """Shard optimiser state over data ranks (Megatron's distributed optimizer, ZeRO stage 1)."""
 

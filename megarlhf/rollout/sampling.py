@@ -13,13 +13,13 @@ class SamplingConfig(Config):
     """How responses are drawn."""
 
     temperature: float = Field(default=0.7, ge=0.0)
-    """Divides the logits before the softmax; 0 always takes the most likely token. Source: 0.7 for PPO, PAPER.md 5."""
+    """Divides the logits before the softmax; 0 always takes the most likely token. Source: 0.7 in Huang et al. 2024."""
     top_k: int = Field(default=0, ge=0)
     """Draw from the k most likely tokens (more when the k-th is tied); 0 draws from all."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Draw from the fewest most likely tokens that hold this much probability; 1 draws from all."""
     max_new_tokens: int = Field(default=512, ge=1)
-    """A response that has not ended after this many tokens is cut."""
+    """Longest response, in tokens, EOS included; one that has not ended by then is cut."""
 
 
 def sample(

@@ -31,7 +31,8 @@ class LearnerConfig(Config):
     """A role that learns."""
 
     init: str = ""
-    """Where its weights start: a model directory or a preset. Empty for the critic: the reward model."""
+    """Where its weights start: a Hugging Face or megarlhf directory, or a preset drawn from `seed`. The actor needs
+    one; empty for the critic means that of the reward model."""
     optim: OptimConfig = OptimConfig()
     """Its optimiser."""
 
@@ -40,7 +41,8 @@ class FrozenConfig(Config):
     """A role that is only read."""
 
     init: str = ""
-    """Model directory or preset. Empty for the reference: the actor's start."""
+    """Its weights: a Hugging Face or megarlhf directory, or a preset drawn from `seed`. The reward model needs
+    one; empty for the reference means the actor's start."""
 
 
 class PPOConfig(RunConfig):
@@ -77,15 +79,16 @@ class PPOConfig(RunConfig):
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token. Source: Huang et al. 2024."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """Decay of GAE. Source: Huang et al. 2024."""
+    """Decay of generalised advantage estimation, per token. Source: Huang et al. 2024."""
     clip_range: float = Field(default=0.2, gt=0)
     """The ratio is clipped to 1 +- this. Source: Schulman et al. 2017."""
     value_clip_range: float = Field(default=0.2, gt=0)
-    """Values move at most this far from the old ones, in reward, before the loss ignores them."""
+    """Values move at most this far from the old ones, in reward, before the loss ignores them.
+    Source: 0.2 in Huang et al. 2024."""
     missing_eos_score: float | None = -1.0
     """Score of a response cut at the token limit; null keeps the reward model's. Source: Huang et al. 2024."""
     score_clip: float = Field(default=float("inf"), gt=0)
-    """Scores are clipped to +- this, in reward, before the penalty."""
+    """Scores are clipped to +- this, in reward, before the KL penalty; .inf clips nothing."""
 
     verifier: Verifier = "arithmetic"
     """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's, or `maths`."""

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pydantic
 import pytest
 
-from megarlhf.config import Config, describe, dump_config, load_config
+from megarlhf.config import Config, describe, describe_groups, dump_config, load_config
 from megarlhf.errors import ConfigError
 
 
@@ -172,6 +172,16 @@ def test_an_empty_file_means_defaults(tmp_path: Path) -> None:
 def test_frozen() -> None:
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         Run(name="a").batch = 3
+
+
+def test_groups_are_described_too() -> None:
+    optim = "Its optimiser."
+    assert describe_groups(Both) == {
+        "actor": "The policy.",
+        "actor.optim": optim,
+        "critic": "The value model.",
+        "critic.optim": optim,
+    }
 
 
 def test_describe_lists_every_setting_with_type_default_and_text() -> None:
