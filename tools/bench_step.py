@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megarlhf.batch import Experience, Prompts
+from megarlhf.models.role import TrainableRole
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.writers import versions
 from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.pipeline import Loss
 from megarlhf.rollout.controller import Ledger
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
@@ -50,12 +53,12 @@ from megarlhf.trainers.ppo_config import PPOConfig, prepare
 EOS = 0
 """The first token: inverse-CDF sampling draws it for a random number of 0."""
 SHORTEST = 4
-"""Shortest ragged response."""
+"""Shortest ragged response, in tokens."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The workload."""
+    """The workload; micro_batch and peer_micro_batch are rows of one forward pass, ours and transformers'."""
 
     hidden: int
     layers: int
@@ -68,9 +71,7 @@ class Sizes:
     prompt_tokens: int
     new_tokens: int
     micro_batch: int
-    """Rows of one of our forward passes."""
     peer_micro_batch: int
-    """Rows of one of transformers' forward passes."""
 
     @property
     def rows(self) -> int:
@@ -87,8 +88,8 @@ class FixedLengths(RolloutEngine):
         ledger = super()._ledger(rows, sampling, seed)
         draws = ledger.uniforms.clamp(min=0.1)
         last = (rows.lengths + self.response_lengths - 1)[:, None]
-        ends = (self.response_lengths < sampling.max_new_tokens)[:, None]
-        return replace(ledger, uniforms=draws.scatter(1, last, draws.gather(1, last).masked_fill(ends, 0.0)))
+        kept = draws.gather(1, last) * (self.response_lengths == sampling.max_new_tokens)[:, None]
+        return replace(ledger, uniforms=draws.scatter(1, last, kept))
 
 
 class Peer:
@@ -98,13 +99,12 @@ class Peer:
         from transformers import LlamaForCausalLM
 
         self.sizes, self.prompts = sizes, prompts.tokens.to(device)
-        self.model: Any = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        self.model.to(device)
+        model: Any = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.model = model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 
     def generate(self, response_lengths: Tensor) -> Tensor:
         """Tokens [B, prompt + N], pure sampling; rows end at `response_lengths` [B]."""
-        self.model.eval()
         # Rows of full length need no EOS, and then nothing is spent on forcing one.
         ragged = bool((response_lengths < self.sizes.new_tokens).any())
         return self.model.generate(
@@ -134,13 +134,11 @@ class Peer:
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> None:
         """Logits of every position, in micro-batches."""
-        self.model.eval()
         for rows in inputs.split(self.sizes.peer_micro_batch):
             self.model(rows, use_cache=False)
 
     def train(self, inputs: Tensor, labels: Tensor, mask: Tensor) -> None:
         """One AdamW step on the mean cross entropy of the labels in `mask`."""
-        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         parts = [x.split(self.sizes.peer_micro_batch) for x in (inputs, labels, mask)]
         for rows, targets, chosen in zip(*parts, strict=True):
@@ -151,12 +149,11 @@ class Peer:
 
 @dataclass
 class Phase:
-    """One phase, what it is compared to, and the seconds of every round."""
+    """One phase, how often transformers does what for the same work, and the seconds of every round."""
 
     name: str
     run: Callable[[], object]
     counterpart: dict[str, int]
-    """What transformers needs for the same work: name and how often."""
     tokens: int
     flops: float
     seconds: list[float] = field(default_factory=list)
@@ -173,20 +170,13 @@ class Bench:
 
 def build(sizes: Sizes, directory: Path) -> tuple[Bench, Mesh]:
     """Random models in `directory`, our four roles and transformers' model on it, and everything to time."""
-    mesh = start(_config(sizes, directory).layout, seed=1)
     _write_models(sizes, directory)
     cfg = _config(sizes, directory)
-    roles = build_roles(cfg, prepare(cfg), mesh)
-    prompts = _prompts(sizes)
+    mesh = start(cfg.layout, seed=1)
+    roles, prompts = build_roles(cfg, prepare(cfg), mesh), _prompts(sizes)
     peer = Peer(directory / "language", sizes, prompts, mesh.device)
-    engine = FixedLengths(
-        roles.actor.model,
-        roles.actor.spec,
-        mesh,
-        eos_id=EOS,
-        pad_id=EOS,
-        max_sequence_length=sizes.prompt_tokens + sizes.new_tokens,
-    )
+    width = sizes.prompt_tokens + sizes.new_tokens
+    engine = FixedLengths(roles.actor.model, roles.actor.spec, mesh, eos_id=EOS, pad_id=EOS, max_sequence_length=width)
     return Bench(*_phases(sizes, cfg, roles, engine, prompts, peer)), mesh
 
 
@@ -195,8 +185,8 @@ def _phases(
 ) -> tuple[list[Phase], dict[str, Phase]]:
     mesh = roles.actor.mesh
     equal = torch.full((sizes.rows,), sizes.new_tokens, device=mesh.device)
-    drawn = torch.randint(SHORTEST, sizes.new_tokens + 1, (sizes.rows,), generator=torch.Generator().manual_seed(3))
-    ragged = drawn.to(mesh.device)
+    draws = torch.Generator().manual_seed(3)
+    ragged = torch.randint(SHORTEST, sizes.new_tokens + 1, (sizes.rows,), generator=draws).to(mesh.device)
     guard, clock = StepGuard(cfg.run_dir, 0, mesh), Clock(mesh.device)
 
     def roll_out(response_lengths: Tensor) -> Any:
@@ -212,36 +202,30 @@ def _phases(
     if not (roll_out(ragged).response_lengths == ragged).all():
         raise RuntimeError("ragged rollouts do not end where they should; the model's first token is too likely.")
     mask, inputs, labels = rollout.response_mask, rollout.inputs, rollout.labels
-    noise = torch.zeros_like(rollout.sampler_logprobs)
-    experience = Experience(rollout, rollout.sampler_logprobs, noise, noise, noise + 1.0, noise)
+    zeros = torch.zeros_like(rollout.sampler_logprobs)
+    experience = Experience(rollout, rollout.sampler_logprobs, zeros, zeros, zeros + 1.0, zeros)
 
     responses, short, positions = sizes.rows * sizes.new_tokens, int(ragged.sum()), inputs.numel()
     spec = roles.actor.spec
     forward = spec.forward_flops(positions, inputs.shape[1] / 2, responses)
     body = spec.forward_flops(positions, inputs.shape[1] / 2, 0)
-    scoring = {"actor": forward, "reference": forward, "critic": body, "reward": body}
-    learning = {"actor": policy_loss(roles.actor, cfg), "critic": value_loss(roles.critic, cfg)}
-    by_name = {role.name: role for role in roles.every}
+    flops = {role: forward if role.head == "language" else body for role in roles.every}
+    learning = ((roles.actor, policy_loss(roles.actor, cfg)), (roles.critic, value_loss(roles.critic, cfg)))
+    iteration_flops = forward + sum(flops.values()) + 3 * (forward + body)
 
-    def score(name: str) -> Callable[[], object]:
-        return lambda: by_name[name].score(rollout)
-
-    def update(name: str) -> Callable[[], object]:
-        role = roles.actor if name == "actor" else roles.critic
-        return lambda: optimise(role, learning[name], experience, cfg, 0, guard)
+    def update(role: TrainableRole, loss: Loss) -> Phase:
+        run = partial(optimise, role, loss, experience, cfg, 0, guard)
+        return Phase(f"update_{role.name}", run, {"train": 1}, positions, 3 * flops[role])
 
     phases = [
         Phase("rollout", lambda: roll_out(equal), {"generate": 1}, responses, forward),
         Phase("rollout_ragged", lambda: roll_out(ragged), {"generate_ragged": 1}, short, forward * short / responses),
-        *(Phase(f"score_{name}", score(name), {"forward": 1}, positions, scoring[name]) for name in scoring),
-        *(Phase(f"update_{name}", update(name), {"train": 1}, positions, 3 * scoring[name]) for name in learning),
-        Phase(
-            "iteration",
-            iterate,
-            {"generate": 1, "forward": 4, "train": 2},
-            responses,
-            forward + sum(scoring.values()) + 3 * (forward + body),
+        *(
+            Phase(f"score_{role.name}", partial(role.score, rollout), {"forward": 1}, positions, flops[role])
+            for role in roles.every
         ),
+        *(update(role, loss) for role, loss in learning),
+        Phase("iteration", iterate, {"generate": 1, "forward": 4, "train": 2}, responses, iteration_flops),
     ]
     work = [
         Phase("generate", lambda: peer.generate(equal), {}, responses, forward),
@@ -355,9 +339,7 @@ def _write_models(sizes: Sizes, directory: Path) -> None:
 def _prompts(sizes: Sizes) -> Prompts:
     shape = (sizes.prompts, sizes.prompt_tokens)
     tokens = torch.randint(1, sizes.vocab, shape, generator=torch.Generator().manual_seed(2))
-    return Prompts(
-        tokens, torch.full(shape[:1], sizes.prompt_tokens), torch.arange(sizes.prompts), ("",) * sizes.prompts
-    )
+    return Prompts(tokens, torch.full(shape[:1], shape[1]), torch.arange(shape[0]), ("",) * shape[0])
 
 
 def about(sizes: Sizes, device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
@@ -382,7 +364,7 @@ def _cpu_name() -> str:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of both sides (default 2)")
@@ -408,9 +390,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{row['peak_bytes'] / 2**20:>10.0f}{row['transformers_seconds']:>14.3f}{row['ratio']:>7.2f}"
         )
     if args.json:
-        peers = {
-            name: {"all_seconds": phase.seconds, "peak_bytes": phase.peak_bytes} for name, phase in bench.peer.items()
-        }
+        peers = {name: {"all_seconds": p.seconds, "peak_bytes": p.peak_bytes} for name, p in bench.peer.items()}
         report = {**about(sizes, mesh.device, arguments), "phases": rows, "transformers": peers}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
