@@ -330,8 +330,8 @@ def _write_models(sizes: Sizes, directory: Path) -> None:
         max_position_embeddings=max(256, sizes.prompt_tokens + sizes.new_tokens),
         bos_token_id=None,
         eos_token_id=None,
-        num_labels=1,
     )
+    config.num_labels = 1
     LlamaForCausalLM(config).save_pretrained(directory / "language")
     LlamaForSequenceClassification(config).save_pretrained(directory / "scalar")
 

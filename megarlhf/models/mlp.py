@@ -1,11 +1,12 @@
-"""The gated MLP for machines without Transformer Engine, with Megatron's weights."""
+"""The activation of the gated MLP for machines without Transformer Engine."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -43,10 +44,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return active
 
 
-class LocalMLP(MLP):
-    """Megatron's gated MLP without the passes over memory that its general form makes (an offset of 0 is added)."""
+class SwiGLU(MegatronModule):
+    """`swiglu` as Megatron's MLP takes it, in place of its general form, which also adds an offset of 0."""
 
-    def forward(self, hidden_states: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor | None]:
-        """[s, b, H] -> [s, b, H] and no bias."""
-        gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(swiglu(gate_up))
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config=config)
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """[..., 2 F] -> [..., F]."""
+        return swiglu(gate_up)

@@ -29,7 +29,7 @@ from torch import Tensor
 from megarlhf.models.attention import CausalAttention, LocalSelfAttention, rope_frequencies
 from megarlhf.models.compute import Compute
 from megarlhf.models.heads import ScalarHead
-from megarlhf.models.mlp import LocalMLP
+from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
 from megarlhf.ops.logprobs import token_logprobs
 from megarlhf.parallel.mesh import Mesh
@@ -53,7 +53,7 @@ class LocalLayer(TransformerLayer):
         hidden_states: Tensor,
         inference_context: BaseInferenceContext | None = None,
         padding_mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """[s, b, H] -> [s, b, H]; rows in `padding_mask` [b, s] keep what they had.
 
         Under sequence parallelism every row is computed: tensor ranks must hold equally many.
@@ -63,7 +63,7 @@ class LocalLayer(TransformerLayer):
             return super()._forward_mlp(hidden_states, inference_context)
         rows = hidden_states.flatten(0, 1)
         read = (~padding_mask).t().flatten().nonzero()[:, 0]
-        computed = super()._forward_mlp(rows[read][:, None])
+        computed: Any = super()._forward_mlp(rows[read][:, None])
         return rows.index_copy(0, read, computed[:, 0]).view_as(hidden_states)
 
 
@@ -179,6 +179,7 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         attention_backend=AttnBackend.auto if compute.transformer_engine else AttnBackend.local,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
+        use_te_activation_func=not compute.transformer_engine,  # the layer's own module, whoever wrote it
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -200,20 +201,13 @@ def layer_spec(transformer_engine: bool) -> tuple[ModuleSpec, type]:
             TERowParallelLinear,
         )
 
-        parts = (
-            TransformerLayer,
-            SelfAttention,
-            TEDotProductAttention,
-            MLP,
-            TEColumnParallelLinear,
-            TERowParallelLinear,
-        )
-        return _layer_spec(*parts, TENorm), TENorm
-    parts = (LocalLayer, LocalSelfAttention, CausalAttention, LocalMLP, ColumnParallelLinear, RowParallelLinear)
-    return _layer_spec(*parts, RMSNorm), RMSNorm
+        mlp = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+        return _layer_spec(TransformerLayer, SelfAttention, TEDotProductAttention, mlp, TENorm), TENorm
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
+    return _layer_spec(LocalLayer, LocalSelfAttention, CausalAttention, mlp, RMSNorm), RMSNorm
 
 
-def _layer_spec(layer: type, attention: type, core: type, mlp: type, column: type, row: type, norm: type) -> ModuleSpec:
+def _layer_spec(layer: type, attention: type, core: type, mlp: MLPSubmodules, norm: type) -> ModuleSpec:
     residual_add: Any = get_bias_dropout_add
     return ModuleSpec(
         module=layer,
@@ -223,16 +217,16 @@ def _layer_spec(layer: type, attention: type, core: type, mlp: type, column: typ
                 module=attention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column,
+                    linear_qkv=mlp.linear_fc1,
                     core_attention=core,
-                    linear_proj=row,
+                    linear_proj=mlp.linear_fc2,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=residual_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=mlp, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
             mlp_bda=residual_add,
         ),
     )
