@@ -17,6 +17,7 @@ from typing import Any
 import pydantic
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
 from megarlhf.config import Config
@@ -154,9 +155,11 @@ def _load_sharded(role: Role, directory: Path, body_only: bool) -> None:
         state = {chunk: {k: v for k, v in part.items() if "output_layer" not in k} for chunk, part in state.items()}
     try:
         loaded: Any = dist_checkpointing.load(state, str(directory / WEIGHTS))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception, and holds those of the ranks
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise CheckpointError(
-            f"{directory / WEIGHTS}: cannot be loaded ({error}); the directory may be damaged."
+            f"{directory / WEIGHTS}: cannot be loaded ({type(cause).__name__}: {cause}); the directory is damaged, "
+            "save the model again."
         ) from error
     with torch.no_grad():
         for index, chunk in enumerate(role.chunks):
