@@ -62,7 +62,9 @@ def evaluate(
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []
     with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:
-        for chunk in torch.arange(len(prompts)).split(CHUNK):
+        # Equal parts, none smaller than the data ranks: every one of them takes part in every collective.
+        parts_wanted = min(-(-len(prompts) // CHUNK), len(prompts) // mesh.size("data"))
+        for chunk in torch.arange(len(prompts)).tensor_split(parts_wanted):
             mine = chunk.tensor_split(mesh.size("data"))[mesh.data_rank]
             with policy.resident("weights"):
                 rollout = engine.generate(prompts.batch(mine), sampling, seed=seed)

@@ -23,7 +23,7 @@ from megarlhf.parallel import launch
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.rollout.verifiers import Verifier
-from megarlhf.runtime.checks import check_room, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.checks import check_room, check_rows, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.roles import role_settings
 from megarlhf.runtime.settings import RanksConfig
 
@@ -71,7 +71,8 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
     for name, found in (("model", model), ("reward", reward)):
         if found is not None:
             check_tokenizer(tokenizer, found.spec, name)
-            check_room(prompts.longest, cfg.max_new_tokens, found.spec, name)
+            check_room(prompts.longest, cfg.max_new_tokens, found.spec, name, "max_new_tokens")
+    check_rows("layout.data", cfg.layout.data, "prompts", len(prompts))
     return EvalInputs(model, reward, tokenizer, prompts)
 
 

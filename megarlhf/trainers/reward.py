@@ -196,6 +196,7 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
             steps = max(steps, round(cfg.epochs * len(rows) / batch))
     if heldout is not None:
         check_longest("heldout", heldout.longest, model.spec)
+        check_rows("layout.data", cfg.layout.data, "heldout", len(heldout))
     cfg.optim.check(steps, "optim")
     return RewardInputs(model, tokenizer, pairs, labelled, heldout, steps)
 

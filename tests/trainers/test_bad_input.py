@@ -103,6 +103,11 @@ def test_rank_counts(ranks: str, refused: Callable[..., str], monkeypatch: pytes
             ["labelled_batch=128"],
             "labelled_batch=128 is more than the 64 rows of labelled; lower labelled",
         ),
+        (
+            REWARD,
+            ["layout.data=2", "micro_batch=4", "heldout.arithmetic.rows=1", "heldout.template=plain"],
+            "layout.data=2 is more than the 1 rows of heldout; lower layout.data to at most 1",
+        ),
         (REWARD, ["labelled=null"], "pairs and labelled are both unset; set pairs.source or labelled.source"),
         (PPO, ["group_size=3"], "rollout_batch=16 is not divisible by group_size=3; change"),
         (
