@@ -60,7 +60,7 @@ class LabelLogprobs:
 
 @dataclass(frozen=True)
 class PositionValues:
-    """(scalar head - offset) / scale at every position that predicts a response token: the state before it. 0 elsewhere.
+    """(scalar head - offset) / scale at each position that predicts a response token: the state before it. 0 elsewhere.
 
     A critic that starts from a normalised reward model keeps its normalisation, or its first values would be off by it.
     """
