@@ -29,6 +29,7 @@ from torch import Tensor
 from megarlhf.models.attention import CausalAttention, LocalSelfAttention, rope_frequencies
 from megarlhf.models.compute import Compute
 from megarlhf.models.heads import ScalarHead
+from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
 from megarlhf.ops.logprobs import token_logprobs
@@ -203,7 +204,7 @@ def layer_spec(transformer_engine: bool) -> tuple[ModuleSpec, type]:
 
         mlp = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
         return _layer_spec(TransformerLayer, SelfAttention, TEDotProductAttention, mlp, TENorm), TENorm
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLU)
+    mlp = MLPSubmodules(linear_fc1=LocalColumnParallelLinear, linear_fc2=LocalRowParallelLinear, activation_func=SwiGLU)
     return _layer_spec(LocalLayer, LocalSelfAttention, CausalAttention, mlp, RMSNorm), RMSNorm
 
 
