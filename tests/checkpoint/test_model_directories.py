@@ -218,7 +218,7 @@ def test_each_broken_directory_is_named(originals: Path, tmp_path: Path) -> None
         assert str(path) in messages[name], f"{name}: {messages[name]}"
         assert named in messages[name], f"{name}: {messages[name]}"
         assert "Traceback" not in messages[name], f"{name}: {messages[name]}"
-    assert len(messages) == 15
+    assert messages.keys() == cases.keys()
 
 
 def test_what_is_no_model_at_all_is_named(originals: Path, tmp_path: Path) -> None:

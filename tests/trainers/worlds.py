@@ -56,10 +56,10 @@ class Canned(RolloutEngine):
     def __init__(self, rollout: Rollout, roles: Roles) -> None:
         role = roles.actor
         super().__init__(role.model, role.spec, role.mesh, eos_id=1, pad_id=0, max_sequence_length=64)
-        self._rollout = rollout
+        self._answer = rollout
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:
-        return own_rows(self._rollout, self.mesh)
+        return own_rows(self._answer, self.mesh)
 
 
 def iterate(roles: Roles, engine: RolloutEngine, prompts: Prompts, cfg: PPOConfig, iteration: int = 0) -> Iteration:
