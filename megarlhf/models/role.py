@@ -163,8 +163,8 @@ class Role:
     @contextmanager
     def resident(self, *parts: Part) -> Iterator[None]:
         """Hold `parts` (default: weights) on the device inside the block. Nested blocks move nothing twice."""
-        wanted: tuple[Part, ...] = parts or ("weights",)
-        arrived = [part for part in wanted if self._offloaders[part].is_away]
+        default: tuple[Part, ...] = ("weights",)
+        arrived = [part for part in parts or default if self._offloaders[part].is_away]
         for part in arrived:
             self._offloaders[part].to_device()
         try:
