@@ -59,7 +59,7 @@ def forward_only(
     Shapes:   batch of B rows; returns [B, T] where `per_token`, else [B], as `read` does; fp32.
     Ranks:    the same tensor on every tensor and pipeline rank; data ranks pass their own rows.
     """
-    order, parts = _split(batch, micro_batch, mesh)
+    order, parts = _split(batch, micro_batch, mesh, may_repeat=True)
     outputs: list[Tensor] = []
 
     def forward_step(rows: Iterator[TokenRows], model: Any) -> tuple[Tensor, Callable]:
@@ -90,7 +90,7 @@ def forward_backward(
     Shapes:   batch: this data rank's B rows of the global batch.
     Ranks:    collective over the mesh; the returned means are equal on every rank.
     """
-    _, parts = _split(batch, micro_batch, mesh)
+    _, parts = _split(batch, micro_batch, mesh, may_repeat=False)
     totals: Counter[str] = Counter()
 
     def forward_step(rows: Iterator[TokenRows], model: Any) -> tuple[Tensor, Callable]:
@@ -108,18 +108,24 @@ def forward_backward(
     return _means(totals, mesh)
 
 
-def _split(batch: RowsT, micro_batch: int, mesh: Mesh) -> tuple[Tensor, list[RowsT]]:
-    """Rows ordered by length, cut into chunks of `micro_batch`: neighbours are equally long, so little is padding."""
+def _split(batch: RowsT, micro_batch: int, mesh: Mesh, *, may_repeat: bool) -> tuple[Tensor, list[RowsT]]:
+    """Rows ordered by length, cut into chunks of `micro_batch`: neighbours are equally long, so little is padding.
+
+    Raises:   ValueError when interleaved stages would get unequal chunks and no row `may_repeat` to even them out.
+    """
     longest = batch.lengths.reshape(len(batch), -1).amax(dim=1)
     order = longest.argsort(stable=True, descending=True)
+    interleaved = mesh.layout.virtual_pipeline > 1
+    if interleaved:
+        missing = -len(batch) % (micro_batch * mesh.layout.pipeline)
+        if missing and not may_repeat:
+            raise ValueError(
+                f"{len(batch)} rows are not a multiple of micro_batch={micro_batch} x pipeline={mesh.layout.pipeline}, "
+                "which interleaved stages need; change micro_batch."
+            )
+        order = torch.cat([order, order[-1:].expand(missing)])
     parts = [batch.rows(index) for index in order.split(micro_batch)]
-    if mesh.layout.virtual_pipeline == 1:
-        return order, [part.trimmed(int(part.lengths.max()) - 1) for part in parts]
-    if len(batch) % micro_batch:
-        raise ValueError(
-            f"{len(batch)} rows are not divisible by micro_batch={micro_batch}; interleaved stages need equal shapes."
-        )
-    return order, [part.trimmed(int(longest.max()) - 1) for part in parts]
+    return order, [part.trimmed(int((longest if interleaved else part.lengths).max()) - 1) for part in parts]
 
 
 def _inputs(part: TokenRows, mesh: Mesh, reads: Reads) -> tuple[Tensor, Tensor]:
