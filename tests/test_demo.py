@@ -1,4 +1,4 @@
-"""The demo in miniature, through the command line on two ranks: what it leaves, and that it goes on where it stopped."""
+"""The demo in miniature, through the command line on two ranks: what it leaves, and how it goes on after a stop."""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ class LocalSelfAttention(SelfAttention):
                 "LocalSelfAttention needs rotary_pos_emb; build the model with position_embedding_type='rope'."
             )
         query, key, value = cast(tuple[Tensor, Tensor, Tensor], self.get_query_key_value_tensors(hidden_states, None))
-        context = self.core_attention(rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb), value)
+        core: Any = self.core_attention
+        context = core(rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb), value)
         return self.linear_proj(context)
 
 

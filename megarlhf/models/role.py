@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -163,8 +163,8 @@ class Role:
     @contextmanager
     def resident(self, *parts: Part) -> Iterator[None]:
         """Hold `parts` (default: weights) on the device inside the block. Nested blocks move nothing twice."""
-        default: tuple[Part, ...] = ("weights",)
-        arrived = [part for part in parts or default if self._offloaders[part].is_away]
+        wanted: Sequence[Part] = parts if parts else ["weights"]
+        arrived: list[Part] = [part for part in wanted if self._offloaders[part].is_away]
         for part in arrived:
             self._offloaders[part].to_device()
         try:
