@@ -86,9 +86,9 @@ class Watch:
 
     def take(self) -> tuple[int, int]:
         """The peaks since the last call, as `living` tells them."""
-        resident, held = zip(*self._seen, strict=True)
+        peaks = max((r for r, _ in self._seen), default=0), max((h for _, h in self._seen), default=0)
         self._seen.clear()
-        return max(resident), max(held)
+        return peaks
 
 
 def train(layout: ParallelLayout, folder: str) -> dict[str, Any]:
