@@ -27,6 +27,7 @@ REWARD = (
     "optim.warmup_steps=0",
 )
 PPO = (
+    "layout.data=2",
     *("prompts.arithmetic.rows=64", "iterations=2", "rollout_batch=16", "global_batch=8", "micro_batch=4"),
     *("ppo_epochs=1", "sampling.max_new_tokens=12", "value_warmup_iterations=0"),
 )
