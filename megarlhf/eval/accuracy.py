@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Batch, Rollout
+from megarlhf.batch import Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
-from megarlhf.parallel.collectives import gather_rows
+from megarlhf.parallel.collectives import gather, gather_rows
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.rollout.texts import response_texts
@@ -73,8 +73,8 @@ def evaluate(
                 if reward is None
                 else reward.score(rollout)
             )
-            everyone = gather_rows(Scored(rollout, scores), mesh).to("cpu")
-            parts.append(_judged(everyone, tokenizer, verifier))
+            everyone, scores = gather_rows(rollout, mesh).to("cpu"), gather(scores, mesh, "data").cpu()
+            parts.append(_judged(everyone, scores, tokenizer, verifier))
             bar.advance(len(chunk))
     return Evaluation(
         responses=tuple(text for part in parts for text in part.responses),
@@ -85,29 +85,7 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Scored(Batch):
-    """Rollouts and their scores [B]."""
-
-    rollout: Rollout
-    scores: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rollout)
-
-    @property
-    def tokens(self) -> Tensor:
-        """[B, T+1]: the rollout's."""
-        return self.rollout.tokens
-
-    @property
-    def lengths(self) -> Tensor:
-        """[B]: the rollout's."""
-        return self.rollout.lengths
-
-
-def _judged(scored: Scored, tokenizer: Tokenizer, verifier: Verifier) -> Evaluation:
-    rollout = scored.rollout
+def _judged(rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier) -> Evaluation:
     texts = response_texts(rollout, tokenizer)
     verdicts = [verify(text, answer, verifier) for text, answer in zip(texts, rollout.answers, strict=True)]
-    return Evaluation(texts, torch.tensor(verdicts), scored.scores, rollout.response_lengths, rollout.terminated)
+    return Evaluation(texts, torch.tensor(verdicts), scores, rollout.response_lengths, rollout.terminated)
