@@ -368,7 +368,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of both sides (default 2)")
-    defaults = Sizes(256, 4, 8, 4, 1024, 512, 8, 8, 32, 64, 16, 64)
+    defaults = Sizes(256, 4, 8, 4, 1024, 512, 8, 8, 32, 64, 64, 64)
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
     return parser.parse_args(arguments)

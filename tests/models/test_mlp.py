@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megarlhf.models.mlp import swiglu
+from megarlhf.models.mlp import SwiGLU, swiglu
 
 
 def test_swiglu_is_its_formula_and_gradient() -> None:
@@ -26,3 +27,11 @@ def test_swiglu_leaves_its_input_alone_without_gradients() -> None:
     assert torch.equal(x, before)
     # In fp32 silu and product each round once, as here.
     assert torch.equal(out, torch.nn.functional.silu(before[:, :3]) * before[:, 3:])
+
+
+def test_swiglu_in_place_is_the_same_bit_for_bit() -> None:
+    module = SwiGLU(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1))
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(4))
+    expected = module(x.clone())
+    with torch.no_grad():
+        assert torch.equal(module(x), expected)
