@@ -30,7 +30,7 @@ REQUIRES = [
 
 # NVIDIA Apex is used when it can be imported and is never listed: the package of that name on PyPI is another project.
 EXTRAS = {
-    "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7", "nvidia-ml-py>=12"],
+    "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7", "nvidia-ml-py>=12", "triton>=3.6"],
     "maths": ["math-verify>=0.8"],
     "wandb": ["wandb>=0.19"],
     "bench": ["nvidia-ml-py>=12"],
@@ -42,6 +42,7 @@ EXTRAS = {
         "pyright[nodejs]>=1.1.400",
         "import-linter>=2.3",
         "typos>=1.30",
+        "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the kernels' tests without a GPU
     ],
 }
 

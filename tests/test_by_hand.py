@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megarlhf.ops.advantages import gae
 from megarlhf.ops.kl import kl_k1
-from megarlhf.ops.logprobs import token_logprobs
 from megarlhf.ops.masked import masked_whiten
 from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.rewards import add_kl_penalty, shape_scores
 from megarlhf.ops.value_loss import clipped_value_loss
+from megarlhf_kernels.token_logprob import token_logprobs
 from tests.helpers.by_hand import load_by_hand
 
 by_hand = load_by_hand()

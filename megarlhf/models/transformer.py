@@ -32,8 +32,8 @@ from megarlhf.models.heads import ScalarHead
 from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
-from megarlhf.ops.logprobs import token_logprobs
 from megarlhf.parallel.mesh import Mesh
+from megarlhf_kernels.token_logprob import token_logprobs
 
 HeadKind = Literal["language", "scalar"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarlhf.ops.logprobs import shard_statistics, token_logprobs
+from megarlhf_kernels.token_logprob import shard_statistics, token_logprobs
 from tests.helpers.ranks import run_ranks
 
 
