@@ -14,7 +14,7 @@ from megarlhf.ops.masked import masked_whiten
 from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.rewards import add_kl_penalty, shape_scores
 from megarlhf.ops.value_loss import clipped_value_loss
-from megarlhf_kernels.token_logprob import token_logprobs
+from megarlhf_kernels.token_logprob import token_logprob
 from tests.helpers.by_hand import load_by_hand
 
 by_hand = load_by_hand()
@@ -70,7 +70,7 @@ def test_the_case_is_not_trivial(case):
 def test_scoring_and_estimation_agree(case):
     rollouts, report, settings = case.rollouts, case.report, case.settings
     mask, labels = rollouts.response_mask, rollouts.tokens[:, 1:]
-    logprobs, _ = token_logprobs(case.logits.detach().flatten(0, 1), labels.flatten(), temperature=0.7)
+    logprobs, _ = token_logprob(case.logits.detach().flatten(0, 1), labels.flatten(), temperature=0.7)
     assert_same(logprobs.view_as(labels), report["logprobs"])
     scores = shape_scores(rollouts.scores, rollouts.terminated, missing_eos_score=settings.missing_eos_score)
     kl = kl_k1(report["logprobs"], report["ref_logprobs"])
@@ -119,7 +119,7 @@ def test_one_step_through_the_ops_gives_its_gradients_and_weights(case):
     actor.load_state_dict(case.before)
     labels = rollouts.tokens[:, 1:]
     logits = actor(input_ids=rollouts.tokens[:, :-1]).logits.flatten(0, 1)
-    new_logprobs = token_logprobs(logits, labels.flatten(), temperature=settings.temperature)[0].view_as(labels)
+    new_logprobs = token_logprob(logits, labels.flatten(), temperature=settings.temperature)[0].view_as(labels)
     total, count, _ = clipped_policy_loss(
         new_logprobs, report["logprobs"], report["whitened_advantages"], rollouts.response_mask, clip_range=0.2
     )

@@ -1,32 +1,48 @@
-"""Log-probabilities and entropy of tokens from logits whose vocabulary may be split over ranks."""
+"""Log-probabilities and entropy of tokens from logits whose vocabulary may be split over ranks.
+
+    logprob = z[label] - lse(z)     entropy = lse(z) - sum softmax(z) z     z = logits / temperature
+
+Memory:   4 numbers a token. No softmax and no copy of the logits is kept: forward is one online pass over them, and
+          backward, which recomputes from them, writes the gradient once, over the logits if asked.
+Source:   the online softmax of Milakov and Gimelshein 2018, with a third sum for the entropy.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NO_LOGIT = -1e30
-"""Stands for "no such column". Finite, because -inf * 0 is NaN."""
+from megarlhf_kernels._checks import FLOATS, check, check_positive
+from megarlhf_kernels._shards import NO_LOGIT, Shard, accumulation_dtype, gather_shards, live_columns
+from megarlhf_kernels._triton import constexpr, jit, tl, triton
+from megarlhf_kernels.dispatch import Impl, use_triton
 
 
-def token_logprobs(
+def definition(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What `token_logprob` computes, for a whole vocabulary on one rank, as one would write it down."""
+    logprobs = torch.log_softmax(logits / temperature, dim=1)
+    return logprobs.gather(1, labels[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(1)
+
+
+def token_logprob(
     logits: Tensor,
     labels: Tensor,
     *,
     temperature: float = 1.0,
-    vocab_start: int = 0,
-    vocab_size: int | None = None,
-    group: dist.ProcessGroup | None = None,
     with_entropy: bool = True,
+    in_place: bool = False,
+    impl: Impl = "auto",
+    **shard: Unpack[Shard],
 ) -> tuple[Tensor, Tensor]:
     """log p(label) and the entropy of p = softmax(logits / temperature), differentiable in `logits`.
 
-    Keeps no copy of the logits and no softmax: forward works through them in chunks that stay in cache, and backward
-    recomputes from them. A label outside the vocabulary gets log-prob -1e30 and no gradient, so a mask can drop it.
+    A label outside the vocabulary gets log-prob -1e30 and no gradient, so a mask can drop it. With `in_place` the
+    gradient is written over the logits, which nobody may need any more.
 
     Shapes:   logits [N, V_local], any float dtype: columns vocab_start.. of the vocabulary; labels [N] int64, global.
               Columns from `vocab_size` on are padding (None: there is none). Returns (logprobs [N], entropy [N]) in
@@ -35,98 +51,230 @@ def token_logprobs(
     Ranks:    collective over `group`, whose ranks hold the other columns; None when this rank holds them all. One
               all-gather of 4 floats a token, merged in rank order: the result is bitwise the same on all of them.
               Backward is local: each rank needs the same upstream gradient and returns that of its own columns.
-    Raises:   ValueError if shapes or dtypes do not fit or temperature is not positive.
+    Raises:   ValueError if shapes, dtypes or devices do not fit or temperature is not positive.
     """
-    if logits.ndim != 2 or not logits.is_floating_point() or labels.shape != logits.shape[:1]:
-        got = f"{logits.dtype} {list(logits.shape)}, labels {list(labels.shape)}"
-        raise ValueError(f"logits: got {got}; must be a float [N, V] with labels [N].")
-    if not temperature > 0:
-        raise ValueError(f"temperature: {temperature}; must be positive, it divides the logits.")
-    columns = logits.shape[1]
-    if vocab_size is not None:
-        columns = max(0, min(columns, vocab_size - vocab_start))
-    local = labels - vocab_start
-    return _TokenLogprobs.apply(logits, local, columns, 1.0 / temperature, group, with_entropy)
+    fast = use_triton("token_logprob", impl, logits)
+    check("logits", logits, (None, None), FLOATS[:3] if fast else FLOATS, logits)
+    check("labels", labels, (logits.shape[0],), (torch.int64,), logits)
+    check_positive("temperature", temperature)
+    columns = live_columns(logits.shape[1], shard)
+    plan = _Plan(columns, 1.0 / temperature, shard.get("group"), with_entropy, in_place, fast)
+    return _TokenLogprob.apply(logits, labels - shard.get("vocab_start", 0), plan)
 
 
-class _TokenLogprobs(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Plan:
+    columns: int
+    scale: float
+    group: dist.ProcessGroup | None
+    with_entropy: bool
+    in_place: bool
+    fast: bool
+
+
+class Softmax(NamedTuple):
+    """What is known of each token's distribution once all shards are merged: four of [N]."""
+
+    top: Tensor
+    """Largest z, in nats."""
+    total: Tensor
+    """sum e^(z - top)."""
+    logprobs: Tensor
+    entropy: Tensor
+    """Nats; [0] when not asked for."""
+
+
+class _TokenLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        columns: int,
-        scale: float,
-        group: dist.ProcessGroup | None,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        # Padding columns are cut off, which masks them in the max and the sums at once (backward: in the gradient).
-        statistics = shard_statistics(logits[:, :columns], labels, scale=scale, with_entropy=with_entropy)
-        top, total, spread, picked = _merge(_all_gather(statistics, group))
-        log_total = total.log()
-        # Entropy = lse - sum p z: in terms of z - top nothing large is subtracted. Rounding may pass 0 by an ulp.
-        entropy = (log_total - spread / total).clamp(min=0.0) if with_entropy else total.new_empty(0)
-        if not with_entropy:
-            ctx.mark_non_differentiable(entropy)
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+        statistics = torch.empty(4, logits.shape[0], dtype=accumulation_dtype(logits), device=logits.device)
+        live = logits[:, : plan.columns]
+        shard_statistics(live, labels, scale=plan.scale, with_entropy=plan.with_entropy, fast=plan.fast, out=statistics)
+        softmax = merged(gather_shards(statistics, plan.group), with_entropy=plan.with_entropy)
+        if not plan.with_entropy:
+            ctx.mark_non_differentiable(softmax.entropy)
         ctx.set_materialize_grads(False)
-        ctx.columns, ctx.scale = columns, scale
-        ctx.save_for_backward(logits, labels, top, total, entropy, picked > NO_LOGIT / 2)
-        return picked - log_total, entropy
+        ctx.plan = plan
+        ctx.save_for_backward(logits, labels, *softmax)
+        return softmax.logprobs, softmax.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        """dz = d_logprobs (1[label] - p) - d_entropy p (log p + H), as p (offset + slope z) and a term at the label."""
-        logits, labels, top, total, entropy, found = ctx.saved_tensors
-        d_logprobs = top.new_zeros(top.shape) if d_logprobs is None else torch.where(found, d_logprobs, 0.0)
-        column, owned = _owned(labels, ctx.columns)
-        at_label = torch.where(owned, ctx.scale * d_logprobs, 0.0)[:, None]
-        slope = None if d_entropy is None else -ctx.scale * d_entropy / total
-        offset = -ctx.scale * d_logprobs / total
-        if slope is not None:
-            offset = offset + slope * (entropy - total.log())
-        gradient = torch.empty_like(logits)
-        gradient[:, ctx.columns :] = 0.0
-        live = gradient[:, : ctx.columns]
-        chunks, work = _chunks(logits[:, : ctx.columns], buffers=2)
-        for rows in chunks:
-            # fp32 gradients are computed where they will lie; lower precisions are rounded once, at the end.
-            p = live[rows] if live.dtype == top.dtype else work[0, : rows.stop - rows.start]
-            z = p if slope is None else work[1, : rows.stop - rows.start]
-            _shifted(logits[rows, : ctx.columns], top[rows], ctx.scale, out=z)
-            if slope is None:
-                z.exp_().mul_(offset[rows, None])
-            else:
-                torch.exp(z.clamp_(min=_FLOOR), out=p)
-                p.mul_(z.mul_(slope[rows, None]).add_(offset[rows, None]))
-            # In fp32, before the gradient is rounded to the logits' dtype: 1 - p cancels when the token was certain.
-            p.scatter_add_(1, column[rows], at_label[rows])
-            if live.dtype != p.dtype:
-                live[rows] = p
-        return gradient, None, None, None, None, None
+        plan: _Plan = ctx.plan
+        logits, labels, *rest = ctx.saved_tensors
+        softmax = Softmax(*rest)
+        out = logits if plan.in_place else torch.empty_like(logits)
+        terms = gradient_terms(softmax, labels, d_logprobs, d_entropy, columns=plan.columns, scale=plan.scale)
+        logits_gradient(logits, labels, terms, columns=plan.columns, scale=plan.scale, fast=plan.fast, out=out)
+        return out, None, None
+
+
+def merged(shards: Tensor, *, with_entropy: bool) -> Softmax:
+    """Statistics [R, 4, N] of all shards, in rank order, as one distribution a token."""
+    tops, totals, spreads, picks = shards.unbind(1)
+    top = tops.amax(0)
+    down = tops - top  # <= 0, and 0 on the shard that has the maximum
+    weight = down.exp()
+    # A shard of padding has weight 0 and total 0, so its -1e30 stays out: 0 * (0 + -1e30 * 0) = 0.
+    total = (totals * weight).sum(0)
+    log_total = total.log()
+    logprobs = (picks + down).amax(0) - log_total
+    if not with_entropy:
+        return Softmax(top, total, logprobs, total.new_empty(0))
+    # Entropy = lse - sum p z: in terms of z - top nothing large is subtracted. Rounding may pass 0 by an ulp.
+    spread = (weight * (spreads + down * totals)).sum(0)
+    return Softmax(top, total, logprobs, (log_total - spread / total).clamp(min=0.0))
+
+
+def gradient_terms(
+    softmax: Softmax,
+    labels: Tensor,
+    d_logprobs: Tensor | None,
+    d_entropy: Tensor | None,
+    *,
+    columns: int,
+    scale: float,
+) -> Tensor:
+    """[4, N]: (top, offset, slope, at_label), with which the gradient in the logits is
+
+        dz = e^(z - top) (offset + slope (z - top)) + at_label 1[label]
+
+    which is d_logprob (1[label] - p) - d_entropy p (log p + H) in fewer operations an element.
+    """
+    top, total, logprobs, entropy = softmax
+    zeros = torch.zeros_like(top)
+    # A label that no shard has must teach nothing.
+    d_logprobs = zeros if d_logprobs is None else torch.where(logprobs > NO_LOGIT / 2, d_logprobs, 0.0)
+    at_label = torch.where((labels >= 0) & (labels < columns), scale * d_logprobs, 0.0)
+    slope = zeros if d_entropy is None else -scale * d_entropy / total
+    offset = -scale * d_logprobs / total
+    if d_entropy is not None:
+        offset = offset + slope * (entropy - total.log())
+    return torch.stack([top, offset, slope, at_label])
+
+
+def shard_statistics(
+    logits: Tensor, labels: Tensor, *, scale: float, with_entropy: bool, fast: bool, out: Tensor
+) -> None:
+    """What one vocabulary shard contributes: (top, total, spread, picked), with z = scale * logits.
+
+        top = max z     total = sum e^(z - top)     spread = sum (z - top) e^(z - top)     picked = z[label] - top
+
+    Shapes:   logits [N, V_local]; labels [N] int64, local: outside 0..V_local - 1 another shard has them and picked is
+              NO_LOGIT. A shard without columns gives (NO_LOGIT, 0, 0, NO_LOGIT). out [4, N] fp32 (fp64 if logits).
+    Units:    nats. spread is 0 without `with_entropy`.
+    """
+    count, columns = logits.shape
+    if fast and count:
+        block = min(4096, triton.next_power_of_2(max(columns, 1)))
+        _statistics_kernel[(count,)](
+            logits, labels, out, logits.stride(0), out.stride(0), columns, scale, with_entropy, block, num_warps=8
+        )
+    elif not fast:
+        _torch_statistics(logits, labels, scale, with_entropy, out)
+
+
+def logits_gradient(
+    logits: Tensor, labels: Tensor, terms: Tensor, *, columns: int, scale: float, fast: bool, out: Tensor
+) -> None:
+    """Fill `out` [N, V_local], which may be `logits` itself, as `gradient_terms` says; padding gets 0."""
+    count, width = logits.shape
+    if fast and count and width:
+        block = min(4096, triton.next_power_of_2(width))
+        _gradient_kernel[(count, triton.cdiv(width, block))](
+            *(logits, labels, terms, out, logits.stride(0), out.stride(0), terms.stride(0)),
+            *(columns, width, scale, block),
+            num_warps=8,
+        )
+    elif not fast:
+        _torch_gradient(logits, labels, terms, columns, scale, out)
+
+
+@jit
+def _statistics_kernel(
+    logits,
+    labels,
+    out,
+    logits_stride,
+    out_stride,
+    columns,
+    scale,
+    WITH_ENTROPY: constexpr,
+    BLOCK: constexpr,
+):
+    """One row a program: an online softmax whose running maximum is shared by all lanes, one exp an element."""
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * logits_stride
+    lane = tl.arange(0, BLOCK)
+    top = -1e30
+    total = tl.zeros((BLOCK,), tl.float32)
+    spread = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        live = start + lane < columns
+        z = tl.load(base + start + lane, mask=live, other=0.0).to(tl.float32) * scale
+        z = tl.where(live & (z >= -1e30) | (z != z), z, -1e30)  # finite, and a NaN stays one
+        higher = tl.maximum(top, tl.max(z, 0))
+        down = top - higher
+        kept = tl.exp(down)
+        p = tl.where(live, tl.exp(z - higher), 0.0)
+        if WITH_ENTROPY:
+            spread = kept * (spread + down * total) + (z - higher) * p
+        total = kept * total + p
+        top = higher
+    label = tl.load(labels + row)
+    inside = (label >= 0) & (label < columns)
+    picked = tl.load(base + label, mask=inside, other=0.0).to(tl.float32) * scale - top
+    tl.store(out + row, top)
+    tl.store(out + out_stride + row, tl.sum(total, 0))
+    tl.store(out + 2 * out_stride + row, tl.sum(spread, 0))
+    tl.store(out + 3 * out_stride + row, tl.where(inside, picked, -1e30))
+
+
+@jit
+def _gradient_kernel(
+    logits,
+    labels,
+    terms,
+    out,
+    logits_stride,
+    out_stride,
+    terms_stride,
+    columns,
+    width,
+    scale,
+    BLOCK: constexpr,
+):
+    """One tile of one row a program. Every element is read before it is written, so `out` may be `logits`."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < columns
+    top = tl.load(terms + row)
+    offset = tl.load(terms + terms_stride + row)
+    slope = tl.load(terms + 2 * terms_stride + row)
+    at_label = tl.load(terms + 3 * terms_stride + row)
+    label = tl.load(labels + row)
+    z = tl.load(logits + row * logits_stride + column, mask=live, other=0.0).to(tl.float32) * scale - top
+    z = tl.where((z < -1e4) | (column >= columns), -1e4, z)  # e^z is 0 there, as it should be for z = -inf too
+    gradient = tl.exp(z) * (offset + slope * z)
+    gradient = tl.where(column == label, gradient + at_label, gradient)
+    gradient = tl.where(live, gradient, 0.0)
+    tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty), mask=column < width)
 
 
 _FLOOR = -1e4
 """z - top is raised to this where it multiplies e^(z - top): the product is 0 as it should be, also for z = -inf."""
 
 
-def shard_statistics(logits: Tensor, labels: Tensor, *, scale: float, with_entropy: bool) -> Tensor:
-    """What one vocabulary shard contributes: (top, total, spread, picked), with z = scale * logits.
-
-        top = max z     total = sum e^(z - top)     spread = sum (z - top) e^(z - top)     picked = z[label] - top
-
-    Shapes:   logits [N, V_local]; labels [N] int64, local: outside 0..V_local - 1 another shard has them and picked is
-              NO_LOGIT. A shard without columns gives (NO_LOGIT, 0, 0, NO_LOGIT). Returns [4, N] fp32 (fp64 if logits).
-    Units:    nats. spread is 0 without `with_entropy`.
-    """
-    count, width = logits.shape
-    statistics = torch.zeros(4, count, dtype=_precision(logits), device=logits.device)
-    top, total, spread, picked = statistics
+def _torch_statistics(logits: Tensor, labels: Tensor, scale: float, with_entropy: bool, out: Tensor) -> None:
+    width = logits.shape[1]
+    out.zero_()
+    top, total, spread, picked = out
     if not width:
-        statistics[0::3] = NO_LOGIT
-        return statistics
-    column, owned = _owned(labels, width)
-    chunks, work = _chunks(logits, buffers=2)
+        out[0::3] = NO_LOGIT
+        return
+    column = labels.clamp(0, width - 1)[:, None]
+    chunks, work = _chunks(logits, out.dtype, buffers=2)
     for rows in chunks:
         z, p = work[:, : rows.stop - rows.start]
         top[rows] = scale * logits[rows].amax(1).to(top.dtype)
@@ -138,34 +286,33 @@ def shard_statistics(logits: Tensor, labels: Tensor, *, scale: float, with_entro
             torch.sum(z.mul_(p), 1, out=spread[rows])
         else:
             torch.sum(z.exp_(), 1, out=total[rows])
-    picked.masked_fill_(~owned, NO_LOGIT)
-    return statistics
+    picked.masked_fill_((labels < 0) | (labels >= width), NO_LOGIT)
 
 
-def _merge(shards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics [R, 4, N] of all shards, in rank order, as those of one: four of [N]."""
-    if shards.shape[0] == 1:
-        top, total, spread, picked = shards[0]
-        return top, total, spread, picked
-    tops, totals, spreads, picks = shards.unbind(1)
-    top = tops.amax(0)
-    down = tops - top  # <= 0, and 0 on the shard that has the maximum
-    weight = down.exp()
-    # A shard of padding has weight 0 and total 0, so its -1e30 stays out: 0 * (0 + -1e30 * 0) = 0.
-    return top, (totals * weight).sum(0), (weight * (spreads + down * totals)).sum(0), (picks + down).amax(0)
-
-
-def _all_gather(statistics: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None or dist.get_world_size(group) == 1 or not statistics.numel():
-        return statistics[None]
-    shards = [torch.empty_like(statistics) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(shards, statistics, group=group)
-    return torch.stack(shards)
-
-
-def _owned(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Each label's column, clamped into the shard ([N, 1], for gather and scatter), and whether it is really there."""
-    return labels.clamp(0, max(width - 1, 0))[:, None], (labels >= 0) & (labels < width)
+def _torch_gradient(logits: Tensor, labels: Tensor, terms: Tensor, columns: int, scale: float, out: Tensor) -> None:
+    top, offset, slope, at_label = terms
+    out[:, columns:] = 0.0
+    if not columns:
+        return
+    column = labels.clamp(0, columns - 1)[:, None]
+    live = out[:, :columns]
+    apart = live.dtype == terms.dtype and live.data_ptr() != logits.data_ptr()
+    sloped = bool(slope.any())
+    chunks, work = _chunks(logits[:, :columns], terms.dtype, buffers=2)
+    for rows in chunks:
+        # fp32 gradients are computed where they will lie; lower precisions are rounded once, at the end.
+        p = live[rows] if apart else work[0, : rows.stop - rows.start]
+        z = work[1, : rows.stop - rows.start] if sloped else p
+        _shifted(logits[rows, :columns], top[rows], scale, out=z)
+        if sloped:
+            torch.exp(z.clamp_(min=_FLOOR), out=p)
+            p.mul_(z.mul_(slope[rows, None]).add_(offset[rows, None]))
+        else:
+            z.exp_().mul_(offset[rows, None])
+        # In fp32, before the gradient is rounded to the logits' dtype: 1 - p cancels when the token was certain.
+        p.scatter_add_(1, column[rows], at_label[rows, None])
+        if not apart:
+            live[rows] = p
 
 
 def _shifted(logits: Tensor, top: Tensor, scale: float, *, out: Tensor) -> None:
@@ -173,11 +320,7 @@ def _shifted(logits: Tensor, top: Tensor, scale: float, *, out: Tensor) -> None:
     torch.add(-top[:, None], logits, alpha=scale, out=out)
 
 
-def _precision(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _chunks(logits: Tensor, *, buffers: int) -> tuple[list[slice], Tensor]:
+def _chunks(logits: Tensor, dtype: torch.dtype, *, buffers: int) -> tuple[list[slice], Tensor]:
     """Row ranges to work through, and workspace [buffers, rows, V] for one of them.
 
     A range is of a size that a CPU's cache holds over several passes, or that fills an accelerator. The workspace is
@@ -186,5 +329,5 @@ def _chunks(logits: Tensor, *, buffers: int) -> tuple[list[slice], Tensor]:
     count, width = logits.shape
     elements = 1 << 18 if logits.is_cpu else 1 << 26
     size = max(1, min(count, elements // max(width, 1)))
-    work = torch.empty(buffers, size, width, dtype=_precision(logits), device=logits.device)
-    return [slice(start, min(start + size, count)) for start in range(0, count if width else 0, size)], work
+    work = torch.empty(buffers, size, width, dtype=dtype, device=logits.device)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)], work

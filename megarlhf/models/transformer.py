@@ -33,7 +33,7 @@ from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLi
 from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.mesh import Mesh
-from megarlhf_kernels.token_logprob import token_logprobs
+from megarlhf_kernels.token_logprob import token_logprob
 
 HeadKind = Literal["language", "scalar"]
 
@@ -104,7 +104,7 @@ class LlamaModel(GPTModel):
         Ranks:    tensor: one gather of four numbers a row; the same result on each.
         """
         selected = hidden[:, : labels.shape[1]][mask]
-        picked, entropies = token_logprobs(
+        picked, entropies = token_logprob(
             self._vocab_logits(selected),
             labels[mask],
             temperature=temperature,
