@@ -83,6 +83,10 @@ class Softmax(NamedTuple):
     entropy: Tensor
     """Nats; [0] when not asked for."""
 
+    def rows(self, rows: slice) -> Softmax:
+        """Those of some tokens."""
+        return Softmax(*(part[rows] for part in self))
+
 
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod

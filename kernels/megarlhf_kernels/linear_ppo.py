@@ -1,0 +1,163 @@
+"""PPO's policy loss straight from hidden states, with three matrix products and without an [N, V] tensor.
+
+    loss = sum_i max(-A_i r_i, -A_i clip(r_i, 1 - clip_range, 1 + clip_range)) - entropy_coef H_i + kl_coef k2_i
+    r_i = exp(logprob_i - old_i)     k2_i = (logprob_i - ref_i)^2 / 2     z = hidden weight^T / temperature
+
+What a token's log-prob is worth to the loss is known as soon as the log-prob is, since the sum's divisor is applied
+elsewhere. So each chunk of logits goes all the way: statistics, merge over ranks, loss, gradient in place, gradients of
+hidden and weight. Backward has nothing left to do. Taking per-token gradients from outside, as `linear_logprob` does,
+costs a fourth product, for the logits must be computed again.
+
+Memory:   one chunk of logits (64 MiB on a CPU, 2 GiB on a GPU), the gradients, a few numbers a token.
+Source:   Schulman et al. 2017, eq. 7. Loss inside the chunk: Hsu et al. 2024 (Liger), there with small chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megarlhf_kernels._checks import check, check_positive
+from megarlhf_kernels._projection import Projection, check_weight_grad, project
+from megarlhf_kernels._shards import Shard
+from megarlhf_kernels.dispatch import Impl
+
+MAX_LOG_RATIO = 20.0
+"""|logprob - old| is clamped to this before exp, without gradient beyond: fp32 overflows at 88.7."""
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What the loss says of each token: tensors [N] fp32, and the weights of its terms."""
+
+    logprobs: Tensor
+    """When the rollout was made, in nats."""
+    advantages: Tensor
+    clip_range: float
+    temperature: float = 1.0
+    entropy_coef: float = 0.0
+    """Reward of a nat of entropy."""
+    kl_coef: float = 0.0
+    """Cost of a nat of k2, whose gradient is that of KL(policy || reference) while the policy makes the rollouts."""
+    ref_logprobs: Tensor | None = None
+    """The reference's, in nats; needed with `kl_coef`."""
+
+    def loss(self, new_logprobs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        """The sum over `rows`, whose log-probs and entropy [n] are given."""
+        advantages = self.advantages[rows]
+        ratio = (new_logprobs - self.logprobs[rows]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
+        total = torch.maximum(-advantages * ratio, -advantages * clipped).sum()
+        if self.entropy_coef:
+            total = total - self.entropy_coef * entropy.sum()
+        if self.ref_logprobs is not None:
+            total = total + 0.5 * self.kl_coef * ((new_logprobs - self.ref_logprobs[rows]) ** 2).sum()
+        return total
+
+
+def definition(hidden: Tensor, weight: Tensor, labels: Tensor, terms: PolicyTerms) -> Tensor:
+    """What `linear_ppo` computes, for a whole vocabulary on one rank, as one would write it down."""
+    logprobs = torch.log_softmax(hidden @ weight.t() / terms.temperature, dim=1)
+    entropy = -(logprobs.exp() * logprobs).sum(1)
+    return terms.loss(logprobs.gather(1, labels[:, None])[:, 0], entropy, slice(None))
+
+
+def linear_ppo(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    terms: PolicyTerms,
+    *,
+    loss_scale: float = 1.0,
+    weight_grad: Tensor | None = None,
+    impl: Impl = "auto",
+    **shard: Unpack[Shard],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The policy loss summed over tokens, differentiable in hidden and weight; and each token's log-prob and entropy.
+
+    The gradients are made on the way forward, for an upstream gradient of `loss_scale`. With `weight_grad` the weight's
+    is added to it there and then, and backward returns none: one fp32 sum over all chunks and micro-batches.
+
+    Shapes:   hidden [N, H] and weight [V_local, H], one float dtype; labels [N] int64, global; weight_grad
+              [V_local, H] fp32. Returns (loss scalar, logprobs [N], entropy [N]) in fp32 (fp64 for fp64 inputs), the
+              last two without gradient.
+    Units:    nats.
+    Ranks:    `group`'s ranks hold the other columns and the same hidden. One gather of 4 floats a token and chunk, and
+              one sum of the gradient of hidden; all results are bitwise equal on all ranks.
+    Raises:   ValueError if shapes, dtypes, devices or terms do not fit; RuntimeError in backward when the upstream
+              gradient is not `loss_scale`.
+    """
+    projection = project(hidden, weight, labels, temperature=terms.temperature, impl=impl, shard=shard)
+    check_weight_grad(weight_grad, weight)
+    _check_terms(terms, hidden, projection)
+    return _LinearPPO.apply(hidden, weight, terms, projection, loss_scale, weight_grad)
+
+
+def _check_terms(terms: PolicyTerms, hidden: Tensor, projection: Projection) -> None:
+    per_token = {"logprobs": terms.logprobs, "advantages": terms.advantages, "ref_logprobs": terms.ref_logprobs}
+    for name, tensor in per_token.items():
+        if tensor is not None:
+            check(name, tensor, (hidden.shape[0],), (projection.dtype,), hidden)
+    check_positive("clip_range", terms.clip_range)
+    if terms.kl_coef and terms.ref_logprobs is None:
+        raise ValueError(f"kl_coef: {terms.kl_coef} needs ref_logprobs; pass them, or kl_coef=0.")
+
+
+class _LinearPPO(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        terms: PolicyTerms,
+        projection: Projection,
+        loss_scale: float,
+        weight_grad: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        gradients = projection.gradients(hidden=wants_hidden, weight=wants_weight, weight_grad=weight_grad)
+        logprobs, entropy = torch.empty(2, len(hidden), dtype=projection.dtype, device=hidden.device)
+        loss = logprobs.new_zeros((), dtype=torch.float64)
+        for chunk in projection.chunks():
+            rows = chunk.rows
+            statistics = torch.empty(4, rows.stop - rows.start, dtype=projection.dtype, device=hidden.device)
+            projection.statistics(chunk, out=statistics)
+            softmax = projection.softmax(statistics)
+            logprobs[rows], entropy[rows] = softmax.logprobs, softmax.entropy
+            part, d_logprobs, d_entropy = _loss_and_gradient(terms, softmax.logprobs, softmax.entropy, rows)
+            loss += part
+            if wants_hidden or wants_weight:
+                d_entropy = loss_scale * d_entropy if terms.entropy_coef else None
+                projection.backward(chunk, softmax, loss_scale * d_logprobs, d_entropy, gradients)
+        ctx.loss_scale = loss_scale
+        d_weight = gradients.weight if weight_grad is None else None
+        ctx.save_for_backward(projection.summed(gradients), None if d_weight is None else d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(logprobs, entropy)
+        return loss.to(projection.dtype), logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if float(d_loss) != ctx.loss_scale:
+            raise RuntimeError(
+                f"linear_ppo: its loss is weighted by {float(d_loss):g}, but its gradients were made for "
+                f"loss_scale={ctx.loss_scale:g}; pass loss_scale={float(d_loss):g}."
+            )
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden, d_weight, None, None, None, None
+
+
+def _loss_and_gradient(
+    terms: PolicyTerms, logprobs: Tensor, entropy: Tensor, rows: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of some rows, and its gradients in their log-probs and entropy: numbers a token, so autograd will do."""
+    with torch.enable_grad():
+        inputs = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
+        loss = terms.loss(*inputs, rows)
+        d_logprobs, d_entropy = torch.autograd.grad(loss, inputs, allow_unused=True)
+    zeros = torch.zeros_like(logprobs)
+    return loss.detach(), zeros if d_logprobs is None else d_logprobs, zeros if d_entropy is None else d_entropy
