@@ -1,7 +1,7 @@
 """Compile kernels for a GPU that is not here, and count what came out: `tools/compile_kernels.py` is the command.
 
-A kernel file with Triton kernels has a function `compile_cases() -> list[CompileCase]`: what its launchers would pass at
-the shapes of Llama 3, block sizes and options taken from where the launchers take them.
+A file with Triton kernels has a function `compile_cases() -> list[CompileCase]`: what its launchers would pass at the
+shapes of Llama 3, block sizes and options taken from where the launchers take them.
 """
 
 from __future__ import annotations

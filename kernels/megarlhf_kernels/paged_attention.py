@@ -11,8 +11,9 @@ block_table[r, 1], ... Negative entries of the table are unused.
 The reference works on all rows at once. It reads keys past a row's length and weighs them by 0, so the cache must hold
 finite numbers everywhere. The Triton kernel reads no such key. It is one kernel for prefill and decode: a program owns
 some queries of one row and one kv head, and goes through their keys once (Dao 2023, FlashAttention-2, algorithm 1).
-All query heads of the group are rows of one matrix, so that a key is read once for the group. Softmax and sums are fp32,
-and fp32 inputs are multiplied in full fp32. No atomics and no split over keys: the same bits on every run.
+All query heads of the group are rows of one matrix, so that a key is read once for the group. Softmax and sums are
+fp32, and fp32 inputs are multiplied in full fp32. No atomics and no split over keys: the same bits on every run.
+Memory: the output.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megarlhf_kernels._checks import check
 from megarlhf_kernels._triton import constexpr, jit, tl, triton
+from megarlhf_kernels.aot import CompileCase
 from megarlhf_kernels.dispatch import Impl, use_triton
 
 CACHED = (torch.float16, torch.bfloat16, torch.float32)
@@ -159,7 +161,8 @@ def _decode_reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: T
     # The query heads of a group are the rows of one matrix. For a single query per row this beats SDPA by a quarter.
     rows, _, heads, width = q.shape
     grouped = q.view(rows, keys.shape[1], heads // keys.shape[1], width)
-    scores = torch.matmul(grouped, keys).float().mul_(scale)
+    # In fp32 also for bf16 inputs: scores of 20 rounded to 8 bits would move weights by 4 %.
+    scores = torch.matmul(grouped.float(), keys.float()).mul_(scale)
     weights = scores.add_(bias[:, None, None]).softmax(-1).to(q.dtype)
     return torch.matmul(weights, values).view(q.shape)
 
@@ -232,56 +235,73 @@ def _paged_attention(
     inside = (query < queries)[:, None] & (d < WIDTH)[None, :]
     q = tl.load(q_at + token[:, None] * q_token + heads[:, None] * q_head + d[None, :], mask=inside, other=0.0)
     sees = length - queries + query + 1
-    # Keys that all these queries see need no mask; a whole number of tiles of them comes first.
+    # Whole tiles of keys that all these queries see need no mask; what comes after them does.
     all_see = (length - queries + (block * BLOCK_Q) // GROUP + 1) // BLOCK_K * BLOCK_K
     any_sees = tl.minimum(length, length - queries + (block * BLOCK_Q + BLOCK_Q - 1) // GROUP + 1)
-    pages = table_at + row.to(tl.int64) * table_row
     k_at += head * k_head
     v_at += head * v_head
+    pages = table_at + row.to(tl.int64) * table_row
     top = tl.full([BLOCK_Q], -1e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for first in range(0, all_see, BLOCK_K):
-        key, k, v = _tile(k_at, v_at, pages, first, length, k_page, k_token, v_page, v_token, PAGE, WIDTH, BLOCK_K, BLOCK_D, False)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        top, total, out = _add(scores, v, top, total, out)
+        page = _pages_of(pages, first, length, PAGE, BLOCK_K, False)
+        k = _tile(k_at, page, first, length, k_page, k_token, PAGE, WIDTH, BLOCK_K, BLOCK_D, False)
+        v = _tile(v_at, page, first, length, v_page, v_token, PAGE, WIDTH, BLOCK_K, BLOCK_D, False)
+        top, total, out = _attend(q, k, v, first, sees, scale, top, total, out, BLOCK_K, False)
     for first in range(all_see, any_sees, BLOCK_K):
-        key, k, v = _tile(k_at, v_at, pages, first, length, k_page, k_token, v_page, v_token, PAGE, WIDTH, BLOCK_K, BLOCK_D, True)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(key[None, :] < sees[:, None], scores, -1e30)
-        top, total, out = _add(scores, v, top, total, out)
-    # A padding row has no keys and no sum.
+        page = _pages_of(pages, first, length, PAGE, BLOCK_K, True)
+        k = _tile(k_at, page, first, length, k_page, k_token, PAGE, WIDTH, BLOCK_K, BLOCK_D, True)
+        v = _tile(v_at, page, first, length, v_page, v_token, PAGE, WIDTH, BLOCK_K, BLOCK_D, True)
+        top, total, out = _attend(q, k, v, first, sees, scale, top, total, out, BLOCK_K, True)
+    # A padding row has no keys and no sum: its output is 0.
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
     out_at += token[:, None] * out_token + heads[:, None] * out_head + d[None, :]
     tl.store(out_at, out.to(out_at.dtype.element_ty), mask=inside)
 
 
 @jit
-def _tile(
-    k_at, v_at, pages, first, length, k_page, k_token, v_page, v_token,
-    PAGE: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, BLOCK_D: constexpr, RAGGED: constexpr,
-):
-    """Keys and values first .. first + BLOCK_K - 1, and their positions; those past the row's length are 0, unread."""
-    key = first + tl.arange(0, BLOCK_K)
-    d = tl.arange(0, BLOCK_D)
-    at = key % PAGE
-    inside = (d < WIDTH)[None, :]
-    if RAGGED:
-        inside = inside & (key < length)[:, None]
+def _pages_of(pages, first, length, PAGE: constexpr, BLOCK_K: constexpr, RAGGED: constexpr):
+    """The block of each of the keys first .. first + BLOCK_K - 1, or the one that holds them all."""
     if PAGE % BLOCK_K == 0:
-        page = tl.load(pages + first // PAGE).to(tl.int64)
-    elif RAGGED:
-        page = tl.load(pages + key // PAGE, mask=key < length, other=0).to(tl.int64)
+        page = tl.load(pages + first // PAGE)
     else:
-        page = tl.load(pages + key // PAGE).to(tl.int64)
-    k = tl.load(k_at + (page * k_page + at * k_token)[:, None] + d[None, :], mask=inside, other=0.0)
-    v = tl.load(v_at + (page * v_page + at * v_token)[:, None] + d[None, :], mask=inside, other=0.0)
-    return key, k, v
+        key = first + tl.arange(0, BLOCK_K)
+        page = tl.load(pages + key // PAGE, mask=key < length if RAGGED else None)
+    return page.to(tl.int64)
 
 
 @jit
-def _add(scores, v, top, total, out):
-    """Take a tile's scores (in powers of 2) and values into the running softmax."""
+def _tile(
+    cache_at,
+    page,
+    first,
+    length,
+    page_stride,
+    token_stride,
+    PAGE: constexpr,
+    WIDTH: constexpr,
+    BLOCK_K: constexpr,
+    BLOCK_D: constexpr,
+    RAGGED: constexpr,
+):
+    """[BLOCK_K, BLOCK_D] of the cache. What lies past the row's length is 0 and not read: it may be anything."""
+    key = first + tl.arange(0, BLOCK_K)
+    d = tl.arange(0, BLOCK_D)
+    inside = (d < WIDTH)[None, :]
+    if RAGGED:
+        inside = inside & (key < length)[:, None]
+    at = page * page_stride + key % PAGE * token_stride
+    return tl.load(cache_at + at[:, None] + d[None, :], mask=inside, other=0.0)
+
+
+@jit
+def _attend(q, k, v, first, sees, scale, top, total, out, BLOCK_K: constexpr, RAGGED: constexpr):
+    """Take a tile of keys and values into the running softmax: greatest score, sum of powers, weighted values."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if RAGGED:
+        scores = tl.where((first + tl.arange(0, BLOCK_K))[None, :] < sees[:, None], scores, -1e30)
+    # Key 0 is in the first tile and every query sees it, so `top` is a real score from there on.
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(scores - new_top[:, None])
     down = tl.exp2(top - new_top)
@@ -292,21 +312,70 @@ def _add(scores, v, top, total, out):
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, table: Tensor, rows: Rows, scale: float) -> Tensor:
     heads, width = q.shape[1:]
-    kv_heads, group = k.shape[2], heads // k.shape[2]
-    out = torch.zeros_like(q)
-    constants, options = tiles(group, width, k.shape[1], rows.longest, q.element_size())
-    blocks = -(-rows.longest * group // constants["BLOCK_Q"])
-    _paged_attention[table.shape[0] * blocks, kv_heads](
-        q, k, v, out, table, rows.starts, rows.lengths, scale * LOG2_E, blocks,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2], table.stride(0),
-        **constants, **options,
+    group = heads // k.shape[2]
+    constants, options = _plan(group, width, k.shape[1], group * rows.longest, q.dtype)
+    blocks = -(-group * rows.longest // constants["BLOCK_Q"])
+    # Every row has its query in decode; in prefill some of `q` may belong to no row.
+    out = torch.empty_like(q) if rows.starts is None else torch.zeros_like(q)
+    _paged_attention[table.shape[0] * blocks, k.shape[2]](
+        *(q, k, v, out, table, rows.starts, rows.lengths, scale * LOG2_E, blocks),
+        *(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *out.stride()[:2], table.stride(0)),
+        **constants,
+        **options,
     )
     return out
 
 
-def tiles(group: int, width: int, page: int, longest: int, bytes_: int) -> tuple[dict[str, int], dict[str, int]]:
-    block_d = max(16, 1 << (width - 1).bit_length())
-    need = max(16, 1 << (longest * group - 1).bit_length())
-    block_q = min(128, need) if bytes_ == 2 else 16
-    block_k = 64 if bytes_ == 2 else 32
-    return dict(GROUP=group, PAGE=page, WIDTH=width, BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_D=block_d), dict(num_warps=8 if block_q >= 128 else 4, num_stages=3 if block_q < 128 else 2)
+def _plan(group: int, width: int, page: int, queries: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+    """Compile-time arguments and options for `queries` rows of the matrix; what compiles for sm_90 without spills.
+
+    Few queries are decode, which waits for memory: small tiles of queries, and more tiles of keys under way. Pages are
+    looked up one stage before keys are loaded, so 3 stages load one tile ahead, and 5 stages two. 16 rows are the least
+    that tensor cores take. No plan takes more than 99 KiB of shared memory, what the smallest GPUs since Ampere have.
+
+    Raises:   ValueError when heads are wider than 128.
+    """
+    if width > 128:
+        raise ValueError(f"q: heads are {width} wide; the Triton kernel takes at most 128, use impl='reference'.")
+    few, half = queries <= 16, dtype != torch.float32
+    block_q, block_k = (16 if few else 128 if half else 32), (64 if half else 32)
+    block_d = max(16, triton.next_power_of_2(width))
+    constants = {"GROUP": group, "PAGE": page, "WIDTH": width}
+    constants |= {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": block_d}
+    return constants, {"num_warps": 8 if block_q == 128 else 4, "num_stages": 5 if few and half else 3}
+
+
+def compile_cases() -> list[CompileCase]:
+    """Prefill and decode of Llama 3 1B, 8B, 70B and 405B; tensor parallelism changes only run-time strides."""
+    strides = [
+        "q_token",
+        "q_head",
+        "k_page",
+        "k_token",
+        "k_head",
+        "v_page",
+        "v_token",
+        "v_head",
+        "out_token",
+        "out_head",
+    ]
+    integers = ["blocks", *strides, "table_row"]
+
+    def case(model: str, group: int, width: int, page: int, dtype: torch.dtype, *, decode: bool) -> CompileCase:
+        constants, options = _plan(group, width, page, group if decode else 4096, dtype)
+        element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+        signature = dict.fromkeys(("q_at", "k_at", "v_at", "out_at"), element)
+        signature |= dict.fromkeys(("table_at", "lengths_at"), "*i32") | {"scale": "fp32"}
+        signature |= dict.fromkeys(integers, "i32")
+        starts = {"starts_at": None} if decode else {}
+        if not decode:
+            signature["starts_at"] = "*i32"
+        variant = f"{'decode' if decode else 'prefill'} {model} {element[1:]} blocks of {page}"
+        return CompileCase(_paged_attention, variant, signature, {**constants, **starts}, tuple(strides), options)
+
+    models = {"1B": (4, 64), "8B": (4, 128), "70B": (8, 128), "405B": (16, 128)}
+    cases = [case(m, *models[m], 256, torch.bfloat16, decode=decode) for m in models for decode in (False, True)]
+    # Blocks smaller than a tile of keys, and full fp32.
+    cases += [case("8B", *models["8B"], 16, torch.bfloat16, decode=decode) for decode in (False, True)]
+    cases += [case("8B", *models["8B"], 256, torch.float32, decode=decode) for decode in (False, True)]
+    return cases

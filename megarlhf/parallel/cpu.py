@@ -177,7 +177,7 @@ def _install_paged_attention() -> None:
     """Give Megatron's dynamic-batching attention our paged attention where flash-attn is not installed."""
     import megatron.core.transformer.attention as attention
 
-    from megarlhf.ops import paged_attention
+    from megarlhf_kernels import paged_attention
 
     module: Any = attention
     module.flash_attn_varlen_func = paged_attention.paged_prefill

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarlhf.ops.paged_attention import paged_decode, paged_prefill
+from megarlhf_kernels.paged_attention import paged_decode, paged_prefill
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 8
 
@@ -64,7 +64,7 @@ def test_decode_matches_the_loop(kind: str, scale: float | None) -> None:
     q = torch.randn(5, 1, HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor(cache.lengths, dtype=torch.int32)
     got = paged_decode(
-        q, cache.k, cache.v, lengths, causal=True, block_table=cache.table, softmax_scale=scale, num_splits=0
+        q, cache.k, cache.v, lengths, causal=True, impl="triton", block_table=cache.table, softmax_scale=scale, num_splits=0
     )
     expected = torch.stack([by_loop(q[r], *cache.row(r), scale or WIDTH**-0.5) for r in range(5)])
     torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=0)
@@ -77,7 +77,7 @@ def test_prefill_matches_the_loop_with_whole_and_continued_rows(kind: str) -> No
     q = torch.randn(sum(queries) + 3, HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
     cu_q, cu_k = (torch.tensor([0, *x]).cumsum(0).int() for x in (queries, lengths))
     got = paged_prefill(
-        q, cache.k, cache.v, cu_q, cu_k, 7, 13, softmax_scale=0.31, causal=True, block_table=cache.table
+        q, cache.k, cache.v, cu_q, cu_k, 7, 13, softmax_scale=0.31, causal=True, impl="triton", block_table=cache.table
     )
     expected = [by_loop(q[int(cu_q[r]) : int(cu_q[r + 1])], *cache.row(r), 0.31) for r in range(5)]
     torch.testing.assert_close(got[:-3].double(), torch.cat(expected), atol=2e-6, rtol=0)
@@ -89,12 +89,12 @@ def test_padding_rows_are_finite_and_change_nothing() -> None:
     q = torch.randn(4, 1, HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
     table = torch.cat([cache.table, torch.full((2, 2), -1, dtype=torch.int32)])
     lengths = torch.tensor([3, 6, 0, 0], dtype=torch.int32)
-    padded = paged_decode(q, cache.k, cache.v, lengths, causal=True, block_table=table)
-    alone = paged_decode(q[:2], cache.k, cache.v, lengths[:2], causal=True, block_table=cache.table)
+    padded = paged_decode(q, cache.k, cache.v, lengths, causal=True, impl="triton", block_table=table)
+    alone = paged_decode(q[:2], cache.k, cache.v, lengths[:2], causal=True, impl="triton", block_table=cache.table)
     assert torch.equal(padded[:2], alone)
     assert padded.isfinite().all()
     cu_q, cu_k = torch.tensor([0, 1, 2, 2, 2]), torch.tensor([0, 3, 9, 9, 9])
-    packed = paged_prefill(q[:2, 0], cache.k, cache.v, cu_q, cu_k, 1, 6, causal=True, block_table=table)
+    packed = paged_prefill(q[:2, 0], cache.k, cache.v, cu_q, cu_k, 1, 6, causal=True, impl="triton", block_table=table)
     torch.testing.assert_close(packed, alone[:, 0], atol=2e-6, rtol=0)
 
 
@@ -102,11 +102,11 @@ def test_what_lies_past_a_row_is_not_seen() -> None:
     cache = Cache([3, 6], 8)
     q = torch.randn(2, 1, HEADS, WIDTH, generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([3, 6], dtype=torch.int32)
-    before = paged_decode(q, cache.k, cache.v, lengths, causal=True, block_table=cache.table)
+    before = paged_decode(q, cache.k, cache.v, lengths, causal=True, impl="triton", block_table=cache.table)
     for row, length in enumerate(cache.lengths):
         cache.k[cache.table[row, 0], length:] = 1e4
         cache.v[cache.table[row, 0], length:] = 1e4
-    assert torch.equal(paged_decode(q, cache.k, cache.v, lengths, causal=True, block_table=cache.table), before)
+    assert torch.equal(paged_decode(q, cache.k, cache.v, lengths, causal=True, impl="triton", block_table=cache.table), before)
 
 
 def test_only_causal_attention_is_offered() -> None:
