@@ -11,6 +11,7 @@ import torch
 from megarlhf.config import Config
 from megarlhf.errors import ConfigError
 from megarlhf.parallel.cpu import has_flash_attention
+from megarlhf_kernels.dispatch import OVERRIDE, missing, use_triton
 
 
 class ComputeConfig(Config):
@@ -73,7 +74,7 @@ def resolve(config: ComputeConfig, device: torch.device) -> Compute:
         fp8=None if config.fp8 == "off" else config.fp8,
         recompute=config.recompute == "full",
         cuda_graphs=config.cuda_graphs,
-        choices=_choices(config, gpu, use_engine, dtype),
+        choices=_choices(config, device, use_engine, dtype),
     )
 
 
@@ -83,7 +84,8 @@ def _dtype(config: ComputeConfig, gpu: bool) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
-def _choices(config: ComputeConfig, gpu: bool, engine: bool, dtype: torch.dtype) -> tuple[Choice, ...]:
+def _choices(config: ComputeConfig, device: torch.device, engine: bool, dtype: torch.dtype) -> tuple[Choice, ...]:
+    gpu = device.type == "cuda"
     why_layers = (
         "compute.layers" if config.layers != "auto" else "installed" if engine else _missing("transformer-engine", gpu)
     )
@@ -92,14 +94,22 @@ def _choices(config: ComputeConfig, gpu: bool, engine: bool, dtype: torch.dtype)
         Choice("number format", str(dtype).removeprefix("torch."), f"compute.dtype={config.dtype}"),
         Choice("layers", "Transformer Engine" if engine else "Megatron-Core local", why_layers),
         Choice("training attention", "Transformer Engine" if engine else "torch SDPA", "follows the layers"),
-        Choice(
-            "rollout attention",
-            "flash-attn, paged" if has_flash_attention() else "torch, paged",
-            "installed" if has_flash_attention() else _missing("flash-attn", gpu),
-        ),
+        _rollout_attention(device),
         Choice("FP8", config.fp8, "compute.fp8"),
         Choice("CUDA graphs", "on" if config.cuda_graphs else "off", "compute.cuda_graphs"),
     )
+
+
+def _rollout_attention(device: torch.device) -> Choice:
+    part, gpu = "rollout attention", device.type == "cuda"
+    if has_flash_attention():
+        return Choice(part, "flash-attn, paged", "installed")
+    why = _missing("flash-attn", gpu)
+    if use_triton(part, "auto", torch.empty(0, device=device)):
+        return Choice(part, "Triton, paged", why)
+    if gpu:
+        why += f", {missing(device) or f'{OVERRIDE}=reference'}"
+    return Choice(part, "torch, paged", why)
 
 
 def _missing(package: str, gpu: bool) -> str:

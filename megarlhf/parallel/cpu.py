@@ -19,6 +19,8 @@ import torch
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
 LIKE_FACTORIES = ("empty_like", "zeros_like", "ones_like", "full_like")
+FLASH_ATTENTION = ("flash_attn", "flash_attn_3", "flashattn_hopper")
+"""Import names of flash-attn 2 and of the two releases of 3."""
 
 
 class HostEvent:
@@ -186,8 +188,8 @@ def _install_paged_attention() -> None:
 
 
 def has_flash_attention() -> bool:
-    """Whether flash-attn can be imported; its kernels need CUDA."""
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    """Whether one of the packages with flash-attn that Megatron-Core knows is installed; its kernels need CUDA."""
+    return torch.cuda.is_available() and any(importlib.util.find_spec(name) for name in FLASH_ATTENTION)
 
 
 @functools.cache

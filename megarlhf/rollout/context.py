@@ -99,7 +99,8 @@ class RolloutContext(DynamicInferenceContext):
 class HostContext(RolloutContext):
     """The cache on a CPU: one block holds a whole sequence, and block i belongs to row i.
 
-    Attention then reads the cache in place (see `ops/paged_attention.py`), and a step costs fewer small operations.
+    The reference of `megarlhf_kernels.paged_attention` then reads the cache in place, and a step costs fewer small
+    operations.
     """
 
     TOKEN_ROUNDER = 1
