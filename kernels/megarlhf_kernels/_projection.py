@@ -7,7 +7,7 @@ when it was scored and when it is trained on is the same to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ CPU_ELEMENTS, GPU_ELEMENTS = 1 << 24, 1 << 29
 Each chunk reads and writes the weight's whole gradient, so small ones cost: on a GPU 24 % of the matmuls' time with
 1024 rows, 6 % with 4096.
 """
+CPU_KEPT = 4
+"""Chunks whose logits a CPU keeps for backward, 256 MiB. A GPU keeps none: its memory is dearer than its arithmetic."""
 
 
 class Chunk(NamedTuple):
@@ -68,19 +70,43 @@ class Projection:
         """Of logits, statistics and accumulated gradients."""
         return accumulation_dtype(self.hidden)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """All rows in order. The matrix product of a chunk is done when it is asked for."""
-        count, width = len(self.hidden), len(self.weight)
-        size = max(1, (CPU_ELEMENTS if self.hidden.is_cpu else GPU_ELEMENTS) // max(width, 1))
-        workspace = torch.empty(min(size, count), width, dtype=self.dtype, device=self.hidden.device)
+    def chunks(self, done: Sequence[Chunk] = (), *, keep: int = 0) -> Iterator[Chunk]:
+        """All rows, each chunk's matrix product when it is asked for.
+
+        Chunks that are `done` come first, as they are, and one of them is the workspace of the rest. The last `keep`
+        chunks have logits to themselves; all before share those of the first of them.
+        """
+        yield from done
+        left = [rows for rows in self._ranges() if all(rows != chunk.rows for chunk in done)]
+        if not left:
+            return
+        rows, width, shared = left[0].stop - left[0].start, len(self.weight), max(0, len(left) - max(keep, 1))
+        buffers = [done[0].logits] if done else [self._empty(rows, width) for _ in range(len(left) - shared)]
         hidden, weight = self.hidden, self.weight
         if hidden.is_cpu:
             # A CPU has no matrix product from half precision to fp32.
             hidden, weight = hidden.to(self.dtype), weight.to(self.dtype)
-        for start in range(0, count, size):
-            rows = slice(start, min(start + size, count))
-            logits = _mm(hidden[rows], weight.t(), out=workspace[: rows.stop - start])
+        for index, rows in enumerate(left):
+            buffer = buffers[0] if done else buffers[max(0, index - shared)]
+            logits = _mm(hidden[rows], weight.t(), out=buffer[: rows.stop - rows.start])
             yield Chunk(rows, logits, hidden[rows], weight)
+
+    def _ranges(self) -> list[slice]:
+        count, size = len(self.hidden), self.chunk_rows
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a full chunk."""
+        return max(1, (CPU_ELEMENTS if self.hidden.is_cpu else GPU_ELEMENTS) // max(len(self.weight), 1))
+
+    @property
+    def kept_chunks(self) -> int:
+        """How many chunks' logits are worth keeping until backward, which then computes only the others again."""
+        return CPU_KEPT if self.hidden.is_cpu else 0
+
+    def _empty(self, rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=self.dtype, device=self.hidden.device)
 
     def statistics(self, chunk: Chunk, *, out: Tensor) -> None:
         """This shard's four numbers a row: `out` [4, n]."""

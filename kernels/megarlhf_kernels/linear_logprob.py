@@ -2,10 +2,10 @@
 
     z = hidden weight^T / temperature     logprob = z[label] - lse(z)     entropy = lse(z) - sum softmax(z) z
 
-Four matrix products: backward computes each chunk's logits again. Where the loss is known before the forward pass,
-`linear_ppo` needs three.
+Four matrix products: backward computes the chunks' logits again, except for a few that a CPU keeps. Where the loss is
+known before the forward pass, `linear_ppo` needs three.
 
-Memory:   one chunk of logits (64 MiB on a CPU, 2 GiB on a GPU), 4 numbers a token, and the gradients.
+Memory:   the logits of some rows (at most 256 MiB on a CPU, 2 GiB on a GPU), 4 numbers a token, and the gradients.
 Source:   chunking as in Wijmans et al. 2024 ("Cut Your Losses"); statistics as in `token_logprob`.
 """
 
@@ -62,11 +62,15 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, weight_grad: Tensor | None, projection: Projection
     ) -> tuple[Tensor, Tensor]:
         statistics = torch.empty(4, len(hidden), dtype=projection.dtype, device=hidden.device)
-        for chunk in projection.chunks():
+        keep = projection.kept_chunks if any(ctx.needs_input_grad) else 0
+        chunks = []
+        for chunk in projection.chunks(keep=keep):
             projection.statistics(chunk, out=statistics[:, chunk.rows])
+            chunks.append(chunk)
         softmax = projection.softmax(statistics)
         ctx.set_materialize_grads(False)
         ctx.projection, ctx.weight_grad = projection, weight_grad
+        ctx.kept = chunks[len(chunks) - min(keep, len(chunks)) :]
         ctx.save_for_backward(hidden, weight, *softmax)
         return softmax.logprobs, softmax.entropy
 
@@ -78,7 +82,8 @@ class _LinearLogprob(torch.autograd.Function):
         softmax = Softmax(*rest)
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         gradients = projection.gradients(hidden=wants_hidden, weight=wants_weight, weight_grad=ctx.weight_grad)
-        for chunk in projection.chunks():
+        kept, ctx.kept = ctx.kept, []  # they will hold gradients, so that they serve once
+        for chunk in projection.chunks(kept):
             rows = chunk.rows
             upstream = [None if gradient is None else gradient[rows] for gradient in (d_logprobs, d_entropy)]
             projection.backward(chunk, softmax.rows(rows), *upstream, out=gradients)

@@ -1,0 +1,188 @@
+"""The policy loss from hidden states: value and every gradient against fp64, micro-batches, loss scale, ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megarlhf.ops.policy_loss import clipped_policy_loss
+from megarlhf_kernels import PolicyTerms, _projection, linear_logprob, linear_ppo
+from megarlhf_kernels.dispatch import Impl
+from megarlhf_kernels.linear_ppo import definition
+from tests.helpers.ranks import run_ranks
+from tests.kernels.linear_cases import Case, a_case, leaves, shard_of, worst
+
+
+@pytest.fixture(params=["reference", "triton"])
+def impl(request: pytest.FixtureRequest) -> Impl:
+    return request.param
+
+
+def some_terms(case: Case, *, full: bool, temperature: float = 0.6) -> PolicyTerms:
+    """Old log-probs scattered around the new ones, so that about half of the ratios are clipped, on both sides."""
+    generator = torch.Generator().manual_seed(5)
+    count = len(case.labels)
+    old, _ = linear_logprob(case.hidden, case.weight, case.labels, temperature=temperature)
+    noise = torch.randn(3, count, generator=generator)
+    terms = PolicyTerms(old + noise[0], noise[1], clip_range=0.2, temperature=temperature)
+    return replace(terms, entropy_coef=0.3, kl_coef=0.2, ref_logprobs=old + noise[2]) if full else terms
+
+
+def to_double(terms: PolicyTerms) -> PolicyTerms:
+    tensors = {name: x.double() for name, x in vars(terms).items() if isinstance(x, torch.Tensor)}
+    return replace(terms, **tensors)
+
+
+def exact(case: Case, terms: PolicyTerms, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Loss and its gradients by the definition."""
+    hidden, weight = leaves(case, dtype)
+    loss = definition(hidden, weight, case.labels, to_double(terms) if dtype == torch.float64 else terms)
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
+def ours(case: Case, terms: PolicyTerms, **options) -> list[torch.Tensor]:
+    hidden, weight = leaves(case, torch.float32)
+    loss, _, _ = linear_ppo(hidden, weight, case.labels, terms, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("count", "vocab"), [(1, 2), (33, 7), (20, 1000)])
+def test_value_and_gradients_match_fp64_as_well_as_plain_torch_does(count, vocab, full, impl, monkeypatch):
+    monkeypatch.setattr(_projection, "CPU_ELEMENTS", 8 * vocab)  # chunks of 8 rows
+    case = a_case(count, vocab, scale=2.0)
+    terms = some_terms(case, full=full)
+    expected = exact(case, terms)
+    plain = worst(exact(case, terms, torch.float32), expected)
+    assert worst(ours(case, terms, impl=impl), expected) <= 2 * plain + 1e-5
+
+
+def test_equals_logits_to_log_softmax_to_the_composed_loss(impl):
+    case = a_case(24, 50)
+    terms = some_terms(case, full=False)
+    hidden, weight = leaves(case, torch.float64)
+    logprobs = torch.log_softmax(hidden @ weight.t() / 0.6, dim=1).gather(1, case.labels[:, None]).t()
+    loss, _, metrics = clipped_policy_loss(
+        logprobs,
+        terms.logprobs.double()[None],
+        terms.advantages.double()[None],
+        torch.ones(1, 24, dtype=torch.bool),
+        clip_range=0.2,
+    )
+    assert 0.25 < metrics["clip_fraction"] / 24 < 0.8
+    expected = [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+    assert worst(ours(case, terms, impl=impl), expected) < 1e-4
+
+
+def test_micro_batches_and_a_loss_scale_add_up_to_the_whole(impl):
+    case = a_case(29, 40)
+    terms = some_terms(case, full=True)
+    expected = exact(case, terms)
+    hidden, weight = leaves(case, torch.float32)
+    weight_grad = torch.zeros_like(weight)
+    total = 0.0
+    for rows in torch.arange(29).split(8):
+        part = replace(terms, **{name: x[rows] for name, x in vars(terms).items() if isinstance(x, torch.Tensor)})
+        loss, *_ = linear_ppo(
+            hidden[rows], weight, case.labels[rows], part, loss_scale=0.125, weight_grad=weight_grad, impl=impl
+        )
+        (0.125 * loss).backward()
+        total += float(loss.detach())
+    assert weight.grad is None
+    assert hidden.grad is not None
+    got = [torch.tensor(total), 8 * hidden.grad, 8 * weight_grad]
+    assert worst(got, expected) < 1e-4
+
+
+def test_another_upstream_gradient_is_refused(impl):
+    case = a_case(5, 9)
+    hidden, weight = leaves(case, torch.float32)
+    loss, *_ = linear_ppo(hidden, weight, case.labels, some_terms(case, full=False), impl=impl)
+    with pytest.raises(RuntimeError, match=r"weighted by 0\.5, but .* loss_scale=1; pass loss_scale=0\.5"):
+        (0.5 * loss).backward()
+
+
+def test_the_first_pass_has_ratio_one_bit_for_bit(impl, monkeypatch):
+    monkeypatch.setattr(_projection, "CPU_ELEMENTS", 8 * 60)
+    case = a_case(30, 60)
+    old, entropy = linear_logprob(case.hidden, case.weight, case.labels, temperature=0.6, impl=impl)
+    terms = PolicyTerms(old, case.d_logprobs, clip_range=0.2, temperature=0.6)
+    loss, logprobs, same = linear_ppo(case.hidden, case.weight, case.labels, terms, impl=impl)
+    assert torch.equal(logprobs, old)
+    assert torch.equal(same, entropy)
+    torch.testing.assert_close(loss, -case.d_logprobs.double().sum().float(), rtol=1e-6, atol=1e-6)
+
+
+def test_ratios_that_overflow_stay_finite(impl):
+    case = a_case(4, 9)
+    old, _ = linear_logprob(case.hidden, case.weight, case.labels)
+    old[:3] = torch.tensor([-1e4, 1e4, -200.0])
+    terms = PolicyTerms(old, torch.tensor([1.0, 1.0, -1.0, 1.0]), clip_range=0.2)
+    loss, d_hidden, d_weight = ours(case, terms, impl=impl)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(d_weight).all()
+    assert d_hidden[:3].abs().max() == 0.0  # clamped or clipped away
+    assert d_hidden[3].abs().max() > 0.0
+
+
+def test_without_gradients_only_the_numbers_come_out(impl):
+    case = a_case(5, 9)
+    terms = some_terms(case, full=True)
+    with torch.no_grad():
+        loss, *_ = linear_ppo(case.hidden, case.weight, case.labels, terms, impl=impl)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss.double(), exact(case, terms)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batch(impl):
+    case = a_case(0, 9)
+    loss, d_hidden, d_weight = ours(case, some_terms(case, full=True), impl=impl)
+    assert loss == 0.0
+    assert d_hidden.shape == (0, 16)
+    assert d_weight.abs().max() == 0.0
+
+
+def test_errors_name_the_argument(impl):
+    case = a_case(4, 9)
+    terms = some_terms(case, full=True)
+    for match, bad in [
+        (r"logprobs: got shape \[3\]; must be \[4\]", replace(terms, logprobs=terms.logprobs[:3])),
+        (r"advantages: got torch.float64; must be torch.float32", replace(terms, advantages=terms.advantages.double())),
+        (r"ref_logprobs: is on meta", replace(terms, ref_logprobs=terms.logprobs.to("meta"))),
+        (r"clip_range: 0; must be positive", replace(terms, clip_range=0)),
+        (r"kl_coef: 0\.2 needs ref_logprobs", replace(terms, ref_logprobs=None)),
+        (r"temperature: -1\.0; must be positive", replace(terms, temperature=-1.0)),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            linear_ppo(case.hidden, case.weight, case.labels, bad, impl=impl)
+
+
+def split_on_this_rank(columns: int, vocab: int, impl: Impl) -> list[torch.Tensor]:
+    dist.init_process_group("gloo")
+    _projection.CPU_ELEMENTS = 8 * columns
+    rank = dist.get_rank()
+    case = a_case(21, vocab, scale=3.0, seed=7)
+    terms = some_terms(case, full=True)
+    own = case._replace(weight=shard_of(case.weight, rank, columns))
+    shard = {"vocab_start": rank * columns, "vocab_size": vocab, "group": dist.group.WORLD}
+    return ours(own, terms, impl=impl, **shard)
+
+
+@pytest.mark.parametrize(("ranks", "columns", "vocab"), [(1, 128, 101), (2, 64, 101), (4, 64, 101)])
+def test_split_vocabularies_equal_the_whole_and_each_other(ranks, columns, vocab, impl):
+    results = run_ranks(split_on_this_rank, ranks, columns, vocab, impl)
+    case = a_case(21, vocab, scale=3.0, seed=7)
+    terms = some_terms(case, full=True)
+    expected = exact(case, terms)
+    plain = worst(exact(case, terms, torch.float32), expected)
+    for result in results:
+        assert torch.equal(result[0], results[0][0])
+        assert torch.equal(result[1], results[0][1])
+    d_weight = torch.cat([result[2] for result in results])
+    assert worst([*results[0][:2], d_weight[:vocab]], expected) <= 2 * plain + 1e-5
+    assert d_weight[vocab:].abs().sum() == 0.0
+    assert not math.isclose(float(expected[0]), 0.0, abs_tol=1e-3)
