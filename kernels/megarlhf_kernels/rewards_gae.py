@@ -15,21 +15,16 @@ Source:   Schulman et al. 2016, eq. 11-16; Huang et al. 2024 for the KL penalty.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megarlhf_kernels._checks import FLOATS, check
 from megarlhf_kernels._triton import constexpr, jit, tl, triton
+from megarlhf_kernels.aot import CompileCase
 from megarlhf_kernels.dispatch import Impl, use_triton
-
-
-class Options(TypedDict, total=False):
-    """How a batch is laid out, and what runs."""
-
-    cu_seqlens: Tensor | None
-    impl: Impl
 
 
 class Estimate(NamedTuple):
@@ -64,7 +59,9 @@ def rewards_gae(
     terminated: Tensor,
     shaping: Shaping,
     discount: Discount,
-    **options: Unpack[Options],
+    *,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Estimate:
     """KL penalty, score and GAE of every sequence, without gradient; padded, or packed with `cu_seqlens`.
 
@@ -75,10 +72,11 @@ def rewards_gae(
     Raises:   ValueError if a shape, dtype or device does not fit, a row is not contiguous, or cu_seqlens do not rise
               from 0 to N (looked at on a CPU only: on a GPU that would wait for it).
     """
-    batch = _checked(logprobs, values, mask, terminated, shaping, options.get("cu_seqlens"))
-    on_triton = use_triton("rewards_gae", options.get("impl", "auto"), values)
-    estimate = (_launch if on_triton else _reference)(batch, discount)
-    return Estimate(*(x.view(values.shape) for x in estimate[:3]), estimate[3])
+    fast = use_triton("rewards_gae", impl, values)
+    batch = _checked(logprobs, values, mask, terminated, shaping, cu_seqlens, fast)
+    estimate = (_launch if fast else _reference)(batch, discount)
+    rewards, advantages, returns = (x.view(values.shape) for x in estimate[:3])
+    return Estimate(rewards, advantages, returns, estimate.moments)
 
 
 @torch.no_grad()
@@ -88,12 +86,14 @@ def gae(
     mask: Tensor,
     terminated: Tensor,
     discount: Discount,
-    **options: Unpack[Options],
+    *,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns) of rewards that are there already: everything else as in `rewards_gae`."""
-    batch = _checked(token_level_rewards, values, mask, terminated, None, options.get("cu_seqlens"))
-    on_triton = use_triton("gae", options.get("impl", "auto"), values)
-    estimate = (_launch if on_triton else _reference)(batch, discount)
+    fast = use_triton("gae", impl, values)
+    batch = _checked(token_level_rewards, values, mask, terminated, None, cu_seqlens, fast)
+    estimate = (_launch if fast else _reference)(batch, discount)
     return estimate.advantages.view(values.shape), estimate.returns.view(values.shape)
 
 
@@ -136,13 +136,13 @@ def _checked(
     terminated: Tensor,
     shaping: Shaping | None,
     cu_seqlens: Tensor | None,
+    fast: bool,
 ) -> _Batch:
-    shape = tuple(values.shape)
+    shape, floats = tuple(values.shape), FLOATS[:3] if fast else FLOATS
     if len(shape) != (2 if cu_seqlens is None else 1):
-        wanted = "[B, T], or [N] with cu_seqlens"
-        raise ValueError(f"values: got shape {list(shape)}; must be {wanted}.")
-    check("values", values, shape, FLOATS, values)
-    check("logprobs" if shaping else "token_level_rewards", source, shape, FLOATS, values)
+        raise ValueError(f"values: got shape {list(shape)}; must be [B, T], or [N] with cu_seqlens.")
+    check("values", values, shape, floats, values)
+    check("logprobs" if shaping else "token_level_rewards", source, shape, floats, values)
     check("mask", mask, shape, (torch.bool,), values)
     if cu_seqlens is not None:
         check("cu_seqlens", cu_seqlens, (None,), (torch.int32, torch.int64), values)
@@ -150,11 +150,11 @@ def _checked(
     sequences = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     check("terminated", terminated, (sequences,), (torch.bool,), values)
     if shaping is not None:
-        check("ref_logprobs", shaping.ref_logprobs, shape, FLOATS, values)
-        check("scores", shaping.scores, (sequences,), FLOATS, values)
+        check("ref_logprobs", shaping.ref_logprobs, shape, floats, values)
+        check("scores", shaping.scores, (sequences,), floats, values)
         shaping = shaping._replace(ref_logprobs=shaping.ref_logprobs.reshape(-1))
-    flat = (x.reshape(-1) for x in (source, values, mask))
-    return _Batch(*flat, terminated, shaping, cu_seqlens, shape[1] if cu_seqlens is None else 0)
+    source, values, mask = (x.reshape(-1) for x in (source, values, mask))
+    return _Batch(source, values, mask, terminated, shaping, cu_seqlens, shape[1] if cu_seqlens is None else 0)
 
 
 def _check_boundaries(cu_seqlens: Tensor, count: int) -> None:
@@ -170,26 +170,27 @@ def _check_boundaries(cu_seqlens: Tensor, count: int) -> None:
 
 def _reference(batch: _Batch, discount: Discount) -> Estimate:
     sequences, count = len(batch.terminated), len(batch.values)
-    rewards, advantages, returns = outputs = batch.values.new_empty(3, count, dtype=batch.precision)
+    outputs = batch.values.new_empty(3, count, dtype=batch.precision)
     moments = outputs.new_empty(sequences, 3, dtype=torch.float64)
-    # A range of sequences at a time that a CPU's cache holds: fresh memory costs more than the arithmetic.
-    step = max(1, sequences * _CHUNK // max(count, 1)) if outputs.is_cpu else max(1, sequences)
     bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.long()
+    # Some sequences at a time, few enough for a CPU's cache. They are worked out where the outputs will lie: fresh
+    # memory costs more than the arithmetic.
+    step = max(1, sequences * _CHUNK // max(count, 1)) if outputs.is_cpu else max(1, sequences)
     for start in range(0, sequences, step):
         own = slice(start, min(start + step, sequences))
         if bounds is None:
-            lengths, tokens = None, slice(own.start * batch.width, own.stop * batch.width)
+            tokens = slice(own.start * batch.width, own.stop * batch.width)
+            rows = _rows(batch, own, tokens, [x[tokens].view(own.stop - own.start, batch.width) for x in outputs])
+            moments[own] = _of_rows(rows, discount) if _is_runs(rows.mask) else _closed_up(rows, None, discount)
         else:
-            lengths, tokens = bounds[own.start : own.stop + 1].diff(), slice(*bounds[[own.start, own.stop]].tolist())
-        part = _part(batch, own, tokens)
-        estimate = _of_rows(part, discount) if _is_runs(part) else _closed_up(part, lengths, discount)
-        for output, x in zip(outputs, estimate[:3], strict=True):
-            output[tokens] = x.reshape(-1)
-        moments[own] = estimate.moments
+            tokens = slice(*bounds[[own.start, own.stop]].tolist())
+            rows = _rows(batch, own, tokens, [x[tokens] for x in outputs])
+            moments[own] = _closed_up(rows, bounds[own.start : own.stop + 1].diff(), discount)
+    rewards, advantages, returns = outputs
     return Estimate(rewards, advantages, returns, moments)
 
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 19
 """Tokens."""
 
 
@@ -197,79 +198,89 @@ class _Rows(NamedTuple):
     """Some sequences: [S, T], or flat if they are packed; `scores` are None if `rewards` have them already."""
 
     rewards: Tensor
-    values: Tensor
+    advantages: Tensor  # output alone
+    values: Tensor  # becomes the returns
     mask: Tensor
     terminated: Tensor
     scores: Tensor | None
 
 
-def _part(batch: _Batch, own: slice, tokens: slice) -> _Rows:
-    shape = (-1,) if batch.cu_seqlens is not None else (own.stop - own.start, batch.width)
-    rewards, values = batch.source[tokens].to(batch.precision), batch.values[tokens].to(batch.precision)
-    scores = None
-    if batch.shaping is not None:
-        scores = batch.shaping.scores[own].to(batch.precision)
-        kl = rewards - batch.shaping.ref_logprobs[tokens].to(batch.precision)
-        rewards = kl.mul_(-batch.shaping.kl_coef)
-    rows = (x.view(shape) for x in (rewards, values, batch.mask[tokens]))
-    return _Rows(*rows, batch.terminated[own], scores)
+def _rows(batch: _Batch, own: slice, tokens: slice, outputs: Sequence[Tensor]) -> _Rows:
+    """These sequences, copied into the outputs."""
+    rewards, advantages, values = outputs
+    shape, shaping = values.shape, batch.shaping
+    values.copy_(batch.values[tokens].view(shape))
+    rewards.copy_(batch.source[tokens].view(shape))
+    if shaping is not None:
+        rewards.sub_(shaping.ref_logprobs[tokens].view(shape)).mul_(-shaping.kl_coef)
+    scores = None if shaping is None else shaping.scores[own].to(values.dtype)
+    return _Rows(rewards, advantages, values, batch.mask[tokens].view(shape), batch.terminated[own], scores)
 
 
-def _is_runs(part: _Rows) -> bool:
-    """Whether these are rows in which the mask is one run: it rises at most once."""
-    mask = part.mask
-    return mask.ndim == 2 and bool(((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, :1].sum(1) <= 1).all())
+def _is_runs(mask: Tensor) -> bool:
+    """Whether the True entries of each row are one run: it rises at most once."""
+    if not mask.numel():
+        return True
+    rises = (mask[:, 1:] > mask[:, :-1]).view(torch.uint8).sum(1, dtype=torch.int32) + mask[:, 0]
+    return bool((rises <= 1).all())
 
 
-def _closed_up(part: _Rows, lengths: Tensor | None, discount: Discount) -> Estimate:
-    """The same with response tokens moved next to each other, at the left of rows of their own, and back again.
+def _closed_up(rows: _Rows, lengths: Tensor | None, discount: Discount) -> Tensor:
+    """`_of_rows` with response tokens moved next to each other, at the left of rows of their own, and back again.
 
-    Shapes:   lengths [S], all of a sequence's tokens; None if `part` has rows.
+    Shapes:   lengths [S], all of a sequence's tokens; None if `rows` are [S, T].
     """
-    mask = part.mask.reshape(-1)
-    token = mask.nonzero().squeeze(1)
+    mask = rows.mask.view(-1)
     if lengths is None:
-        count = part.mask.sum(1)
+        count = rows.mask.sum(1)
     else:
         before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
         count = before[torch.nn.functional.pad(lengths.cumsum(0), (1, 0))].diff()
+    token = mask.nonzero().squeeze(1)
     place = torch.arange(int(count.max()), device=mask.device)
     closed = place < count[:, None]
     # Beyond a row's tokens are those of the next: any will do there, the mask drops them.
-    nth = (place + (count.cumsum(0) - count)[:, None]).clamp_(max=max(len(token) - 1, 0))
-    rewards, values = (x.reshape(-1)[token[nth]] for x in (part.rewards, part.values))
-    estimate = _of_rows(part._replace(rewards=rewards, values=values, mask=closed), discount)
+    nth = (place + (count.cumsum(0) - count)[:, None]).clamp_(max=max(len(token) - 1, 0)).view(-1)
+    source = token.index_select(0, nth)
+    rewards, values = (x.view(-1).index_select(0, source).view(closed.shape) for x in (rows.rewards, rows.values))
+    dense = rows._replace(rewards=rewards, advantages=torch.empty_like(values), values=values, mask=closed)
+    moments = _of_rows(dense, discount)
     cell = closed.view(-1).nonzero().squeeze(1)
-    outputs = (x.new_zeros(len(mask)).index_copy_(0, token, x.view(-1)[cell]) for x in estimate[:3])
-    return Estimate(*outputs, estimate.moments)
+    for x, whole in zip(dense[:3], rows[:3], strict=True):
+        whole.zero_().view(-1).index_copy_(0, token, x.view(-1).index_select(0, cell))
+    return moments
 
 
-def _of_rows(part: _Rows, discount: Discount) -> Estimate:
-    """Estimate of rows [S, T] in which response tokens are one run, so that t + 1 really is the next of them."""
-    mask = part.mask
+def _of_rows(rows: _Rows, discount: Discount) -> Tensor:
+    """Works rows [S, T] out, in which response tokens are one run: t + 1 really is the next. Returns their moments."""
+    rewards, advantages, values, mask, terminated, scores = rows
     # An integer copy of the mask selects bits: `where` costs a CPU eight times as much. NaN and inf disappear too.
-    bits = mask.to(torch.int64 if part.values.dtype == torch.float64 else torch.int32).neg_()
-    rewards, values = _keep(part.rewards, bits), _keep(part.values, bits)
-    count = mask.sum(1)
+    bits = mask.to(torch.int64 if values.dtype == torch.float64 else torch.int32).neg_()
+    for x in (rewards, values):
+        _keep(x, bits, out=x)
+    count = bits.sum(1, dtype=bits.dtype).neg_()
     (row,) = count.nonzero(as_tuple=True)
-    last = mask.shape[1] - 1 - mask[row].view(torch.uint8).flip(1).argmax(1) if len(row) else row
-    if part.scores is not None:
-        rewards[row, last] += part.scores[row]
-    deltas = rewards.clone()
+    last = (bits & torch.arange(mask.shape[1], dtype=bits.dtype, device=bits.device)).amax(1)[row] if len(row) else row
+    if scores is not None:
+        rewards[row, last] += scores[row]
+    deltas = rewards - values
     deltas[:, :-1].add_(values[:, 1:], alpha=discount.gamma)  # after the run the value is 0
-    deltas[row, last] += torch.where(part.terminated[row], 0.0, discount.gamma * values[row, last])
-    advantages = _keep(_reverse_scan(deltas.sub_(values), discount.gamma * discount.lam), bits)
-    total = advantages.sum(1, dtype=torch.float64)
-    mean = total / count.clamp(min=1)
-    off = _keep(advantages - mean.to(advantages.dtype)[:, None], bits)
-    # `off` is about a mean that was rounded: the last term takes the rounding out.
-    centred = off.square().sum(1, dtype=torch.float64) - off.sum(1, dtype=torch.float64) ** 2 / count.clamp(min=1)
-    return Estimate(rewards, advantages, advantages + values, torch.stack([count.double(), total, centred], 1))
+    deltas[row, last] += torch.where(terminated[row], 0.0, discount.gamma * values[row, last])
+    _keep(_reverse_scan(deltas, discount.gamma * discount.lam), bits, out=advantages)
+    values.add_(advantages)
+    # Moments, about a mean that may be off by rounding: what is left over joins the sum, and leaves the squares.
+    size = count.clamp(min=1)
+    mean = advantages.sum(1) / size
+    off = torch.sub(advantages, mean[:, None], out=deltas)
+    _keep(off, bits, out=off)
+    left = off.sum(1).double()
+    centred = off.square_().sum(1).double() - left**2 / size
+    return torch.stack([count.double(), count * mean.double() + left, centred], 1)
 
 
-def _keep(x: Tensor, bits: Tensor) -> Tensor:
+def _keep(x: Tensor, bits: Tensor, *, out: Tensor) -> None:
     """`x` where all bits are set, 0 where none is."""
-    return (x.view(bits.dtype) & bits).view(x.dtype)
+    torch.bitwise_and(x.view(bits.dtype), bits, out=out.view(bits.dtype))
 
 
 _BLOCK = 32
@@ -278,20 +289,20 @@ _BLOCK = 32
 def _reverse_scan(b: Tensor, decay: float) -> Tensor:
     """x_t = b_t + decay x_{t+1} along the rows of b [S, T].
 
-    Inside a block of 32 it is a product with a triangle of powers; the first x of all blocks are a shorter scan, of
-    decay^32, whose result enters each block from the right.
+    Inside a block of 32 it is a product with a triangle of powers. The first x of every block are a shorter scan, with
+    decay^32, whose results enter each block from the right.
     """
     rows, width = b.shape
-    powers = torch.tensor([decay**k for k in range(_BLOCK + 1)], dtype=b.dtype, device=b.device)
-    ahead = torch.arange(_BLOCK, device=b.device)[:, None] - torch.arange(_BLOCK, device=b.device)
-    triangle = torch.where(ahead >= 0, powers[ahead.clamp(min=0)], 0.0)  # [s, t]: decay^(s - t)
-    if width <= _BLOCK:
-        return b @ triangle[:width, :width]
-    x = torch.nn.functional.pad(b, (0, -width % _BLOCK)) if width % _BLOCK else b
-    x = x.reshape(-1, _BLOCK) @ triangle
-    x = x.view(rows, -1, _BLOCK)
-    entering = _reverse_scan(x[:, :, 0], decay**_BLOCK)[:, 1:, None]
-    x[:, :-1].addcmul_(entering, powers[1:].flip(0))
+    block = width if width <= 2 * _BLOCK else _BLOCK
+    powers = torch.tensor([decay**k for k in range(block, 0, -1)], dtype=b.dtype, device=b.device)
+    # Row s holds decay^(s - t): the powers shifted by one a row, which is one stride less a row.
+    shifted = torch.cat([powers[1:], powers.new_ones(1), powers.new_zeros(block - 1)]) if block else powers
+    triangle = shifted.unfold(0, block, 1).flip(0) if block else shifted.view(0, 0)
+    if block == width:
+        return b @ triangle
+    x = torch.nn.functional.pad(b, (0, -width % block)) if width % block else b
+    x = (x.reshape(-1, block) @ triangle).view(rows, -1, block)
+    x[:, :-1].addcmul_(_reverse_scan(x[:, :, 0], decay**block)[:, 1:, None], powers)
     return x.view(rows, -1)[:, :width]
 
 
@@ -332,7 +343,6 @@ def _kernel(
 ):
     """One sequence a program, from its end to its start in blocks; what enters a block comes from the one after it."""
     NONE = 2147483647
-    precision = advantages_ptr.dtype.element_ty
     sequence = tl.program_id(0).to(tl.int64)
     if PACKED:
         start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
@@ -342,7 +352,7 @@ def _kernel(
         length = width
     cut = tl.load(terminated_ptr + sequence) == 0
     next_token = NONE  # the first response token of the blocks done
-    carry = tl.zeros([], precision)  # its advantage
+    carry = tl.zeros([], tl.float32)  # its advantage
     count = tl.zeros([], tl.float64)
     total = tl.zeros([], tl.float64)
     centred = tl.zeros([], tl.float64)
@@ -356,19 +366,19 @@ def _kernel(
         after = tl.associative_scan(tl.where(follows, t + 1, NONE), 0, _nearest)
         after = tl.minimum(after, next_token)
         last = response & (after == NONE)
-        value = tl.load(values_ptr + here, mask=response, other=0.0).to(precision)
-        next_value = tl.load(values_ptr + start + after, mask=response & (after != NONE), other=0.0).to(precision)
+        value = tl.load(values_ptr + here, mask=response, other=0.0).to(tl.float32)
+        next_value = tl.load(values_ptr + start + after, mask=response & (after != NONE), other=0.0).to(tl.float32)
         next_value = tl.where(last, tl.where(cut, value, 0.0), next_value)
-        reward = tl.load(source_ptr + here, mask=response, other=0.0).to(precision)
+        reward = tl.load(source_ptr + here, mask=response, other=0.0).to(tl.float32)
         if SHAPED:
-            ref = tl.load(ref_ptr + here, mask=response, other=0.0).to(precision)
-            score = tl.load(scores_ptr + sequence).to(precision)
+            ref = tl.load(ref_ptr + here, mask=response, other=0.0).to(tl.float32)
+            score = tl.load(scores_ptr + sequence).to(tl.float32)
             reward = (reward - ref) * -kl_coef
             reward = tl.where(last, reward + score, reward)
             reward = tl.where(response, reward, 0.0)  # not -0
             tl.store(rewards_ptr + here, reward, mask=t < length)
         delta = tl.where(response, reward + gamma * next_value - value, 0.0)
-        weight, advantage = tl.associative_scan((tl.where(response, decay, 1.0).to(precision), delta), 0, _compose)
+        weight, advantage = tl.associative_scan((tl.where(response, decay, 1.0).to(tl.float32), delta), 0, _compose)
         advantage = tl.where(response, advantage + weight * carry, 0.0)
         tl.store(advantages_ptr + here, advantage, mask=t < length)
         tl.store(returns_ptr + here, advantage + value, mask=t < length)
@@ -380,7 +390,7 @@ def _kernel(
             size = tl.sum(response.to(tl.int32), 0).to(tl.float64)
             block_total = tl.sum(advantage, 0).to(tl.float64)
             mean = block_total / tl.maximum(size, 1.0)
-            off = tl.where(response, advantage - mean.to(precision), 0.0)
+            off = tl.where(response, advantage - mean.to(tl.float32), 0.0)
             apart = mean - total / tl.maximum(count, 1.0)
             centred += tl.sum(off * off, 0).to(tl.float64)
             centred += apart * apart * (count * size / tl.maximum(count + size, 1.0))
@@ -394,38 +404,45 @@ def _kernel(
 
 def _launch(batch: _Batch, discount: Discount) -> Estimate:
     shaped, sequences = batch.shaping is not None, len(batch.terminated)
-    outputs = batch.values.new_empty(3 if shaped else 2, len(batch.values), dtype=batch.precision)
+    outputs = batch.values.new_empty(3 if shaped else 2, len(batch.values), dtype=torch.float32)
     rewards, advantages, returns = outputs if shaped else (batch.source, *outputs)
-    moments = batch.values.new_empty(sequences if shaped else 0, 3, dtype=torch.float64)
+    moments = outputs.new_empty(sequences if shaped else 0, 3, dtype=torch.float64)
     if sequences:
         shaping = batch.shaping or Shaping(batch.source, batch.source, 0.0)
-        block, warps = _tile(batch)
-        _kernel[(sequences,)](
-            batch.source,
-            shaping.ref_logprobs,
-            shaping.scores.contiguous(),
-            batch.values,
-            batch.mask.view(torch.uint8),
-            batch.terminated.view(torch.uint8),
-            batch.terminated if batch.cu_seqlens is None else batch.cu_seqlens,
-            rewards,
-            advantages,
-            returns,
-            moments,
-            batch.width,
-            shaping.kl_coef,
-            discount.gamma,
-            discount.gamma * discount.lam,
-            SHAPED=shaped,
-            PACKED=batch.cu_seqlens is not None,
-            BLOCK=block,
-            num_warps=warps,
-        )
+        inputs = (batch.source, shaping.ref_logprobs, shaping.scores, batch.values)
+        bounds = batch.terminated if batch.cu_seqlens is None else batch.cu_seqlens
+        masks = (batch.mask.view(torch.uint8), batch.terminated.view(torch.uint8), bounds)
+        numbers = (batch.width, shaping.kl_coef, discount.gamma, discount.gamma * discount.lam)
+        # Packed lengths are on the device: blocks are of the average one.
+        options = _options(batch.width or len(batch.values) // sequences)
+        layout = {"SHAPED": shaped, "PACKED": batch.cu_seqlens is not None}
+        _kernel[(sequences,)](*inputs, *masks, rewards, advantages, returns, moments, *numbers, **layout, **options)
     return Estimate(rewards, advantages, returns, moments)
 
 
-def _tile(batch: _Batch) -> tuple[int, int]:
-    """(block, warps): a whole sequence at once where it fits, 8 tokens a thread. Packed: of the average length."""
-    length = batch.width or len(batch.values) // len(batch.terminated)
+def _options(length: int) -> dict[str, int]:
+    """A whole sequence at once where it fits, 8 tokens a thread."""
     block = min(4096, max(32, triton.next_power_of_2(length)))
-    return block, max(1, min(16, block // 256))
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
+
+
+def compile_cases() -> list[CompileCase]:
+    """Rows of 4096 tokens, padded and packed; with shaping and without."""
+    inputs = {f"{name}_ptr": "*fp32" for name in ("source", "ref", "scores", "values")}
+    masks = {"mask_ptr": "*u8", "terminated_ptr": "*u8", "cu_seqlens_ptr": "*i64"}
+    outputs = {f"{name}_ptr": "*fp32" for name in ("rewards", "advantages", "returns")} | {"moments_ptr": "*fp64"}
+    signature = inputs | masks | outputs | {"width": "i32", "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32"}
+    options = _options(4096)
+    warps = {"num_warps": options.pop("num_warps")}
+    cases = [(shaped, packed) for shaped in (True, False) for packed in (True, False)]
+    return [
+        CompileCase(
+            _kernel,
+            f"{'rewards and gae' if shaped else 'gae'}, {'packed' if packed else 'padded'}",
+            signature,
+            {"SHAPED": shaped, "PACKED": packed, **options},
+            ("width",),
+            warps,
+        )
+        for shaped, packed in cases
+    ]
