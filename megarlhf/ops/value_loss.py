@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from megarlhf.ops.masked import check_mask, masked_sum
+from megarlhf.ops.masked import check_mask
+from megarlhf_kernels import policy_value_loss
 
 
 def clipped_value_loss(
     new_values: Tensor, values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_range: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Summed over the mask, to be divided by the global count.
+    """Summed over the mask, to be divided by the global count; differentiable in `new_values`.
 
         loss_t = 0.5 * max((new_t - return_t)^2, (values_t + clip(new_t - values_t, +-value_clip_range) - return_t)^2)
 
@@ -22,13 +22,5 @@ def clipped_value_loss(
     Source:   Huang et al. 2024, detail "value loss": the worse of the two, halved.
     """
     check_mask(mask, new_values=new_values, values=values, returns=returns)
-    # Zeros before the square: a masked token may overflow, and inf * 0 is NaN in the gradient.
-    new, old, target = (torch.where(mask, x, 0.0) for x in (new_values, values, returns))
-    # Bounds, not `old + clamp(new - old)`: rounding would make tokens inside the range look clipped.
-    moved = new.clamp(old - value_clip_range, old + value_clip_range)
-    unclipped, clipped = (new - target) ** 2, (moved - target) ** 2
-    metrics = {
-        "clip_fraction": masked_sum((clipped > unclipped).to(new.dtype), mask),
-        "squared_error": masked_sum(unclipped.detach(), mask),
-    }
-    return 0.5 * masked_sum(torch.maximum(unclipped, clipped), mask), mask.sum(), metrics
+    new, old, targets, mask = (x.contiguous() for x in (new_values, values, returns, mask))
+    return policy_value_loss.clipped_value_loss(new, old, targets, mask, value_clip_range=value_clip_range)
