@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from megarlhf_kernels._checks import FLOATS, check, check_positive
 from megarlhf_kernels._shards import NO_LOGIT, Shard, accumulation_dtype, gather_shards, live_columns
 from megarlhf_kernels._triton import constexpr, jit, tl, triton
+from megarlhf_kernels.aot import CompileCase
 from megarlhf_kernels.dispatch import Impl, use_triton
 
 
@@ -171,9 +172,11 @@ def shard_statistics(
     """
     count, columns = logits.shape
     if fast and count:
-        block = min(4096, triton.next_power_of_2(max(columns, 1)))
+        tile = _tile(columns)
         _statistics_kernel[(count,)](
-            logits, labels, out, logits.stride(0), out.stride(0), columns, scale, with_entropy, block, num_warps=8
+            *(logits, labels, out, logits.stride(0), out.stride(0), columns, scale, with_entropy),
+            BLOCK=tile,
+            num_warps=WARPS,
         )
     elif not fast:
         _torch_statistics(logits, labels, scale, with_entropy, out)
@@ -185,14 +188,22 @@ def logits_gradient(
     """Fill `out` [N, V_local], which may be `logits` itself, as `gradient_terms` says; padding gets 0."""
     count, width = logits.shape
     if fast and count and width:
-        block = min(4096, triton.next_power_of_2(width))
-        _gradient_kernel[(count, triton.cdiv(width, block))](
-            *(logits, labels, terms, out, logits.stride(0), out.stride(0), terms.stride(0)),
-            *(columns, width, scale, block),
-            num_warps=8,
+        tile = _tile(width)
+        _gradient_kernel[(count, triton.cdiv(width, tile))](
+            *(logits, labels, terms, out, logits.stride(0), out.stride(0), terms.stride(0), columns, width, scale),
+            BLOCK=tile,
+            num_warps=WARPS,
         )
     elif not fast:
         _torch_gradient(logits, labels, terms, columns, scale, out)
+
+
+WARPS = 8
+
+
+def _tile(columns: int) -> int:
+    """Columns that a program works on at once."""
+    return min(4096, triton.next_power_of_2(max(columns, 1)))
 
 
 @jit
@@ -264,6 +275,28 @@ def _gradient_kernel(
     gradient = tl.where(column == label, gradient + at_label, gradient)
     gradient = tl.where(live, gradient, 0.0)
     tl.store(out + row * out_stride + column, gradient.to(out.dtype.element_ty), mask=column < width)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Llama 3's 128256 columns on 1, 4 and 8 tensor ranks, padded or not, are one case; a number not of 16s another."""
+    return [case for kind, columns in (("bf16", 128_256), ("fp32", 128_257)) for case in _cases(kind, columns)]
+
+
+def _cases(kind: str, columns: int) -> list[CompileCase]:
+    strides = ("logits_stride", "out_stride", "terms_stride")
+    common = {"logits": f"*{kind}", "labels": "*i64", "scale": "fp32", "columns": "i32"}
+    forward = common | {"out": "*fp32"} | dict.fromkeys(strides[:2], "i32")
+    backward = common | {"out": f"*{kind}", "terms": "*fp32", "width": "i32"} | dict.fromkeys(strides, "i32")
+    even = () if columns % 16 else ("logits_stride", "columns")
+    constants, options, variant = {"BLOCK": _tile(columns)}, {"num_warps": WARPS}, f"{kind} V {columns}"
+    cases = []
+    for entropy in (True, False):
+        name = variant + (" entropy" if entropy else "")
+        cases.append(
+            CompileCase(_statistics_kernel, name, forward, {"WITH_ENTROPY": entropy, **constants}, even, options)
+        )
+    even = (*even, "out_stride", "width") if even else ()
+    return [*cases, CompileCase(_gradient_kernel, variant, backward, constants, even, options)]
 
 
 _FLOOR = -1e4
