@@ -96,7 +96,7 @@ def _run(cfg: GenerateConfig, inputs: GenerateInputs) -> None:
     settings = role_settings(cfg, mesh)
     policy = FrozenRole("model", inputs.model.spec, "language", LabelLogprobs(cfg.sampling.temperature), settings, mesh)
     load_model(policy, cfg.model, seed=cfg.seed)
-    print_choices(settings.compute, mesh)
+    print_choices(settings.compute.choices, mesh)
     print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
     with _open(cfg, mesh) as file, Progress(len(inputs.prompts), "generate", enabled=mesh.is_main) as bar:
         for rollout in rollouts(policy, inputs, cfg):

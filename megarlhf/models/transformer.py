@@ -12,7 +12,6 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    linear_with_grad_accumulation_and_async_allreduce,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -33,7 +32,7 @@ from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLi
 from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.mesh import Mesh
-from megarlhf_kernels.token_logprob import token_logprob
+from megarlhf_kernels import PolicyTerms, Shard, linear_logprob, linear_ppo
 
 HeadKind = Literal["language", "scalar"]
 
@@ -94,52 +93,66 @@ class LlamaModel(GPTModel):
         return hidden_states.transpose(0, 1)
 
     def label_logprobs(
-        self, hidden: Tensor, labels: Tensor, mask: Tensor, *, temperature: float, with_entropy: bool
+        self, hidden: Tensor, labels: Tensor, mask: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Log-prob of each label that `mask` selects, and the entropy of its distribution.
 
         Shapes:   hidden [b, s, H] with s >= T; labels [b, T] int64; mask [b, T] bool.
                   Returns (logprobs, entropy) [b, T] fp32, exactly 0 where masked out.
-        Units:    nats. Entropy is 0 everywhere without `with_entropy`.
+        Units:    nats.
         Ranks:    tensor: one gather of four numbers a row; the same result on each.
         """
-        selected = hidden[:, : labels.shape[1]][mask]
-        picked, entropies = token_logprob(
-            self._vocab_logits(selected),
+        logprobs, entropy = linear_logprob(
+            hidden[:, : labels.shape[1]][mask],
+            self.vocab_weight,
             labels[mask],
             temperature=temperature,
-            vocab_start=self.pg_collection.tp.rank() * (self.vocab_size // self.pg_collection.tp.size()),
-            vocab_size=self.spec.vocab_size,
-            group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
-            with_entropy=with_entropy,
+            weight_grad=self._vocab_weight_grad,
+            **self._vocab_shard(),
         )
-        zeros = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-        logprobs = zeros.masked_scatter(mask, picked)
-        return logprobs, zeros.masked_scatter(mask, entropies) if with_entropy else zeros
+        return _scattered(logprobs, mask), _scattered(entropy, mask)
+
+    def policy_loss(
+        self, hidden: Tensor, labels: Tensor, mask: Tensor, terms: PolicyTerms
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`terms` summed over the labels that `mask` selects, in row-major order; and what `label_logprobs` returns.
+
+        Log-probs and entropy come without gradient. Backward must weigh the loss by 1, as the pipeline driver does.
+        """
+        loss, logprobs, entropy = linear_ppo(
+            hidden[:, : labels.shape[1]][mask],
+            self.vocab_weight,
+            labels[mask],
+            terms,
+            weight_grad=self._vocab_weight_grad,
+            **self._vocab_shard(),
+        )
+        return loss, _scattered(logprobs, mask), _scattered(entropy, mask)
 
     def scalars(self, hidden: Tensor) -> Tensor:
         """The scalar head at every position: hidden [b, s, H] -> [b, s] fp32."""
         return self.output_layer(hidden)
 
-    def _vocab_logits(self, rows: Tensor) -> Tensor:
-        """[n, H] -> this tensor rank's columns of the logits, [n, V_local] fp32.
+    @property
+    def vocab_weight(self) -> Tensor:
+        """This tensor rank's rows of the vocabulary projection, [V_local, H]; the embedding itself where tied."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
-        fp32 from the matrix multiplication on: bf16 logits move PPO ratios by 3-7 % with identical weights.
-        """
-        weight = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
-        return linear_with_grad_accumulation_and_async_allreduce(
-            input=rows.float(),
-            weight=weight if weight.dtype == torch.float32 else weight.float(),
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.pg_collection.tp.size() > 1,
-            sequence_parallel=False,
-            tp_group=self.pg_collection.tp,
-        )
+    @property
+    def _vocab_weight_grad(self) -> Tensor | None:
+        """Megatron's fp32 buffer for the weight's gradient, which a model that is not trained does not have."""
+        return vars(self.vocab_weight).get("main_grad")
+
+    def _vocab_shard(self) -> Shard:
+        group = self.pg_collection.tp
+        columns = self.vocab_size // group.size()
+        return Shard(vocab_start=group.rank() * columns, vocab_size=self.spec.vocab_size, group=group)
+
+
+def _scattered(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` where `mask` is True, in row-major order; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, values)
 
 
 def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> TransformerConfig:

@@ -66,7 +66,9 @@ _KL = {
 }
 
 _POLICY = {
-    "policy/loss": Metric("1", "max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range))", _TOKENS),
+    "policy/loss": Metric(
+        "1", "max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range)) - entropy_coef * entropy", _TOKENS
+    ),
     "policy/clip_fraction": Metric("fraction", "[the clipped branch is the larger]", _TOKENS),
     "policy/approx_kl": Metric("nats", "(ratio - 1) - log_ratio, the k3 estimate of KL(old || new)", _TOKENS),
     "policy/entropy_mean": Metric("nats", "entropy of the temperature-scaled next-token distribution", _TOKENS),

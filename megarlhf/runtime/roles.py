@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from megarlhf.models.compute import Compute, resolve
+from megarlhf.models.compute import Choice, resolve
 from megarlhf.models.role import Role, RoleSettings
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.runtime.settings import RanksConfig
@@ -18,12 +18,12 @@ def role_settings(cfg: RanksConfig, mesh: Mesh) -> RoleSettings:
     return RoleSettings(compute=resolve(cfg.compute, mesh.device), micro_batch=cfg.micro_batch, offload=cfg.offload)
 
 
-def print_choices(compute: Compute, mesh: Mesh) -> None:
+def print_choices(choices: Sequence[Choice], mesh: Mesh) -> None:
     """Say once, on rank 0, which implementation each part uses and why."""
     table = Table(title="what this run uses", title_justify="left")
     for column in ("part", "implementation", "why"):
         table.add_column(column)
-    for choice in compute.choices:
+    for choice in choices:
         table.add_row(choice.part, choice.implementation, choice.reason)
     _console(mesh).print(table)
 

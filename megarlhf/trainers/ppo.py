@@ -38,6 +38,7 @@ from megarlhf.trainers.ppo_metrics import (
     judged_rollouts,
     learner_metrics,
 )
+from megarlhf_kernels import PolicyTerms
 
 __all__ = ["PPOConfig", "main", "ppo_iteration", "train"]
 
@@ -134,19 +135,35 @@ def _mini_batches(experience: Experience, cfg: PPOConfig, iteration: int) -> Ite
 
 
 def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss:
-    """The clipped surrogate, summed over response tokens."""
+    """The clipped surrogate summed over response tokens: fused with the vocabulary projection, or composed of parts."""
 
-    def loss(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def fused(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mask = rows.rollout.response_mask
+        terms = PolicyTerms(
+            rows.logprobs[mask],
+            rows.advantages[mask],
+            clip_range=cfg.clip_range,
+            temperature=cfg.sampling.temperature,
+            entropy_coef=cfg.entropy_coef,
+        )
+        total, new_logprobs, entropy = actor.model.policy_loss(hidden, rows.rollout.labels, mask, terms)
+        _, count, metrics = clipped(new_logprobs, rows)
+        return total, count, {**metrics, "entropy": masked_sum(entropy, mask)}
+
+    def composed(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mask = rows.rollout.response_mask
         new_logprobs, entropy = actor.model.label_logprobs(
-            hidden, rows.rollout.labels, mask, temperature=cfg.sampling.temperature, with_entropy=True
+            hidden, rows.rollout.labels, mask, temperature=cfg.sampling.temperature
         )
-        total, count, metrics = clipped_policy_loss(
-            new_logprobs, rows.logprobs, rows.advantages, mask, clip_range=cfg.clip_range
-        )
-        return total, count, {**metrics, "entropy": masked_sum(entropy.detach(), mask)}
+        total, count, metrics = clipped(new_logprobs, rows)
+        entropy = masked_sum(entropy, mask)
+        return total - cfg.entropy_coef * entropy, count, {**metrics, "entropy": entropy.detach()}
 
-    return loss
+    def clipped(new_logprobs: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        mask = rows.rollout.response_mask
+        return clipped_policy_loss(new_logprobs, rows.logprobs, rows.advantages, mask, clip_range=cfg.clip_range)
+
+    return fused if cfg.policy_loss == "fused" else composed
 
 
 def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss:
@@ -182,7 +199,7 @@ def build_roles(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> Roles:
     load_model(reward, cfg.reward.init, seed=cfg.seed)
     reward.leave()
     roles = Roles(actor, critic, reference, reward)
-    print_choices(settings.compute, mesh)
+    print_choices([*settings.compute.choices, cfg.policy_loss_choice], mesh)
     print_memory_plan(roles.every, mesh)
     return roles
 

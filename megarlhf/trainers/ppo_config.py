@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,6 +14,7 @@ from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError, ConfigError, LayoutError
+from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
 from megarlhf.rollout.sampling import SamplingConfig
@@ -82,6 +84,11 @@ class PPOConfig(RunConfig):
     """Decay of generalised advantage estimation, per token. Source: Huang et al. 2024."""
     clip_range: float = Field(default=0.2, gt=0)
     """The ratio is clipped to 1 +- this. Source: Schulman et al. 2017."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Reward of a nat of entropy a token, in the policy loss. Source: 0 in Huang et al. 2024."""
+    policy_loss: Literal["fused", "composed"] = "fused"
+    """`fused` makes the loss's gradients while the vocabulary projection is in memory, three matrix products in all;
+    `composed` goes through per-token log-probs and needs a fourth. The same loss up to rounding."""
     value_clip_range: float = Field(default=0.2, gt=0)
     """Values move at most this far from the old ones, in reward, before the loss ignores them.
     Source: 0.2 in Huang et al. 2024."""
@@ -101,6 +108,12 @@ class PPOConfig(RunConfig):
     def model_dir(self) -> Path:
         """Where the trained actor goes."""
         return self.run_dir / "model"
+
+    @property
+    def policy_loss_choice(self) -> Choice:
+        """How the actor's loss is computed, for the table of what a run uses."""
+        how = {"fused": "with the projection, 3 matmuls", "composed": "from log-probs, 4 matmuls"}
+        return Choice("policy loss", how[self.policy_loss], f"policy_loss={self.policy_loss}")
 
     @property
     def prompts_per_iteration(self) -> int:

@@ -216,7 +216,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
     role = TrainableRole("reward model", inputs.model.spec, "scalar", SequenceScores(), settings, mesh)
     load_model(role, cfg.model, seed=cfg.seed)
     role.prepare(cfg.optim, inputs.steps)
-    print_choices(settings.compute, mesh)
+    print_choices(settings.compute.choices, mesh)
     print_memory_plan([role], mesh)
     pairs, labelled = inputs.pairs, inputs.labelled
     for name, rows in (("pairs", pairs), ("labelled", labelled), ("heldout", inputs.heldout)):

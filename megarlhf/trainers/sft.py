@@ -100,7 +100,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
     role = TrainableRole("model", inputs.model.spec, "language", LabelLogprobs(1.0), settings, mesh)
     load_model(role, cfg.model, seed=cfg.seed)
     role.prepare(cfg.optim, inputs.steps)
-    print_choices(settings.compute, mesh)
+    print_choices(settings.compute.choices, mesh)
     print_memory_plan([role], mesh)
     print_dropped("data", inputs.rows.dropped, len(inputs.rows), mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
@@ -133,9 +133,7 @@ def next_token_loss(role: TrainableRole) -> Loss:
     """-log p(label), summed over supervised tokens."""
 
     def loss(hidden: Tensor, rows: TokenBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logprobs, _ = role.model.label_logprobs(
-            hidden, rows.labels, rows.loss_mask, temperature=1.0, with_entropy=False
-        )
+        logprobs, _ = role.model.label_logprobs(hidden, rows.labels, rows.loss_mask, temperature=1.0)
         return -masked_sum(logprobs, rows.loss_mask), torch.sum(rows.loss_mask), {}
 
     return loss

@@ -40,7 +40,7 @@ class VocabLogits:
         return torch.ones_like(rows.labels, dtype=torch.bool)
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Rollout) -> Tensor:
-        local = model._vocab_logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        local = hidden @ model.vocab_weight.t()
         columns = gather(local.movedim(-1, 0).contiguous(), self.mesh, "tensor").movedim(0, -1)
         for row, length, logits in zip(rows.prompt_ids.tolist(), rows.lengths.tolist(), columns, strict=True):
             self.seen[row] = logits[: length - 1, : model.spec.vocab_size]
