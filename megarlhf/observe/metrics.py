@@ -73,7 +73,6 @@ _POLICY = {
     "policy/approx_kl": Metric("nats", "(ratio - 1) - log_ratio, the k3 estimate of KL(old || new)", _TOKENS),
     "policy/entropy_mean": Metric("nats", "entropy of the temperature-scaled next-token distribution", _TOKENS),
     "policy/ratio_mean": Metric("1", "exp(new_logprobs - logprobs)", _TOKENS),
-    "policy/ratio_max": Metric("1", "max of exp(new_logprobs - logprobs)", "max over the iteration"),
     "policy/first_ratio_gap": Metric("1", "|ratio - 1| of the mean ratio in the first optimiser step", _TOKENS_ONCE),
     "policy/first_clip_fraction": Metric("fraction", "policy/clip_fraction of the first optimiser step", "as there"),
     "policy/advantage_mean": Metric("1", "advantages after whitening", "mean over the response tokens"),

@@ -156,9 +156,11 @@ def test_an_iteration_keeps_its_promises(layout: ParallelLayout, folder: str) ->
 
 def check_first_pass(metrics: dict[str, float]) -> None:
     """One optimiser step was taken, on log-probs that the same weights gave a moment ago."""
-    assert metrics["policy/first_ratio_gap"] < 1e-6
-    assert metrics["policy/first_clip_fraction"] == metrics["policy/clip_fraction"] == 0.0
+    assert (
+        metrics["policy/first_ratio_gap"] < 1e-6
+    )  # mini-batches shuffle the rows: other micro-batches, other rounding
     assert abs(metrics["policy/approx_kl"]) < 1e-9
+    assert metrics["policy/first_clip_fraction"] == metrics["policy/clip_fraction"] == 0.0
     assert metrics["policy/loss"] == pytest.approx(0.0, abs=1e-6)  # minus the mean of whitened advantages
     assert metrics["policy/grad_norm"] > 1e-3
     assert metrics["rollout/sampler_gap_max"] <= 1e-5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +164,56 @@ def test_no_split_changes_anything(
                 assert step == pytest.approx(reference, rel=RELATIVE, abs=1e-6), f"{name}: {step} vs {reference}"
             assert worst(rank[name]["weights"], expected["weights"]) < WEIGHTS, name
             torch.testing.assert_close(rank[name]["scores"], expected["scores"], atol=1e-4, rtol=0, msg=name)
+
+
+def first_pass(layout: ParallelLayout, language: str, kind: str) -> dict[str, float]:
+    """Score rows, then train on the very same: the update's means."""
+    mesh = start(layout, seed=1)
+    ppo = PPOConfig.model_validate(
+        {"run_dir": "unused", "sampling": SamplingConfig(temperature=0.7), "policy_loss": kind}
+    )
+    role = learner(language, LabelLogprobs(0.7), settings(mesh, 3), mesh, OptimConfig(lr=LR))
+    given = experience(0)
+    update = role.update(replace(given, logprobs=role.score(given.rollout)), policy_loss(role, ppo))
+    return {"loss": update.means.loss, "norm": update.grad_norm, **update.means.metrics}
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2)], ids=name_of)
+@pytest.mark.parametrize("kind", ["fused", "composed"])
+def test_the_first_pass_on_the_rows_that_were_scored_has_ratio_one_to_the_bit(
+    layout: ParallelLayout, kind: str, models: tuple[str, str, str]
+) -> None:
+    for means in run_ranks(first_pass, layout.world_size, layout, models[0], kind):
+        assert means["ratio"] == 1.0
+        assert means["approx_kl"] == 0.0  # a sum of terms that are never negative: every single ratio is 1
+        assert means["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(pipeline=2)], ids=name_of)
+@pytest.mark.parametrize("index", [0, 1], ids=["untied", "tied"])
+def test_the_fused_loss_trains_as_the_composed_one(
+    layout: ParallelLayout, index: int, models: tuple[str, str, str]
+) -> None:
+    fused, composed = (run_ranks(policy_steps, layout.world_size, layout, models[index], k)[0] for k in KINDS)
+    for ours, theirs in zip(fused["steps"], composed["steps"], strict=True):
+        assert ours == pytest.approx(theirs, rel=RELATIVE, abs=1e-6)
+    assert 0.05 < fused["steps"][0]["clip_fraction"] < 0.95
+    assert worst(fused["weights"], composed["weights"]) < WEIGHTS
+
+
+KINDS = ("fused", "composed")
+
+
+def policy_steps(layout: ParallelLayout, language: str, kind: str) -> dict[str, Any]:
+    """Three steps of the policy loss with an entropy bonus."""
+    mesh = start(layout, seed=1)
+    ppo = PPOConfig.model_validate(
+        {
+            "run_dir": "unused",
+            "sampling": SamplingConfig(temperature=0.7),
+            "policy_loss": kind,
+            "entropy_coef": 0.1,
+        }
+    )
+    role = learner(language, LabelLogprobs(0.7), settings(mesh, 3), mesh, OptimConfig(lr=LR))
+    return steps_of(role, policy_loss(role, ppo), [experience(i) for i in range(STEPS)], mesh)
