@@ -386,13 +386,14 @@ def _kernel(
         carry = tl.where(first == NONE, carry, tl.sum(tl.where(t == first, advantage, 0.0), 0))
         next_token = tl.minimum(next_token, first)
         if SHAPED:
-            # The block's moments about its own mean join those of the blocks done: Chan et al. 1979.
+            # The block's moments about its own mean, as in torch, join those of the blocks done: Chan et al. 1979.
             size = tl.sum(response.to(tl.int32), 0).to(tl.float64)
-            block_total = tl.sum(advantage, 0).to(tl.float64)
-            mean = block_total / tl.maximum(size, 1.0)
-            off = tl.where(response, advantage - mean.to(tl.float32), 0.0)
-            apart = mean - total / tl.maximum(count, 1.0)
-            centred += tl.sum(off * off, 0).to(tl.float64)
+            mean = tl.sum(advantage, 0) / tl.maximum(size, 1.0).to(tl.float32)
+            off = tl.where(response, advantage - mean, 0.0)
+            left = tl.sum(off, 0).to(tl.float64)
+            block_total = size * mean.to(tl.float64) + left
+            apart = block_total / tl.maximum(size, 1.0) - total / tl.maximum(count, 1.0)
+            centred += tl.sum(off * off, 0).to(tl.float64) - left * left / tl.maximum(size, 1.0)
             centred += apart * apart * (count * size / tl.maximum(count + size, 1.0))
             count += size
             total += block_total

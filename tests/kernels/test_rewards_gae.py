@@ -180,6 +180,22 @@ def test_moments_of_parts_whiten_the_whole(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_moments_are_those_of_the_advantages_to_the_last_digit(impl):
+    """A mean of 1e4, rounded to 1e-3 in fp32, and a spread of 1e-2: the mean's own rounding must not stay in."""
+    _, _, values = a_case(3, 300, "runs")[0]
+    values = 1e-2 * values - 1e4
+    none, rows = torch.zeros(3, 300), torch.zeros(3)
+    mask = torch.arange(300) < torch.tensor([[300], [0], [211]])
+    shaping = Shaping(none, rows, 0.0)
+    estimate = rewards_gae(none, values, mask, rows.bool(), shaping, Discount(0.0, 0.0), impl=impl)
+    for row, (count, total, centred) in enumerate(estimate.moments.tolist()):
+        own = estimate.advantages[row][mask[row]].double()
+        assert count == len(own)
+        assert total == pytest.approx(own.sum().item(), rel=1e-10)
+        assert centred == pytest.approx(((own - own.mean()) ** 2).sum().item() if count else 0.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_read_in_fp32(dtype, impl):
     tokens, mask, terminated, scores = a_case(4, 20, "gaps")
