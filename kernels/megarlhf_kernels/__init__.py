@@ -1,8 +1,41 @@
-"""Kernels of megarlhf: torch and triton only, usable without the rest of the library."""
+"""Kernels of megarlhf: torch and triton only, usable without the rest of the library.
+
+| function | from, to |
+|---|---|
+| `token_logprob` | logits -> log-prob of each label, entropy |
+| `linear_logprob` | hidden states -> the same, without an [N, V] tensor |
+| `linear_ppo` | hidden states -> PPO's policy loss, with three matrix products |
+| `full_kl` | two models' logits -> exact KL of each token |
+| `rewards_gae` | log-probs, values, scores -> token-level rewards, advantages, returns, moments for whitening |
+| `clipped_policy_loss`, `clipped_value_loss` | per-token numbers -> loss and metrics |
+| `paged_prefill`, `paged_decode` | attention over a paged KV cache, under flash-attn's argument names |
+
+Each takes `impl`: "auto" runs Triton on a GPU and the torch reference elsewhere (`dispatch`).
+"""
 
 from megarlhf_kernels._shards import Shard
+from megarlhf_kernels.full_kl import full_kl
 from megarlhf_kernels.linear_logprob import linear_logprob
 from megarlhf_kernels.linear_ppo import PolicyTerms, linear_ppo
+from megarlhf_kernels.paged_attention import paged_decode, paged_prefill
+from megarlhf_kernels.policy_value_loss import clipped_policy_loss, clipped_value_loss
+from megarlhf_kernels.rewards_gae import Discount, Estimate, Shaping, mean_and_variance, rewards_gae
 from megarlhf_kernels.token_logprob import token_logprob
 
-__all__ = ["PolicyTerms", "Shard", "linear_logprob", "linear_ppo", "token_logprob"]
+__all__ = [
+    "Discount",
+    "Estimate",
+    "PolicyTerms",
+    "Shaping",
+    "Shard",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "full_kl",
+    "linear_logprob",
+    "linear_ppo",
+    "mean_and_variance",
+    "paged_decode",
+    "paged_prefill",
+    "rewards_gae",
+    "token_logprob",
+]

@@ -23,13 +23,15 @@ _log = logging.getLogger("megarlhf_kernels")
 def use_triton(kernel: str, impl: Impl, tensor: Tensor) -> bool:
     """Whether `kernel` runs in Triton on `tensor`'s device.
 
-    "auto" takes Triton where it can and the reference elsewhere, and logs a reason once. The environment variable
-    MEGARLHF_KERNELS replaces "auto", and nothing else.
+    "auto" takes Triton on a GPU and the reference elsewhere; a GPU without Triton gets a warning, once. The environment
+    variable MEGARLHF_KERNELS replaces "auto", and nothing else.
 
     Raises:   ValueError for another name; RuntimeError when "triton" is asked for and cannot be had, with the reason.
     """
     if impl == "auto":
         impl = _override()
+        if impl == "auto" and not tensor.is_cuda:
+            return False  # soon decided, for decode steps ask often; the interpreter is chosen by name only
     if impl not in ("auto", "reference", "triton"):
         raise ValueError(f"impl: {impl!r}; must be 'auto', 'reference' or 'triton'.")
     if impl == "reference":
@@ -38,10 +40,8 @@ def use_triton(kernel: str, impl: Impl, tensor: Tensor) -> bool:
     if impl == "triton" and obstacle:
         raise RuntimeError(f"{kernel} cannot run in Triton: {obstacle}; use impl='reference' or 'auto'.")
     if obstacle:
-        _log_once(kernel, obstacle, tensor.is_cuda)
-        return False
-    # The interpreter is for tests: it is chosen by name, never by itself.
-    return impl == "triton" or tensor.is_cuda
+        _warn_once(kernel, obstacle)
+    return not obstacle
 
 
 def missing(device: torch.device) -> str:
@@ -61,6 +61,5 @@ def _override() -> Impl:
 
 
 @functools.cache
-def _log_once(kernel: str, obstacle: str, unexpected: bool) -> None:
-    # A GPU without Triton loses speed that its owner expects; a CPU never had it.
-    _log.log(logging.WARNING if unexpected else logging.DEBUG, "%s runs its torch reference: %s", kernel, obstacle)
+def _warn_once(kernel: str, obstacle: str) -> None:
+    _log.warning("%s runs its torch reference, which is slower: %s", kernel, obstacle)

@@ -9,7 +9,8 @@ hidden and weight. Backward has nothing left to do. Taking per-token gradients f
 costs a fourth product, for the logits must be computed again.
 
 Memory:   one chunk of logits (64 MiB on a CPU, 2 GiB on a GPU), the gradients, a few numbers a token.
-Source:   Schulman et al. 2017, eq. 7. Loss inside the chunk: Hsu et al. 2024 (Liger), there with small chunks.
+Source:   Schulman et al. 2017, eq. 7; log-ratios are clamped as in `policy_value_loss`. Loss inside the chunk: Hsu et
+          al. 2024 (Liger), there with small chunks.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from megarlhf_kernels._checks import check, check_positive
 from megarlhf_kernels._projection import Projection, check_weight_grad, project
 from megarlhf_kernels._shards import Shard
 from megarlhf_kernels.dispatch import Impl
-
-MAX_LOG_RATIO = 20.0
-"""|logprob - old| is clamped to this before exp, without gradient beyond: fp32 overflows at 88.7."""
+from megarlhf_kernels.policy_value_loss import clipped_policy_loss
+from megarlhf_kernels.token_logprob import Softmax
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,11 @@ class PolicyTerms:
     ref_logprobs: Tensor | None = None
     """The reference's, in nats; needed with `kl_coef`."""
 
-    def loss(self, new_logprobs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+    def loss(self, new_logprobs: Tensor, entropy: Tensor, rows: slice, *, impl: Impl) -> Tensor:
         """The sum over `rows`, whose log-probs and entropy [n] are given."""
-        advantages = self.advantages[rows]
-        ratio = (new_logprobs - self.logprobs[rows]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        clipped = ratio.clamp(1 - self.clip_range, 1 + self.clip_range)
-        total = torch.maximum(-advantages * ratio, -advantages * clipped).sum()
+        every = torch.ones_like(new_logprobs, dtype=torch.bool)
+        old, advantages = self.logprobs[rows], self.advantages[rows]
+        total, *_ = clipped_policy_loss(new_logprobs, old, advantages, every, clip_range=self.clip_range, impl=impl)
         if self.entropy_coef:
             total = total - self.entropy_coef * entropy.sum()
         if self.ref_logprobs is not None:
@@ -61,9 +60,15 @@ class PolicyTerms:
 
 def definition(hidden: Tensor, weight: Tensor, labels: Tensor, terms: PolicyTerms) -> Tensor:
     """What `linear_ppo` computes, for a whole vocabulary on one rank, as one would write it down."""
-    logprobs = torch.log_softmax(hidden @ weight.t() / terms.temperature, dim=1)
-    entropy = -(logprobs.exp() * logprobs).sum(1)
-    return terms.loss(logprobs.gather(1, labels[:, None])[:, 0], entropy, slice(None))
+    distribution = torch.log_softmax(hidden @ weight.t() / terms.temperature, dim=1)
+    logprobs = distribution.gather(1, labels[:, None])[:, 0]
+    ratio = (logprobs - terms.logprobs).exp()
+    clipped = ratio.clamp(1 - terms.clip_range, 1 + terms.clip_range)
+    loss = torch.maximum(-terms.advantages * ratio, -terms.advantages * clipped)
+    loss = loss + terms.entropy_coef * (distribution.exp() * distribution).sum(1)
+    if terms.ref_logprobs is not None:
+        loss = loss + 0.5 * terms.kl_coef * (logprobs - terms.ref_logprobs) ** 2
+    return loss.sum()
 
 
 def linear_ppo(
@@ -128,7 +133,7 @@ class _LinearPPO(torch.autograd.Function):
             projection.statistics(chunk, out=statistics)
             softmax = projection.softmax(statistics)
             logprobs[rows], entropy[rows] = softmax.logprobs, softmax.entropy
-            part, d_logprobs, d_entropy = _loss_and_gradient(terms, softmax.logprobs, softmax.entropy, rows)
+            part, d_logprobs, d_entropy = _loss_and_gradient(terms, softmax, rows, projection.fast)
             loss += part
             if wants_hidden or wants_weight:
                 d_entropy = loss_scale * d_entropy if terms.entropy_coef else None
@@ -151,13 +156,10 @@ class _LinearPPO(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
-def _loss_and_gradient(
-    terms: PolicyTerms, logprobs: Tensor, entropy: Tensor, rows: slice
-) -> tuple[Tensor, Tensor, Tensor]:
+def _loss_and_gradient(terms: PolicyTerms, softmax: Softmax, rows: slice, fast: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of some rows, and its gradients in their log-probs and entropy: numbers a token, so autograd will do."""
     with torch.enable_grad():
-        inputs = logprobs.detach().requires_grad_(), entropy.detach().requires_grad_()
-        loss = terms.loss(*inputs, rows)
-        d_logprobs, d_entropy = torch.autograd.grad(loss, inputs, allow_unused=True)
-    zeros = torch.zeros_like(logprobs)
-    return loss.detach(), zeros if d_logprobs is None else d_logprobs, zeros if d_entropy is None else d_entropy
+        inputs = softmax.logprobs.detach().requires_grad_(), softmax.entropy.detach().requires_grad_()
+        loss = terms.loss(*inputs, rows, impl="triton" if fast else "reference")
+        d_logprobs, d_entropy = torch.autograd.grad(loss, inputs, materialize_grads=True)
+    return loss.detach(), d_logprobs, d_entropy

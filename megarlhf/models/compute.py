@@ -95,9 +95,18 @@ def _choices(config: ComputeConfig, device: torch.device, engine: bool, dtype: t
         Choice("layers", "Transformer Engine" if engine else "Megatron-Core local", why_layers),
         Choice("training attention", "Transformer Engine" if engine else "torch SDPA", "follows the layers"),
         _rollout_attention(device),
+        _token_maths(device),
         Choice("FP8", config.fp8, "compute.fp8"),
         Choice("CUDA graphs", "on" if config.cuda_graphs else "off", "compute.cuda_graphs"),
     )
+
+
+def _token_maths(device: torch.device) -> Choice:
+    part = "log-probs, losses, GAE"
+    if use_triton(part, "auto", torch.empty(0, device=device)):
+        return Choice(part, "Triton", "installed")
+    why = "Triton needs a GPU" if device.type != "cuda" else missing(device) or f"{OVERRIDE}=reference"
+    return Choice(part, "torch", why)
 
 
 def _rollout_attention(device: torch.device) -> Choice:

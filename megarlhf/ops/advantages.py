@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megarlhf.ops.masked import check_mask
-from megarlhf_kernels import rewards_gae
+from megarlhf_kernels.rewards_gae import Discount
+from megarlhf_kernels.rewards_gae import gae as fused_gae
 
 
 def gae(
@@ -32,4 +33,4 @@ def gae(
         raise ValueError(f"terminated: got {got}, values are {list(values.shape)}; must be torch.bool, one a row.")
     # The kernel wants contiguous rows; a critic's values may be a transposed view.
     rewards, values, mask = (x.contiguous() for x in (token_level_rewards, values, response_mask))
-    return rewards_gae.gae(rewards, values, mask, terminated, rewards_gae.Discount(gamma, lam))
+    return fused_gae(rewards, values, mask, terminated, Discount(gamma, lam))

@@ -41,12 +41,19 @@ def test_unknown_names_are_refused() -> None:
         use_triton("k", "cuda", CPU)  # type: ignore[arg-type]
 
 
-def test_a_reason_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_triton_gets_a_warning_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OnGpu(torch.Tensor):
+        """Says that it is on a GPU, which is all that dispatch asks."""
+
+        is_cuda = True
+
     monkeypatch.setattr(_triton, "INSTALLED", False)
-    dispatch._log_once.cache_clear()
-    with caplog.at_level(logging.DEBUG, "megarlhf_kernels"):
+    with caplog.at_level(logging.WARNING, "megarlhf_kernels"):
         for _ in range(3):
-            use_triton("logged", "auto", CPU)
+            assert use_triton("k", "auto", OnGpu()) is False
+            assert use_triton("k", "auto", CPU) is False
     assert [record.getMessage() for record in caplog.records] == [
-        "logged runs its torch reference: the package triton is not installed"
+        "k runs its torch reference, which is slower: the package triton is not installed"
     ]
