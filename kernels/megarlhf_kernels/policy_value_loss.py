@@ -153,8 +153,10 @@ def _value_reference(case: _Case) -> tuple[Tensor, Tensor]:
 def k3(log_ratio: Tensor) -> Tensor:
     """ratio - 1 - log_ratio, never negative. Elementwise, nats; log_ratio is clamped at MAX_LOG_RATIO from above."""
     y = log_ratio.clamp(max=MAX_LOG_RATIO)
-    # expm1(y) - y cancels near 0 (a third of the digits at 1e-3); the series is good to 1e-8 below 0.1.
-    series = 0.5 * y**2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6))))
+    # expm1(y) - y cancels near 0 (a third of the digits at 1e-3). The series is good to 1e-8 below 0.1, and is
+    # evaluated on a clamped y, because the branch that `where` drops still sends inf * 0 = NaN into the gradient.
+    small = y.clamp(-0.1, 0.1)
+    series = 0.5 * small**2 * (1 + small / 3 * (1 + small / 4 * (1 + small / 5 * (1 + small / 6))))
     return torch.where(y.abs() < 0.1, series, torch.expm1(y) - y)
 
 
