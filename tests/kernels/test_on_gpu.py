@@ -83,15 +83,15 @@ def test_linear_ppo() -> None:
     at, hidden, weight = labels(), draw(ROWS, HIDDEN, seed=1), draw(VOCAB, HIDDEN, seed=2, scale=0.1)
     old, _ = linear_logprob(hidden, weight, at)
     terms = PolicyTerms(old + draw(ROWS, seed=3), draw(ROWS, seed=4), clip_range=0.2, entropy_coef=0.1)
-    inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
-    loss, *_ = linear_ppo(*inputs, at, terms, impl="triton")
-    got = [loss.detach(), *torch.autograd.grad(loss, inputs)]
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss, *_ = linear_ppo(h, w, at, terms, impl="triton")
+    got = [loss.detach(), *torch.autograd.grad(loss, (h, w))]
 
     def by_definition(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight)]
+        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
         tensors = PolicyTerms(terms.logprobs.to(dtype), terms.advantages.to(dtype), clip_range=0.2, entropy_coef=0.1)
-        total = exact_ppo(*leaves, at, tensors)
-        return [total.detach(), *torch.autograd.grad(total, leaves)]
+        total = exact_ppo(h, w, at, tensors)
+        return [total.detach(), *torch.autograd.grad(total, (h, w))]
 
     exact, plain = by_definition(torch.float64), by_definition(torch.float32)
     for ours, theirs, expected in zip(got, plain, exact, strict=True):
@@ -108,8 +108,8 @@ def test_half_precision_goes_through_matmuls_with_fp32_output() -> None:
     logprobs, _ = linear_logprob(leaf, weight.clone().requires_grad_(), at, weight_grad=weight_grad, impl="triton")
     upstream = draw(ROWS, seed=5)
     (upstream @ logprobs).backward()
-    leaves = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    expected = torch.autograd.grad(upstream.double() @ exact_linear(*leaves, at)[0], leaves)
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    expected = torch.autograd.grad(upstream.double() @ exact_linear(h, w, at)[0], (h, w))
     assert leaf.grad is not None
     for got, want in zip((leaf.grad, weight_grad), expected, strict=True):
         assert (got.double() - want).norm() < 0.02 * want.norm()
