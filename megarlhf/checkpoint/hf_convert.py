@@ -1,0 +1,305 @@
+"""Hugging Face directory -> Megatron model directory and back, one tensor at a time.
+
+A conversion checks everything it can before it writes, writes under a temporary name beside the target, and renames
+at the end: what has the target's name is whole. Besides the weights a model directory keeps, in `huggingface/`, the
+files that training does not need and the way back does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarlhf.checkpoint.dist_files import ITEM_OVERHEAD, CheckpointReader, write_pieces
+from megarlhf.checkpoint.hf_config import hf_config, normalisation
+from megarlhf.checkpoint.hf_files import SafetensorsDirectory, SafetensorsWriter
+from megarlhf.checkpoint.hf_names import shape_of, tensor_names
+from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
+from megarlhf.checkpoint.sharded import MODEL, TOKENIZER, WEIGHTS, ModelDescription, describe_model
+from megarlhf.errors import CheckpointError
+from megarlhf.models.spec import ModelSpec
+from megarlhf.models.transformer import HeadKind
+from megarlhf.observe.memory import PeakMemory
+from megarlhf.observe.progress import Progress
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+EXTRAS = "huggingface"
+"""Folder of a model directory with CONFIG and GENERATION as they came."""
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+
+CUTS = 8
+"""Pieces of each matrix in a checkpoint: up to 8 tensor ranks then read no more than their own part of it."""
+READ_CUTS = 4
+"""Pieces in which a vocabulary matrix is read back. One stored by a single rank is read whole for each of them: more
+would take longer, and fewer more memory."""
+MEMORY_FACTOR = 1.5
+"""Peak memory, in multiples of the largest group of one layer (gate and up) and one vocabulary matrix."""
+SPARE_BYTES = 16 << 20
+"""What a conversion leaves free on the disk: tokenizer, headers, the file system's own needs."""
+
+Verify = Callable[[Path, Path], None]
+"""Compares (Hugging Face directory, model directory); raises when they differ."""
+
+
+class ConversionError(CheckpointError):
+    """The input was good, but the result could not be written, or is not equal to it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What both directions let the user choose."""
+
+    dtype: torch.dtype | None = None
+    """Type of the written weights; None keeps the source's."""
+    max_shard_bytes: int = 5_000_000_000
+    """Largest safetensors file, if no single tensor is larger."""
+    verify: Verify | None = None
+    """Runs on both directories before the new one gets its name."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done."""
+
+    tensors: int
+    """Hugging Face tensors read or written."""
+    bytes_written: int
+    """Of weights."""
+    seconds: float
+    """Of moving weights; without verification."""
+    peak_bytes: int
+    """Largest resident memory above that at the start, verification not counted."""
+    bound_bytes: int
+    """What it should stay below, libraries aside that are loaded on first use."""
+
+
+def to_megatron(source: Path, target: Path, options: Options | None = None) -> Conversion:
+    """Convert the Hugging Face directory `source` into a model directory that loads in any layout.
+
+    Raises:   CheckpointError when the source is not whole or not a Llama 3, or the target exists; ConversionError when
+              writing or verifying fails. Whatever is raised, KeyboardInterrupt too, nothing of the target stays.
+    """
+    options = options or Options()
+    if (source / MODEL).is_file():
+        raise CheckpointError(f"{source} is a megarlhf model directory already; to-hf converts those.")
+    config = _read_config(source)
+    # A relative name could be a preset's; a path that begins with / is not.
+    found = describe_model(str(source.absolute()))
+    offset, scale = normalisation(config, source / CONFIG)
+    described = ModelDescription(spec=found.spec, head=found.head, score_offset=offset, score_scale=scale)
+    files = SafetensorsDirectory(source, found.spec, found.head)
+    groups = pieces_of(found.spec, found.head, layer_cuts=CUTS, vocabulary_cuts=CUTS)
+    run = _Run(found.spec, found.head, groups, files.dtypes(), options, str(source))
+
+    def data(piece: Piece) -> Tensor:
+        tensors = [files.read(part) for part in piece.parts]
+        box = piece.join(tensors).to(run.dtypes[piece.parts[0].name])
+        run.moved(piece)
+        return box
+
+    with _staged(target, run.bytes + ITEM_OVERHEAD * len(run.pieces)) as partial:
+        with run:
+            keys = {piece.key: run.dtypes[piece.parts[0].name] for piece in run.pieces}
+            (partial / WEIGHTS).mkdir()
+            write_pieces(partial / WEIGHTS, groups, keys, data)
+        (partial / MODEL).write_text(json.dumps(described.model_dump(mode="json"), indent=2) + "\n")
+        _copy(source, partial / TOKENIZER, TOKENIZER_FILES)
+        _copy(source, partial / EXTRAS, (CONFIG, GENERATION))
+        if options.verify:
+            options.verify(source, partial)
+    return run.result()
+
+
+def to_hf(source: Path, target: Path, options: Options | None = None) -> Conversion:
+    """Convert the model directory `source`, saved in any layout, into one that transformers' `from_pretrained` loads.
+
+    Raises:   as `to_megatron`.
+    """
+    options = options or Options()
+    if not (source / MODEL).is_file():
+        raise CheckpointError(f"{source}: {MODEL} is missing; name a directory that training or to-megatron wrote.")
+    described = describe_model(str(source.absolute()))
+    spec, head = described.spec, described.head
+    groups = pieces_of(spec, head, layer_cuts=1, vocabulary_cuts=READ_CUTS)
+    reader = CheckpointReader(source / WEIGHTS, [piece for group in groups for piece in group])
+    stored = reader.dtypes()
+    run = _Run(
+        spec,
+        head,
+        groups,
+        {part.name: stored[piece.key] for group in groups for piece in group for part in piece.parts},
+        options,
+        str(source),
+    )
+    config = hf_config(described, run.config_dtype, source / EXTRAS / CONFIG, source / TOKENIZER)
+    with _staged(target, run.bytes) as partial:
+        with run:
+            shapes = {name: shape_of(name, spec) for name in tensor_names(spec, head)}
+            with SafetensorsWriter(partial, shapes, run.dtypes, options.max_shard_bytes) as writer:
+                for piece in run.pieces:
+                    for part, tensor in zip(piece.parts, piece.split(reader.read(piece)), strict=True):
+                        writer.write(part.name, part.rows[0], tensor)
+                    run.moved(piece)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _copy(source / TOKENIZER, partial, TOKENIZER_FILES)
+        _copy(source / EXTRAS, partial, (GENERATION,))
+        if options.verify:
+            options.verify(partial, source)
+    return run.result()
+
+
+class _Run:
+    """The books of one conversion: both ledgers, the clock, the memory, the progress bar."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        head: HeadKind,
+        groups: list[list[Piece]],
+        dtypes: dict[str, torch.dtype],
+        options: Options,
+        source: str,
+    ) -> None:
+        if options.dtype is None and len(set(dtypes.values())) > 1:
+            usual = max(set(dtypes.values()), key=list(dtypes.values()).count)
+            name, odd = next((name, dtype) for name, dtype in dtypes.items() if dtype != usual)
+            raise CheckpointError(
+                f"{source}: {name} is of type {_short(odd)}, others are {_short(usual)}; if that is meant, choose one "
+                "type for all with --dtype."
+            )
+        self.pieces = [piece for group in groups for piece in group]
+        self.dtypes = dict.fromkeys(dtypes, options.dtype) if options.dtype else dtypes
+        names = tensor_names(spec, head)
+        numbers = {name: torch.Size(shape_of(name, spec)).numel() for name in names}
+        self.bytes = sum(count * self.dtypes[name].itemsize for name, count in numbers.items())
+        self._hugging_face = Ledger("Hugging Face tensors", numbers)
+        self._megatron = Ledger("Megatron tensors", {p.key: torch.Size(p.size).numel() for p in self.pieces})
+        width = max(dtype.itemsize for dtype in (*dtypes.values(), *self.dtypes.values()))
+        largest = 2 * spec.ffn_size * spec.hidden_size + spec.vocab_size * spec.hidden_size
+        self._bound = round(MEMORY_FACTOR * largest * width)
+        self._memory = PeakMemory()
+        self._bar = Progress(self.bytes // 1_000_000, "MB", enabled=options.progress)
+        self._done, self._shown, self._seconds, self._peak = 0, 0, 0.0, 0
+
+    @property
+    def config_dtype(self) -> str:
+        """The type as config.json names it."""
+        return _short(next(iter(self.dtypes.values())))
+
+    def __enter__(self) -> None:
+        self._memory.start()
+        self._start = time.monotonic()
+        self._bar.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+        self._seconds = time.monotonic() - self._start
+        self._peak = self._memory.peak()
+        if error[0] is None:
+            self._hugging_face.close()
+            self._megatron.close()
+
+    def moved(self, piece: Piece) -> None:
+        """Book a piece that has been read and is being written."""
+        self._megatron.add(piece.key, torch.Size(piece.shape).numel())
+        for part in piece.parts:
+            count = torch.Size(part.shape).numel()
+            self._hugging_face.add(part.name, count)
+            self._done += count * self.dtypes[part.name].itemsize
+        megabytes = self._done // 1_000_000
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        self._bar.advance(megabytes - self._shown, note=f"{self._done / 1e6 / seconds:.0f} MB/s")
+        self._shown = megabytes
+
+    def result(self) -> Conversion:
+        """What to print."""
+        return Conversion(len(self.dtypes), self.bytes, self._seconds, self._peak, self._bound)
+
+
+@contextmanager
+def _staged(target: Path, needed: int) -> Iterator[Path]:
+    """A directory beside `target` that gets its name once the block has ended well and the disk has it all.
+
+    needed: bytes that must be free.
+    """
+    partial = target.with_name(target.name + ".partial")
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists; name another, or remove it.")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target.parent} is not a directory; create it first.")
+    free = shutil.disk_usage(target.parent).free
+    if free < needed + SPARE_BYTES:
+        raise ConversionError(
+            f"{target.parent}: {(needed + SPARE_BYTES) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            "free some, or write to another disk."
+        )
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise CheckpointError(
+            f"{partial} exists: another conversion is writing it, or was killed; in that case remove it."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{partial} cannot be created ({error.strerror}); name another place.") from None
+    try:
+        yield partial
+        _sync(partial)
+        partial.rename(target)
+        _sync(target.parent, deep=False)
+    except OSError as error:
+        raise ConversionError(
+            f"{partial} could not be written ({error.strerror}: {error.filename or target}), and was removed; "
+            "free some space, or write to another disk."
+        ) from error
+    finally:
+        # After the rename there is nothing left to remove.
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(directory: Path, *, deep: bool = True) -> None:
+    """Have the disk hold a directory, by default with all that is below it."""
+    for path in [*(directory.rglob("*") if deep else []), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            target.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise CheckpointError(f"model directory {directory} does not exist; name an existing one.")
+    ModelSpec.from_hf(directory)
+    return json.loads((directory / CONFIG).read_text())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

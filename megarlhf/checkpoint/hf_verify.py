@@ -1,0 +1,111 @@
+"""Logits of transformers and of our own model, from the two directories of a conversion."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megarlhf.batch import Rollout
+from megarlhf.checkpoint import hf_oracle
+from megarlhf.checkpoint.sharded import describe_model, load_model
+from megarlhf.errors import CheckpointError
+from megarlhf.models.compute import ComputeConfig, resolve
+from megarlhf.models.role import FrozenRole, RoleSettings
+from megarlhf.models.transformer import LlamaModel
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import start, stop
+
+RELATIVE_GAP = 1e-3
+"""Allowed gap, in multiples of the largest logit. Both sides compute in fp32, and rounding over 126 layers stays
+below; tiny models show 1e-6, and one head in the wrong place 0.1 and more."""
+ROWS, TOKENS = 2, 16
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The largest difference between two models' logits (a reward model's: scores), and how large it may be."""
+
+    largest: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is in bounds; a NaN is not."""
+        return self.largest <= self.bound
+
+
+def compare_logits(hugging_face: Path, model: Path) -> Gap:
+    """Run both models on the same tokens, in fp32, one after the other.
+
+    Memory:   the larger of the two, whole, in fp32. Ranks: this process alone, which must not have a mesh.
+    Raises:   CheckpointError when either cannot be loaded.
+    """
+    spec = describe_model(str(model.absolute())).spec
+    generator = torch.Generator().manual_seed(0)
+    # Token 0 is left out: it often pads, and transformers looks for the end of a row by its padding.
+    tokens = torch.randint(1, spec.vocab_size, (ROWS, min(TOKENS, spec.max_positions)), generator=generator)
+    theirs = _theirs(hugging_face, tokens)
+    ours = _ours(model, tokens)
+    return Gap(float((ours - theirs).abs().max()), RELATIVE_GAP * float(theirs.abs().max()))
+
+
+@dataclass
+class _Everything:
+    """A reading that keeps what the head says at every position, and returns nothing of use."""
+
+    seen: list[Tensor] = field(default_factory=list)
+    per_token = True
+
+    def reads(self, rows: Any) -> Tensor:
+        return torch.ones_like(rows.tokens, dtype=torch.bool)
+
+    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+        if model.head == "scalar":
+            self.seen.append(model.scalars(hidden)[..., None])
+        else:
+            self.seen.append((hidden @ model.vocab_weight.t())[..., : model.spec.vocab_size])
+        return rows.sampler_logprobs
+
+
+def _ours(directory: Path, tokens: Tensor) -> Tensor:
+    """[B, T, V], or [B, T, 1] of a reward model."""
+    found = describe_model(str(directory.absolute()))
+    mesh = start(ParallelLayout(), seed=0)
+    try:
+        compute = resolve(ComputeConfig(dtype="float32", layers="local"), mesh.device)
+        settings = RoleSettings(compute=compute, micro_batch=len(tokens), offload="none")
+        reading = _Everything()
+        role = FrozenRole("converted model", found.spec, found.head, reading, settings, mesh)
+        load_model(role, str(directory.absolute()), seed=0)
+        rows, width = tokens.shape
+        full = torch.full((rows,), width)
+        zeros = torch.zeros(rows, width - 1)
+        prompts = torch.ones(rows, dtype=torch.int64)
+        batch = Rollout(tokens, prompts, full, prompts > 0, zeros, torch.arange(rows), ("",) * rows)
+        with torch.no_grad():
+            role.score(batch)
+        return torch.cat(reading.seen).cpu()
+    finally:
+        stop()
+
+
+def _theirs(directory: Path, tokens: Tensor) -> Tensor:
+    """[B, T, V], or [B, T, 1] of a reward model."""
+    with TemporaryDirectory(prefix="megarlhf-") as folder:
+        given, answer = Path(folder, "tokens.safetensors"), Path(folder, "logits.safetensors")
+        save_file({"tokens": tokens}, given)
+        command = [sys.executable, hf_oracle.__file__, str(directory.absolute()), str(given), str(answer)]
+        environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if child.returncode:
+            raise CheckpointError(f"{directory}: transformers cannot run it; {child.stderr.strip().splitlines()[-1]}.")
+        return load_file(answer)["logits"]
