@@ -33,7 +33,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7", "nvidia-ml-py>=12", "triton>=3.6"],
     "maths": ["math-verify>=0.8"],
     "wandb": ["wandb>=0.19"],
-    "bench": ["nvidia-ml-py>=12"],
+    # What tools/bench_kernels.py compares with; cutedsl is Liger's fastest path on an H100.
+    "bench": ["nvidia-ml-py>=12", "liger-kernel[cutedsl]>=0.8.5", "cut-cross-entropy>=25.1", "quack-kernels>=0.6"],
     "dev": [
         "math-verify>=0.8",
         "pytest>=8",
