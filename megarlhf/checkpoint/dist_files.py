@@ -57,12 +57,7 @@ def write_pieces(
     Raises:   whatever `data` raises; OSError where the disk fails.
     """
     pieces = {MetadataIndex(piece.key, torch.Size(piece.offset)): piece for group in groups for piece in group}
-
-    class Planner(DefaultSavePlanner):
-        def resolve_data(self, write_item: WriteItem) -> Tensor:
-            return data(pieces[write_item.index])
-
-    writer, planner = FileSystemWriter(directory, per_thread_copy_ahead=0), Planner()
+    writer, planner = FileSystemWriter(directory, per_thread_copy_ahead=0), _OnDemand(pieces, data)
     plans = [SavePlan([_write_item(piece, dtypes[piece.key]) for piece in group]) for group in groups]
     plans, metadata = create_default_global_save_plan(plans)
     try:
@@ -104,17 +99,8 @@ class CheckpointReader:
     def read(self, piece: Piece) -> Tensor:
         """The numbers of a piece, whatever boxes they were saved in."""
         target = torch.empty(piece.shape, dtype=self._tensors[piece.key].properties.dtype)
-
-        class Planner(DefaultLoadPlanner):
-            def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-                boxes = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-                return target[tuple(slice(begin, begin + length) for begin, length in boxes)]
-
-            def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-                pass
-
         try:
-            self._reader.read_data(LoadPlan(self._plans[piece]), Planner()).wait()
+            self._reader.read_data(LoadPlan(self._plans[piece]), _Into(target)).wait()
         except Exception as error:  # what torch makes of damaged bytes is any type
             where = f"{self._directory}: {piece.key} at {list(piece.offset)}"
             raise CheckpointError(f"{where} cannot be read ({_first_line(error)}); {AGAIN}") from error
@@ -172,6 +158,32 @@ class CheckpointReader:
             where = f"{self._directory}: {piece.key} at {list(piece.offset)}"
             raise CheckpointError(f"{where} was saved with gaps or overlaps; {AGAIN}")
         return items
+
+
+class _OnDemand(DefaultSavePlanner):
+    """Makes each piece when the writer gets to it."""
+
+    def __init__(self, pieces: dict[MetadataIndex, Piece], data: Callable[[Piece], Tensor]) -> None:
+        super().__init__()
+        self._pieces, self._data = pieces, data
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._data(self._pieces[write_item.index])
+
+
+class _Into(DefaultLoadPlanner):
+    """Has what is read put into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        spans = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(begin, begin + length) for begin, length in spans)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
 
 
 def _write_item(piece: Piece, dtype: torch.dtype) -> WriteItem:
