@@ -36,11 +36,16 @@ class PromptSet:
         """Tokens of the longest prompt."""
         return max(map(len, self.tokens))
 
-    def batch(self, indices: Tensor) -> Prompts:
-        """The prompts at `indices` (int64 [P]), padded to the longest of them."""
+    def batch(self, indices: Tensor, again: Tensor | None = None) -> Prompts:
+        """The prompts at `indices` (int64 [P]), padded to the longest of them.
+
+        again: how often each is in the global batch already (int64 [P]): then it is sampled as another prompt would be.
+        """
         chosen: list[int] = indices.tolist()
         tokens, lengths = pad_right([self.tokens[index] for index in chosen], self.pad_id)
         ids = torch.tensor([self.ids[index] for index in chosen], dtype=torch.int64)
+        if again is not None:
+            ids = ids + again * (max(self.ids) + 1)
         return Prompts(tokens, lengths, ids, tuple(self.answers[index] for index in chosen))
 
 

@@ -15,7 +15,6 @@ from megatron.core.inference.model_inference_wrappers.inference_wrapper_config i
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
-from torch import Tensor
 
 from megarlhf.batch import Prompts, Rollout
 from megarlhf.errors import ConfigError, DataError, LayoutError
@@ -24,7 +23,7 @@ from megarlhf.parallel.collectives import all_reduce
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.context import HostContext, RolloutContext
 from megarlhf.rollout.controller import Ledger, RolloutController
-from megarlhf.rollout.sampling import SamplingConfig, stream_ids, uniforms
+from megarlhf.rollout.sampling import SamplingConfig, occurrence, stream_ids, uniforms
 
 # Megatron's decorators hide from type checkers that this is a class.
 DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
@@ -95,7 +94,7 @@ class RolloutEngine:
         step = torch.arange(width, device=tokens.device)
         in_prompt = step[:longest] < rows.lengths[:, None]
         tokens[:, :longest][in_prompt] = rows.tokens[:, :longest][in_prompt]
-        streams = stream_ids(rows.ids, _occurrence(rows.ids))
+        streams = stream_ids(rows.ids, occurrence(rows.ids))
         draws = uniforms(seed, streams[:, None], step)
         return Ledger(tokens, torch.zeros_like(draws), draws, rows.lengths.clone())
 
@@ -246,15 +245,6 @@ def _check_room(prompts: Prompts, limit: int) -> None:
                 f"prompt row {row} (data set row {prompt}) has {length} tokens and max_sequence_length is {limit}; "
                 "drop the prompt or raise the limit."
             )
-
-
-def _occurrence(ids: Tensor) -> Tensor:
-    """[R]: how many earlier rows have the same id."""
-    order = ids.argsort(stable=True)
-    place = torch.arange(len(ids), device=ids.device)
-    _, counts = ids[order].unique_consecutive(return_counts=True)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return torch.empty_like(place).index_copy_(0, order, place - first)
 
 
 def _requests(rows: Prompts, most: int) -> list[tuple[int, int, list[int]]]:

@@ -74,6 +74,15 @@ def _keep_top_p(logprobs: Tensor, top_p: float) -> Tensor:
     return logprobs.masked_fill(logprobs < ordered.gather(-1, last), float("-inf"))
 
 
+def occurrence(ids: Tensor) -> Tensor:
+    """How many earlier entries are equal: ids [R] -> [R] int64."""
+    order = ids.argsort(stable=True)
+    place = torch.arange(len(ids), device=ids.device)
+    _, counts = ids[order].unique_consecutive(return_counts=True)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.empty_like(place).index_copy_(0, order, place - first)
+
+
 def stream_ids(prompt_ids: Tensor, samples: Tensor) -> Tensor:
     """Name the random stream of each rollout: the `samples`-th one of prompt `prompt_ids`.
 

@@ -28,8 +28,9 @@ from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import occurrence
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
-from megarlhf.trainers.loop import StepGuard, open_run, run_steps
+from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, prepare
 from megarlhf.trainers.ppo_metrics import (
     accuracy_metric,
@@ -224,10 +225,13 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
     per_rank = {"data_rank": mesh.data_rank, "data_size": mesh.size("data")}
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed, **per_rank)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
+    run = Run(cfg, {"actor": roles.actor, "critic": roles.critic}, {"prompts": loader}, guard, mesh)
     clock = Clock(mesh.device)
 
     def step(iteration: int, writer: RunWriter | None) -> Metrics:
-        prompts = inputs.prompts.batch(loader.local(next(loader)))
+        rows = next(loader)
+        # Where an epoch ends and the next begins a prompt can come twice, and perhaps on two data ranks.
+        prompts = inputs.prompts.batch(loader.local(rows), again=loader.local(occurrence(rows)))
         done = ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
         judged = judged_rollouts(done.experience.rollout, done.scores, inputs.tokenizer, cfg.verifier)
         if writer is not None and iteration % cfg.samples_every == 0:
@@ -236,7 +240,7 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
 
     with open_run(cfg, argv, mesh) as writer:
         metrics = run_steps(
-            cfg.iterations, "PPO", lambda i: step(i, writer), "rollout/score_mean", mesh=mesh, writer=writer
+            cfg.iterations, "PPO", lambda i: step(i, writer), "rollout/score_mean", run=run, writer=writer
         )
     save_model(roles.actor, cfg.model_dir, inputs.tokenizer)
     return metrics
