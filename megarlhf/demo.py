@@ -148,7 +148,7 @@ def ppo_config(cfg: DemoConfig) -> PPOConfig:
 
 
 def _shared(cfg: DemoConfig, stage: str) -> dict[str, Any]:
-    return {"run_dir": cfg.run_dir / stage, "seed": cfg.seed, "layout": cfg.layout}
+    return {"run_dir": cfg.run_dir / stage, "seed": cfg.seed, "layout": cfg.layout, "save_every": 0}
 
 
 def _data(cfg: DemoConfig, rows: int, *, seed: int, split: str = "train") -> DataConfig:

@@ -104,7 +104,7 @@ def save_model(
         (partial / WEIGHTS).mkdir(parents=True)
     barrier(role.mesh)
     with role.resident("weights"):
-        dist_checkpointing.save(_sharded_state(role), str(partial / WEIGHTS), content_metadata={})
+        dist_checkpointing.save(sharded_weights(role), str(partial / WEIGHTS), content_metadata={})
     if role.mesh.is_main:
         description = ModelDescription(
             spec=role.spec, head=role.head, score_offset=score_offset, score_scale=score_scale
@@ -138,7 +138,8 @@ def _describe_hf(directory: Path) -> ModelDescription:
     return ModelDescription(spec=spec, head=heads[architectures[0]])
 
 
-def _sharded_state(role: Role) -> dict[str, Any]:
+def sharded_weights(role: Role) -> dict[str, Any]:
+    """Of each model chunk, what Megatron needs to save its weights or to load them in any layout."""
     metadata = {"dp_cp_group": role.mesh.groups.dp_cp}
     chunks = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(role.chunks)}
     return {name: _tensors_only(state) for name, state in chunks.items()}
@@ -150,17 +151,21 @@ def _tensors_only(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_sharded(role: Role, directory: Path, body_only: bool) -> None:
-    state = _sharded_state(role)
+    state = sharded_weights(role)
     if body_only:
         state = {chunk: {k: v for k, v in part.items() if "output_layer" not in k} for chunk, part in state.items()}
-    try:
-        loaded: Any = dist_checkpointing.load(state, str(directory / WEIGHTS))
-    except (Exception, CheckpointException) as error:  # torch's own is no Exception, and holds those of the ranks
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise CheckpointError(
-            f"{directory / WEIGHTS}: cannot be loaded ({type(cause).__name__}: {cause}); the directory is damaged, "
-            "save the model again."
-        ) from error
+    loaded = load_sharded(state, directory / WEIGHTS, "save the model again")
     with torch.no_grad():
         for index, chunk in enumerate(role.chunks):
             chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)
+
+
+def load_sharded(state: dict[str, Any], directory: Path, remedy: str) -> Any:
+    """`state` with what `directory` holds. Collective. Raises CheckpointError with the remedy when it is damaged."""
+    try:
+        return dist_checkpointing.load(state, str(directory))
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception, and holds those of the ranks
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise CheckpointError(
+            f"{directory}: cannot be loaded ({type(cause).__name__}: {cause}); the directory is damaged, {remedy}."
+        ) from error

@@ -6,7 +6,8 @@ Knows no algorithm: a trainer hands it a function of the step number.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,14 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarlhf.batch import Batch
+from megarlhf.checkpoint.training_state import Position, latest_state, load_state, save_state
+from megarlhf.data.loader import Loader
 from megarlhf.errors import TrainingError
-from megarlhf.models.role import Update
+from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.writers import RunWriter, write_provenance
 from megarlhf.parallel.collectives import barrier
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.trainers.settings import RunConfig
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+"""What a run appends to."""
 
 
 class StepGuard:
@@ -73,19 +79,70 @@ def tensors_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
+class Run:
+    """What a trainer has that must survive a stop, and when it is saved.
+
+    Ranks:    every rank has one; saving and loading are collective.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        roles: Mapping[str, TrainableRole],
+        loaders: Mapping[str, Loader],
+        guard: StepGuard,
+        mesh: Mesh,
+    ) -> None:
+        self._cfg, self._roles, self._loaders, self._guard = cfg, roles, loaders, guard
+        self.mesh = mesh
+
+    def restore(self) -> int:
+        """Go back to the newest saved state and cut off what the logs say beyond it; return how many steps are done."""
+        state = latest_state(self._cfg.states_dir)
+        position = None if state is None else load_state(state, self._roles)
+        if self.mesh.is_main:
+            for name in LOGS:
+                log = self._cfg.run_dir / name
+                if log.exists():
+                    os.truncate(log, 0 if position is None else position.bytes_written[name])
+        if position is None:
+            return 0
+        for name, loader in self._loaders.items():
+            loader.load_state(position.loaders[name])
+        self._guard.skipped = position.skipped_steps
+        return position.step
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` steps if it is time."""
+        every = self._cfg.save_every
+        if not every or step % every:
+            return
+        sizes = {name: _size(self._cfg.run_dir / name) for name in LOGS}
+        loaders = {name: loader.state() for name, loader in self._loaders.items()}
+        position = Position(step=step, loaders=loaders, skipped_steps=self._guard.skipped, bytes_written=sizes)
+        save_state(self._cfg.states_dir, position, self._roles, keep_last=self._cfg.keep_last)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def run_steps(
-    count: int, description: str, step: Callable[[int], Metrics], note: str, *, mesh: Mesh, writer: RunWriter | None
+    count: int, description: str, step: Callable[[int], Metrics], note: str, *, run: Run, writer: RunWriter | None
 ) -> Metrics:
-    """Call `step(0)` to `step(count - 1)`, log what each returns, and return the last metrics.
+    """Call `step(0)` to `step(count - 1)`, or from where the run was, log what each returns, and return the last.
 
     note: name of the metric shown beside the progress bar. Ranks: rank 0 has the writer and shows the bar.
     """
     metrics: Metrics = {}
-    with Progress(count, description, enabled=mesh.is_main) as bar:
-        for index in range(count):
+    first = run.restore()
+    named = f"{description} from step {first}" if first else description
+    with Progress(count - first, named, enabled=run.mesh.is_main) as bar:
+        for index in range(first, count):
             metrics = step(index)
             if writer is not None:
                 writer.log(metrics, index + 1)
+            run.save(index + 1)
             bar.advance(note=f"{note.partition('/')[2]} {metrics[note]:.3f}")
     return metrics
 

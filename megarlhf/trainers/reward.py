@@ -44,7 +44,7 @@ from megarlhf.runtime.checks import (
     resolve_tokenizer,
 )
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
-from megarlhf.trainers.loop import StepGuard, open_run, run_steps
+from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
 from megarlhf.trainers.settings import RunConfig
 
 
@@ -225,6 +225,8 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
     pair_loader = Loader(len(pairs), cfg.pairs_batch, seed=cfg.seed) if pairs else None
     point_loader = Loader(len(labelled), cfg.labelled_batch, seed=cfg.seed) if labelled else None
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
+    loaders = {name: loader for name, loader in (("pairs", pair_loader), ("labelled", point_loader)) if loader}
+    run = Run(cfg, {"reward": role}, loaders, guard, mesh)
     clock = Clock(mesh.device)
 
     def step(index: int) -> Metrics:
@@ -247,7 +249,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
         }
 
     with open_run(cfg, argv, mesh) as writer:
-        metrics = run_steps(inputs.steps, "reward model", step, "reward/loss", mesh=mesh, writer=writer)
+        metrics = run_steps(inputs.steps, "reward model", step, "reward/loss", run=run, writer=writer)
         if inputs.heldout is not None:
             metrics = {**metrics, **measure(role, inputs.heldout)}
             if writer is not None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
+from megarlhf.config import load_config
 from megarlhf.errors import ConfigError
 from megarlhf.runtime.settings import RanksConfig
 
 TRACES = ("metrics.jsonl", "config.yaml", "model")
 """Any of these in a directory means that a run has used it."""
+
+FREE_TO_CHANGE = (
+    *("layout", "compute", "micro_batch", "offload", "timeout_s"),
+    *("resume", "save_every", "keep_last", "tensorboard", "wandb"),
+)
+"""Settings, or groups of them, that may differ when a run goes on: they change no result, or only its rounding."""
 
 
 class RunConfig(RanksConfig):
@@ -19,6 +27,12 @@ class RunConfig(RanksConfig):
 
     run_dir: Path
     """Directory for metrics, samples, models and the resolved settings; must not hold another run."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: the same command again goes on from the newest saved state in run_dir. `never` refuses a used run_dir."""
+    save_every: int = Field(default=100, ge=0)
+    """Steps (PPO: iterations) between two saved states; 0 saves none."""
+    keep_last: int = Field(default=2, ge=1)
+    """Newest states to keep; each holds weights and optimiser of every role that learns."""
     max_skipped_steps: int = Field(default=3, ge=0)
     """Optimiser steps that may be skipped because loss or gradient is not finite; one more stops the run."""
     tensorboard: bool = True
@@ -26,16 +40,51 @@ class RunConfig(RanksConfig):
     wandb: bool = False
     """Log to Weights & Biases too; the key is read from the environment variable WANDB_API_KEY."""
 
+    @property
+    def states_dir(self) -> Path:
+        """Where training states are saved."""
+        return self.run_dir / "checkpoints"
+
     def check_run_dir(self) -> None:
-        """Raise ConfigError where `run_dir` cannot be written, or already holds a run: nothing is overwritten."""
+        """Raise ConfigError where `run_dir` cannot be written, or holds a run that this one does not go on with."""
         for trace in TRACES:
             if (self.run_dir / trace).exists():
-                raise ConfigError(
-                    f"run_dir={self.run_dir} already holds a run ({trace} is there); choose another, or remove it."
-                )
+                self._check_same_run(trace)
         there = next(path for path in (self.run_dir, *self.run_dir.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             problem = "cannot be written to" if there.is_dir() else "is a file"
             raise ConfigError(
                 f"run_dir={self.run_dir} cannot be made: {there} {problem}; choose another run_dir, or mend that."
             )
+
+    def _check_same_run(self, trace: str) -> None:
+        settings = self.run_dir / "config.yaml"
+        if self.resume == "never" or not settings.is_file():
+            raise ConfigError(
+                f"run_dir={self.run_dir} already holds a run ({trace} is there); choose another, or remove it."
+            )
+        if (self.run_dir / "model").exists():
+            raise ConfigError(
+                f"run_dir={self.run_dir} holds a finished run (model is there): nothing is left to do; choose another "
+                "run_dir to train again."
+            )
+        then, now = _flat(load_config(type(self), settings, [])), _flat(self)
+        changed = [name for name in now if then[name] != now[name] and name.split(".")[0] not in FREE_TO_CHANGE]
+        if changed:
+            values = ", ".join(f"{name} {then[name]!r} -> {now[name]!r}" for name in changed)
+            raise ConfigError(
+                f"run_dir={self.run_dir} holds a run with other settings ({values}); put them back to go on with it, "
+                "or choose another run_dir."
+            )
+
+
+def _flat(cfg: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted name."""
+
+    def walk(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, value in values.items():
+            flat |= walk(f"{prefix}{name}.", value) if isinstance(value, dict) else {prefix + name: value}
+        return flat
+
+    return walk("", cfg.model_dump(mode="json"))

@@ -34,7 +34,7 @@ from megarlhf.runtime.checks import (
     resolve_tokenizer,
 )
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
-from megarlhf.trainers.loop import StepGuard, open_run, run_steps
+from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
 from megarlhf.trainers.settings import RunConfig
 
 
@@ -105,6 +105,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
     print_dropped("data", inputs.rows.dropped, len(inputs.rows), mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
+    run = Run(cfg, {"model": role}, {"data": loader}, guard, mesh)
     clock = Clock(mesh.device)
 
     def step(index: int) -> Metrics:
@@ -124,7 +125,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
         }
 
     with open_run(cfg, argv, mesh) as writer:
-        metrics = run_steps(inputs.steps, "SFT", step, "sft/loss", mesh=mesh, writer=writer)
+        metrics = run_steps(inputs.steps, "SFT", step, "sft/loss", run=run, writer=writer)
     save_model(role, cfg.model_dir, inputs.tokenizer)
     return metrics
 

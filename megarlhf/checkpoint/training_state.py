@@ -1,0 +1,157 @@
+"""What a run needs to go on as if it had never stopped: weights, optimisers, schedules, and where it was.
+
+    DIR/step_00000120/ROLE/       weights, optimiser and schedule of each role that learns, loadable in any layout
+    DIR/step_00000120/state.json  the rest
+    DIR/latest                    name of the newest
+
+A state is written under a temporary name, renamed when it is whole, and only then named by `latest`: a run killed at
+any moment finds the newest whole one. Nothing else is random: rollouts, mini-batches and data order are functions of
+the seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from megatron.core import dist_checkpointing
+
+from megarlhf.checkpoint.sharded import load_sharded, sharded_weights
+from megarlhf.config import Config
+from megarlhf.errors import CheckpointError
+from megarlhf.models.role import TrainableRole
+from megarlhf.parallel.collectives import barrier
+
+LATEST, STATE = "latest", "state.json"
+
+
+class Position(Config):
+    """Where a run was when it saved."""
+
+    step: int
+    """Steps done."""
+    loaders: dict[str, dict[str, int]]
+    """State of every loader, by name."""
+    skipped_steps: int
+    """Optimiser steps skipped so far."""
+    bytes_written: dict[str, int]
+    """Length of each log then; what a stopped run wrote after it is cut off."""
+
+
+def save_state(directory: Path, position: Position, roles: Mapping[str, TrainableRole], *, keep_last: int) -> None:
+    """Write a state, name it the latest, and remove all but the newest `keep_last`.
+
+    Ranks:    collective over the mesh of the roles; rank 0 renames and removes.
+    """
+    mesh = next(iter(roles.values())).mesh
+    whole = directory / f"step_{position.step:08d}"
+    partial = directory / (whole.name + ".partial")
+    if mesh.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        for name in roles:
+            (partial / name).mkdir(parents=True)
+    barrier(mesh)
+    for name, role in roles.items():
+        with role.resident(*role.parts):
+            dist_checkpointing.save(_role_state(role, loading=False), str(partial / name), content_metadata={})
+    if mesh.is_main:
+        (partial / STATE).write_text(json.dumps(position.model_dump(mode="json")) + "\n", encoding="utf-8")
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+        pointer = directory / (LATEST + ".partial")
+        pointer.write_text(whole.name + "\n", encoding="utf-8")
+        pointer.replace(directory / LATEST)
+        for old in sorted(directory.glob("step_*[0-9]"))[:-keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier(mesh)
+
+
+def latest_state(directory: Path) -> Path | None:
+    """The newest whole state in `directory`, None where there is none.
+
+    Raises:   CheckpointError when the one that `latest` names is not there.
+    """
+    pointer = directory / LATEST
+    if not pointer.exists():
+        return None
+    state = directory / pointer.read_text(encoding="utf-8").strip()
+    if not (state / STATE).is_file():
+        raise CheckpointError(f"{pointer} names {state.name}, which is missing; write the name of another state there.")
+    return state
+
+
+def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
+    """Fill the roles, which are prepared for training, and return where the run was.
+
+    The same layout goes on bit for bit; another is equal up to the rounding of its sums.
+    Ranks:    collective over the mesh.
+    Raises:   CheckpointError when files are missing, corrupt or of other shapes.
+    """
+    for name, role in roles.items():
+        with role.resident(*role.parts):
+            loaded = load_sharded(_role_state(role, loading=True), state / name, "remove it, or start afresh")
+            with torch.no_grad():
+                for index, chunk in enumerate(role.chunks):
+                    chunk.load_state_dict(loaded["weights"][f"chunk{index}"], strict=False)
+            _restore_optimizer(role, loaded["optimizer"])
+            role.schedule.load_state_dict(loaded["schedule"])
+    try:
+        return Position.model_validate_json((state / STATE).read_text(encoding="utf-8"))
+    except (OSError, pydantic.ValidationError) as error:
+        raise CheckpointError(f"{state / STATE} cannot be read ({error}); remove {state}, or start afresh.") from None
+
+
+def _role_state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
+    _initialise(role)
+    weights = sharded_weights(role)
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": role.mesh.groups.dp_cp,
+    }
+    by_name: Any = {key: value for part in weights.values() for key, value in part.items()}
+    optimizer: Any = role.optimizer
+    return {
+        "weights": weights,
+        "optimizer": optimizer.sharded_state_dict(by_name, is_loading=loading, metadata=metadata),
+        "schedule": role.schedule.state_dict(),
+    }
+
+
+def _initialise(role: TrainableRole) -> None:
+    """The state that AdamW makes at its first step: Megatron reads it, also of an optimiser that has not stepped."""
+    for optimizer in _torch_optimizers(role):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if not optimizer.state[parameter]:
+                    optimizer.state[parameter].update(
+                        step=torch.tensor(0.0),
+                        exp_avg=torch.zeros_like(parameter),
+                        exp_avg_sq=torch.zeros_like(parameter),
+                    )
+
+
+def _restore_optimizer(role: TrainableRole, state: dict[str, Any]) -> None:
+    """Megatron-Core 0.16.1 cannot load its sharded moments into torch's AdamW, whose state has a `step` among them."""
+    moments = state.pop("param_state", None)
+    state.pop("param_state_sharding_type", None)
+    optimizer: Any = role.optimizer
+    optimizer.load_state_dict(state)
+    if moments is None:  # the optimiser is not sharded, and was loaded whole
+        return
+    (sharded,) = optimizer.chained_optimizers
+    states = [values for inner in _torch_optimizers(role) for values in inner.state.values()]
+    steps = [values.pop("step") for values in states]
+    sharded.load_parameter_state_from_fully_reshardable(moments)
+    for values, step in zip(states, steps, strict=True):
+        values["step"] = step.clone()  # Megatron gives all of them one tensor, which each would then increment
+
+
+def _torch_optimizers(role: TrainableRole) -> list[torch.optim.Optimizer]:
+    optimizer: Any = role.optimizer
+    return [chained.optimizer for chained in optimizer.chained_optimizers]

@@ -1,0 +1,167 @@
+"""A run that was stopped goes on bit for bit (invariant 7), in another layout up to rounding; nothing else starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megarlhf.checkpoint.training_state import latest_state
+from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.models.role import LabelLogprobs
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import start
+from megarlhf.trainers import ppo
+from megarlhf.trainers.loop import Run
+from megarlhf.trainers.ppo_config import PPOConfig
+from tests.helpers.ranks import run_ranks
+from tests.models.worlds import frozen, language_model, name_of, score_model, whole_weights, worst
+from tests.trainers.worlds import ppo_config
+
+ITERATIONS = 5
+CLOCKED = ("time/", "throughput/", "memory/")
+"""Families of metrics that depend on the machine's day."""
+
+
+class StoppedError(Exception):
+    """Stands for a signal between two steps."""
+
+
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """Inside, a run ends right after it was to save the state of `step`."""
+    save = Run.save
+
+    def save_and_stop(run: Run, done: int) -> None:
+        save(run, done)
+        if done == step:
+            raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save", save_and_stop)
+        with pytest.raises(StoppedError):
+            yield
+
+
+def ppo_settings(run_dir: Path, layout: ParallelLayout, folder: str, **changes: Any) -> PPOConfig:
+    return ppo_config(
+        run_dir,
+        layout,
+        f"{folder}/actor",
+        f"{folder}/judge",
+        **{
+            "tokenizer": "arithmetic",
+            "prompts": {"template": "plain", "max_tokens": 64, "arithmetic": {"level": 1, "rows": 20, "seed": 4}},
+            "sampling": {"temperature": 1.0, "max_new_tokens": 8},
+            "missing_eos_score": None,
+            "iterations": ITERATIONS,
+            "rollout_batch": 8,
+            "global_batch": 4,
+            "micro_batch": 2,
+            "value_warmup_iterations": 2,
+            "verifier": "arithmetic",
+            "samples_every": 2,
+            "tensorboard": False,
+            "save_every": 1,
+            **changes,
+        },
+    )
+
+
+def run_ppo(layout: ParallelLayout, stop: int | None, where: str, folder: str) -> dict[str, torch.Tensor]:
+    """Start the run, or start it again: the final weights, or none if it stops before."""
+    mesh = start(layout, seed=1)
+    cfg = ppo_settings(Path(where), layout, folder)
+    if stop is not None:
+        with stopped_after(stop):
+            ppo.train(cfg, ppo.prepare(cfg), [], mesh=mesh)
+        return {}
+    ppo.train(cfg, ppo.prepare(cfg), [], mesh=mesh)
+    return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
+
+
+def in_pieces(parts: list[tuple[ParallelLayout, int | None]], where: Path, folder: str) -> dict[str, torch.Tensor]:
+    """The same run once a part, in that layout, each but the last stopped after a step: the final weights."""
+    return [run_ranks(run_ppo, layout.world_size, layout, stop, str(where), folder)[0] for layout, stop in parts][-1]
+
+
+def logged(run_dir: Path) -> list[dict[str, float]]:
+    """What the run wrote about its steps, the clock's part left out: every line, none twice."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, ITERATIONS + 1))
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCKED)} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("resume")
+    shape = {"vocab_size": 160, "max_position_embeddings": 128}
+    language_model(folder / "actor", seed=4, **shape)
+    score_model(folder / "judge", seed=5, **shape)
+    return str(folder)
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(data=2)], ids=name_of)
+def test_a_stopped_run_goes_on_bit_for_bit(layout: ParallelLayout, folder: str, tmp_path: Path) -> None:
+    """Stopped while only the critic learns, and again later."""
+    whole = in_pieces([(layout, None)], tmp_path / "whole", folder)
+    pieces = in_pieces([(layout, 1), (layout, 3), (layout, None)], tmp_path / "pieces", folder)
+    assert logged(tmp_path / "pieces") == logged(tmp_path / "whole")
+    for name, weight in whole.items():
+        assert torch.equal(pieces[name], weight), name
+    samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "pieces")]
+    assert samples[0] == samples[1]
+    assert len(list((tmp_path / "pieces" / "checkpoints").glob("step_*"))) == 2  # keep_last
+
+
+def test_another_layout_goes_on_up_to_rounding(folder: str, tmp_path: Path) -> None:
+    tensor, data = ParallelLayout(tensor=2), ParallelLayout(data=2)
+    whole = in_pieces([(data, None)], tmp_path / "whole", folder)
+    moved = in_pieces([(tensor, 3), (data, None)], tmp_path / "moved", folder)
+    start_weights = run_ranks(initial, 1, f"{folder}/actor")[0]
+    assert worst(whole, start_weights) > 1e-3  # the actor has learnt
+    assert worst(moved, whole) < 1e-5
+
+
+def initial(model: str) -> dict[str, torch.Tensor]:
+    return whole_weights(frozen(model, LabelLogprobs(1.0), start(ParallelLayout(), seed=1)))
+
+
+def stop_early(where: str, folder: str) -> None:
+    mesh = start(ParallelLayout(), seed=1)
+    cfg = ppo_settings(Path(where), ParallelLayout(), folder)
+    with stopped_after(1):
+        ppo.train(cfg, ppo.prepare(cfg), [], mesh=mesh)
+
+
+def test_other_settings_and_finished_runs_are_refused(folder: str, tmp_path: Path) -> None:
+    run_ranks(stop_early, 1, str(tmp_path), folder)
+    same = ppo_settings(tmp_path, ParallelLayout(data=2), folder, micro_batch=1)  # may differ: changes no result
+    same.check_run_dir()
+    other = ppo_settings(tmp_path, ParallelLayout(), folder, kl_coef=0.1, seed=2)
+    with pytest.raises(ConfigError, match=r"other settings \(seed 1 -> 2, kl_coef 0\.05 -> 0\.1\); put them back"):
+        other.check_run_dir()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        ppo_settings(tmp_path, ParallelLayout(), folder, resume="never").check_run_dir()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ConfigError, match=r"holds a finished run .*nothing is left to do"):
+        same.check_run_dir()
+
+
+def test_a_state_that_is_half_written_is_never_taken(folder: str, tmp_path: Path) -> None:
+    run_ranks(stop_early, 1, str(tmp_path), folder)
+    states = tmp_path / "checkpoints"
+    newest = states / "step_00000001"
+    assert latest_state(states) == newest
+    shutil.copytree(newest, states / "step_00000002.partial")  # killed before the rename
+    shutil.copytree(newest, states / "step_00000003")  # killed before the pointer moved
+    assert latest_state(states) == newest
+    shutil.rmtree(newest)
+    with pytest.raises(CheckpointError, match="names step_00000001, which is missing; write the name of another"):
+        latest_state(states)
