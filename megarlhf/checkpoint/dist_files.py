@@ -41,7 +41,7 @@ from megarlhf.checkpoint.hf_pieces import Piece
 from megarlhf.errors import CheckpointError
 
 FORMAT = CheckpointingConfig("torch_dist", 1)
-ITEM_OVERHEAD = 1 << 16
+ITEM_OVERHEAD = 1 << 12
 """Bytes that storing one piece may take beyond its numbers: names, types, alignment. Seen: 1.6 kB."""
 AGAIN = "the directory is damaged, save the model again."
 

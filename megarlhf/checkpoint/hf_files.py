@@ -56,12 +56,17 @@ class SafetensorsDirectory:
     Raises:   CheckpointError naming the file and tensor that is missing, surplus, doubled, of another shape or type.
     """
 
-    def __init__(self, directory: Path, spec: ModelSpec, head: HeadKind) -> None:
+    def __init__(self, directory: Path) -> None:
+        """Read the index and every header."""
+        self._directory = directory
         self.tensors: dict[str, Stored] = {}
         for path, names in _listed(directory).items():
             self._add_file(path, names)
+
+    def check(self, spec: ModelSpec, head: HeadKind) -> None:
+        """Compare what is there with what the model needs."""
         expected = tensor_names(spec, head)
-        self._check_names(directory, expected)
+        self._check_names(expected)
         for name in expected:
             stored, shape = self.tensors[name], shape_of(name, spec)
             if stored.shape != shape:
@@ -101,11 +106,11 @@ class SafetensorsDirectory:
         if absent:
             raise CheckpointError(f"{path}: {absent[0]} is not in the file, though {INDEX} says so; {AGAIN}")
 
-    def _check_names(self, directory: Path, expected: Sequence[str]) -> None:
+    def _check_names(self, expected: Sequence[str]) -> None:
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise CheckpointError(
-                f"{directory}: {len(missing)} tensors that config.json asks for are missing, first {missing[0]}; "
+                f"{self._directory}: {len(missing)} tensors that config.json asks for are missing, first {missing[0]}; "
                 "the directory is partial or of another architecture, download it again."
             )
         extra = sorted(self.tensors.keys() - set(expected))
