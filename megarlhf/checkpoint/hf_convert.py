@@ -158,16 +158,20 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
         with run:
             shapes = {name: shape_of(name, spec) for name in tensor_names(spec, head)}
             with SafetensorsWriter(partial, shapes, run.dtypes, options.max_shard_bytes) as writer:
-                for piece in run.pieces:
-                    for part, tensor in zip(piece.parts, piece.split(reader.read(piece)), strict=True):
-                        writer.write(part.name, part.rows[0], tensor)
-                    run.moved(piece)
+                _write_parts(run, reader, writer)
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _copy(source / TOKENIZER, partial, TOKENIZER_FILES)
         _copy(source / EXTRAS, partial, (GENERATION,))
         if options.verify:
             options.verify(partial, source)
     return run.result()
+
+
+def _write_parts(run: _Run, reader: CheckpointReader, writer: SafetensorsWriter) -> None:
+    for piece in run.pieces:
+        for part, tensor in zip(piece.parts, piece.split(reader.read(piece)), strict=True):
+            writer.write(part.name, part.rows[0], tensor)
+        run.moved(piece)
 
 
 class _Run:

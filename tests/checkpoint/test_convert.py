@@ -70,7 +70,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build = score_model if "reward" in name else language_model
         model = build(folder / name, seed=seed, **{k: v for k, v in changes.items() if k != "dtype"})
         if "dtype" in changes:
-            model.to(torch.bfloat16).save_pretrained(folder / name)
+            model.bfloat16().save_pretrained(folder / name)
         build_tiny_tokenizer(words()).save(folder / name)
         GenerationConfig(temperature=0.6, top_p=0.9, do_sample=True).save_pretrained(folder / name)
     return folder
@@ -247,4 +247,4 @@ def write_llama(directory: Path, *, hidden: int, layers: int) -> None:
         head_dim=hidden // 4,
     )
     with torch.device("cpu"):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+        LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
