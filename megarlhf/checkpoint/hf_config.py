@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+from megarlhf.checkpoint.hf_names import OURS
 from megarlhf.checkpoint.sharded import ModelDescription
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import ModelSpec
 
 ARCHITECTURES = {"language": "LlamaForCausalLM", "scalar": "LlamaForSequenceClassification"}
-OURS = "megarlhf"
-"""Key of what transformers has no place for: a reward model's score_offset and score_scale."""
 
 
 def hf_config(described: ModelDescription, dtype: str, original: Path, tokenizer: Path) -> dict[str, Any]:
@@ -32,23 +30,6 @@ def hf_config(described: ModelDescription, dtype: str, original: Path, tokenizer
     if (described.score_offset, described.score_scale) != (0.0, 1.0):
         config[OURS] = {"score_offset": described.score_offset, "score_scale": described.score_scale}
     return config
-
-
-def normalisation(config: dict[str, Any], path: Path) -> tuple[float, float]:
-    """Offset and scale of a reward model's scores that `hf_config` wrote into `config`; 0 and 1 if it did not.
-
-    Raises:   CheckpointError naming `path` when they are not numbers, or the scale not positive.
-    """
-    ours = config.get(OURS, {})
-    try:
-        offset, scale = float(ours.get("score_offset", 0.0)), float(ours.get("score_scale", 1.0))
-    except (AttributeError, TypeError, ValueError):
-        offset, scale = math.nan, math.nan
-    if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):
-        raise CheckpointError(
-            f"{path}: {OURS}={ours!r} should hold a score_offset and a positive score_scale; correct it."
-        )
-    return offset, scale
 
 
 def _kept(original: Path, spec: ModelSpec) -> dict[str, Any]:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from megarlhf.checkpoint.dist_files import ITEM_OVERHEAD, CheckpointReader, write_pieces
-from megarlhf.checkpoint.hf_config import hf_config, normalisation
+from megarlhf.checkpoint.hf_config import hf_config
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory, SafetensorsWriter
-from megarlhf.checkpoint.hf_names import shape_of, tensor_names
+from megarlhf.checkpoint.hf_names import normalisation, shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
 from megarlhf.checkpoint.sharded import MODEL, TOKENIZER, WEIGHTS, ModelDescription, describe_model
 from megarlhf.errors import CheckpointError

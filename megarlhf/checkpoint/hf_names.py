@@ -6,19 +6,25 @@ Names are Megatron-Core's inside one LlamaModel, with layers numbered over the w
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
 
 Cut = Literal["whole", "columns", "vocabulary", "query_groups", "gate_up"]
 """How a tensor rank's part is taken: all of it; columns; vocabulary rows, padded; rows of its query groups, query,
 key and value of each group together; rows of gate and of up, gate first."""
+
+OURS = "megarlhf"
+"""Key of what transformers has no place for: a reward model's score_offset and score_scale."""
 
 LAYER: dict[str, tuple[Cut, list[str]]] = {
     "input_layernorm.weight": ("whole", ["input_layernorm.weight"]),
@@ -111,3 +117,20 @@ def cut_for_rank(tensors: list[Tensor], cut: Cut, spec: ModelSpec, rank: int, ra
     # Query groups: each key-value head with the query heads that read it.
     grouped = [tensor.unflatten(0, (spec.kv_heads, -1)) for tensor in tensors]
     return torch.cat(grouped, dim=1).chunk(ranks, dim=0)[rank].flatten(0, 1)
+
+
+def normalisation(config: dict[str, Any], path: Path) -> tuple[float, float]:
+    """Offset and scale of a reward model's scores that `hf_config` wrote into `config`; 0 and 1 if it did not.
+
+    Raises:   CheckpointError naming `path` when they are not numbers, or the scale not positive.
+    """
+    ours = config.get(OURS, {})
+    try:
+        offset, scale = float(ours.get("score_offset", 0.0)), float(ours.get("score_scale", 1.0))
+    except (AttributeError, TypeError, ValueError):
+        offset, scale = math.nan, math.nan
+    if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):
+        raise CheckpointError(
+            f"{path}: {OURS}={ours!r} should hold a score_offset and a positive score_scale; correct it."
+        )
+    return offset, scale

@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
+from megarlhf.checkpoint.hf_names import normalisation
 from megarlhf.config import Config
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError
@@ -127,7 +128,8 @@ def tokenizer_directory(init: str) -> Path:
 
 def _describe_hf(directory: Path) -> ModelDescription:
     spec = ModelSpec.from_hf(directory)
-    architectures = json.loads((directory / "config.json").read_text()).get("architectures") or ["LlamaForCausalLM"]
+    config = json.loads((directory / "config.json").read_text())
+    architectures = config.get("architectures") or ["LlamaForCausalLM"]
     heads: dict[str, HeadKind] = {"LlamaForCausalLM": "language", "LlamaForSequenceClassification": "scalar"}
     if architectures[0] not in heads:
         raise CheckpointError(
@@ -135,7 +137,8 @@ def _describe_hf(directory: Path) -> ModelDescription:
         )
     # Opening it finds missing files and tensors now, before a model is built.
     HuggingFaceDirectory(directory, spec, heads[architectures[0]])
-    return ModelDescription(spec=spec, head=heads[architectures[0]])
+    offset, scale = normalisation(config, directory / "config.json")
+    return ModelDescription(spec=spec, head=heads[architectures[0]], score_offset=offset, score_scale=scale)
 
 
 def sharded_weights(role: Role) -> dict[str, Any]:

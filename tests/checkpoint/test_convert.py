@@ -158,6 +158,7 @@ def test_every_layout_reads_it_and_what_a_layout_saves_goes_back(
     to_megatron(tmp_path / "pp2 reward", tmp_path / "again", QUIET)
     assert describe_model(str(tmp_path / "again")) == describe_model(str(tmp_path / "pp2" / "reward"))
     assert describe_model(str(tmp_path / "again")).score_offset == 0.25
+    assert describe_model(str(tmp_path / "pp2 reward")).score_offset == 0.25  # also without conversion
 
 
 def test_type_is_changed_only_when_asked(originals: Path, tmp_path: Path) -> None:
