@@ -7,7 +7,6 @@ import ctypes
 import gc
 import itertools
 import logging
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -223,16 +222,15 @@ def _resident(name: str) -> int:
     return int(status[name].split()[0]) * 1024
 
 
-def ceilings(sizes: Sizes, device: torch.device, repeats: int) -> dict[str, float]:
+def ceilings(sizes: Sizes, device: torch.device) -> dict[str, float]:
     """FLOP/s of a square matrix product of random numbers, and bytes/s, read and written, of a copy."""
     a, b, out = (torch.randn(sizes.matmul, sizes.matmul, device=device).to(vars(torch)[sizes.dtype]) for _ in range(3))
-    product = _median(lambda: torch.mm(a, b, out=out), device, repeats)
+    product = _fastest(partial(torch.mm, a, b, out=out), device)
     source = torch.ones(sizes.copy_bytes, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    copy = _median(lambda: target.copy_(source), device, repeats)
+    copy = _fastest(partial(torch.zeros_like(source).copy_, source), device)
     return {"matmul": 2.0 * sizes.matmul**3 / product, "copy": 2.0 * sizes.copy_bytes / copy}
 
 
-def _median(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    call()
-    return statistics.median(seconds(call, device) for _ in range(max(5, repeats)))
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
+    # Not the median: what disturbed it would flatter everything that is measured by it.
+    return min(seconds(call, device) for _ in range(20))
