@@ -6,10 +6,10 @@
 
 Peers are liger-kernel, cut-cross-entropy and quack-kernels (`pip install -e '.[bench]'`) and flash-attn (`.[gpu]`).
 
-First the ceilings: a large matrix product of random numbers, and a copy, the fastest of 20. Then, for every kernel, all providers are
-compared with the definition in fp64, with random upstream gradients; one that is wrong is not timed. Then they run in
-turns, on a GPU on copies of the inputs so many that none is in its cache; the median counts. Memory is measured in one
-more run, which is not timed.
+First the ceilings: a large matrix product of random numbers, and a copy, the fastest of 20. Then, for every kernel, all
+providers are compared with the definition in fp64, with random upstream gradients; one that is wrong is not timed. Then
+they run in turns, on a GPU on copies of the inputs so many that none is in its cache; the median counts. Memory is
+measured in one more run, which is not timed.
 
     rate    TFLOP/s of the matrix products that cannot be saved (2TVH forward, 6TVH with backward: who computes logits
             twice gets no credit), or GB/s of inputs read once and outputs written once
