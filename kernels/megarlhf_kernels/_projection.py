@@ -108,14 +108,14 @@ class Projection:
     def _empty(self, rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=self.dtype, device=self.hidden.device)
 
-    def statistics(self, chunk: Chunk, *, out: Tensor) -> None:
+    def statistics(self, chunk: Chunk, *, with_entropy: bool = True, out: Tensor) -> None:
         """This shard's four numbers a row: `out` [4, n]."""
         live, labels = chunk.logits[:, : self.columns], self.labels[chunk.rows]
-        shard_statistics(live, labels, scale=self.scale, with_entropy=True, fast=self.fast, out=out)
+        shard_statistics(live, labels, scale=self.scale, with_entropy=with_entropy, fast=self.fast, out=out)
 
-    def softmax(self, statistics: Tensor) -> Softmax:
+    def softmax(self, statistics: Tensor, *, with_entropy: bool = True) -> Softmax:
         """The distributions that all ranks' statistics [4, n] describe. Collective over the group."""
-        return merged(gather_shards(statistics, self.group), with_entropy=True)
+        return merged(gather_shards(statistics, self.group), with_entropy=with_entropy)
 
     def gradients(self, *, hidden: bool, weight: bool, weight_grad: Tensor | None) -> Gradients:
         """Zeros to add to, or `weight_grad` itself where it is given."""

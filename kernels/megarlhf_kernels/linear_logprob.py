@@ -35,6 +35,7 @@ def linear_logprob(
     labels: Tensor,
     *,
     temperature: float = 1.0,
+    with_entropy: bool = True,
     weight_grad: Tensor | None = None,
     impl: Impl = "auto",
     **shard: Unpack[Shard],
@@ -45,7 +46,8 @@ def linear_logprob(
     micro-batches. A label outside the vocabulary gets log-prob -1e30 and no gradient.
 
     Shapes:   hidden [N, H] and weight [V_local, H], one float dtype; labels [N] int64, global. weight_grad
-              [V_local, H] fp32. Returns (logprobs [N], entropy [N]) in fp32 (fp64 for fp64 inputs).
+              [V_local, H] fp32. Returns (logprobs [N], entropy [N]) in fp32 (fp64 for fp64 inputs), or entropy [0]
+              without `with_entropy`.
     Units:    nats.
     Ranks:    `group`'s ranks hold the other columns and the same hidden. Forward gathers 4 floats a token, backward
               sums the gradient of hidden; both end bitwise equal on all ranks.
@@ -53,21 +55,23 @@ def linear_logprob(
     """
     projection = project(hidden, weight, labels, temperature=temperature, impl=impl, shard=shard)
     check_weight_grad(weight_grad, weight)
-    return _LinearLogprob.apply(hidden, weight, weight_grad, projection)
+    return _LinearLogprob.apply(hidden, weight, weight_grad, projection, with_entropy)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, weight_grad: Tensor | None, projection: Projection
+        ctx: Any, hidden: Tensor, weight: Tensor, weight_grad: Tensor | None, projection: Projection, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         statistics = torch.empty(4, len(hidden), dtype=projection.dtype, device=hidden.device)
         keep = projection.kept_chunks if any(ctx.needs_input_grad) else 0
         chunks = []
         for chunk in projection.chunks(keep=keep):
-            projection.statistics(chunk, out=statistics[:, chunk.rows])
+            projection.statistics(chunk, with_entropy=with_entropy, out=statistics[:, chunk.rows])
             chunks.append(chunk)
-        softmax = projection.softmax(statistics)
+        softmax = projection.softmax(statistics, with_entropy=with_entropy)
+        if not with_entropy:
+            ctx.mark_non_differentiable(softmax.entropy)
         ctx.set_materialize_grads(False)
         ctx.projection, ctx.weight_grad = projection, weight_grad
         ctx.kept = chunks[len(chunks) - min(keep, len(chunks)) :]
@@ -90,4 +94,4 @@ class _LinearLogprob(torch.autograd.Function):
         d_weight = None
         if gradients.weight is not None and ctx.weight_grad is None:
             d_weight = gradients.weight.to(weight.dtype)
-        return projection.summed(gradients), d_weight, None, None
+        return projection.summed(gradients), d_weight, None, None, None

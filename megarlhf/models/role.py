@@ -53,7 +53,9 @@ class LabelLogprobs:
 
     def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
         """[b, T]."""
-        return model.label_logprobs(hidden, rows.labels, rows.response_mask, temperature=self.temperature)[0]
+        return model.label_logprobs(
+            hidden, rows.labels, rows.response_mask, temperature=self.temperature, with_entropy=False
+        )[0]
 
 
 @dataclass(frozen=True)

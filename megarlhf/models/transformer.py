@@ -93,13 +93,13 @@ class LlamaModel(GPTModel):
         return hidden_states.transpose(0, 1)
 
     def label_logprobs(
-        self, hidden: Tensor, labels: Tensor, mask: Tensor, *, temperature: float
+        self, hidden: Tensor, labels: Tensor, mask: Tensor, *, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         """Log-prob of each label that `mask` selects, and the entropy of its distribution.
 
         Shapes:   hidden [b, s, H] with s >= T; labels [b, T] int64; mask [b, T] bool.
                   Returns (logprobs, entropy) [b, T] fp32, exactly 0 where masked out.
-        Units:    nats.
+        Units:    nats. Entropy is 0 everywhere without `with_entropy`.
         Ranks:    tensor: one gather of four numbers a row; the same result on each.
         """
         logprobs, entropy = linear_logprob(
@@ -107,10 +107,12 @@ class LlamaModel(GPTModel):
             self.vocab_weight,
             labels[mask],
             temperature=temperature,
+            with_entropy=with_entropy,
             weight_grad=self._vocab_weight_grad,
             **self._vocab_shard(),
         )
-        return _scattered(logprobs, mask), _scattered(entropy, mask)
+        picked = _scattered(logprobs, mask)
+        return picked, _scattered(entropy, mask) if with_entropy else torch.zeros_like(picked)
 
     def policy_loss(
         self, hidden: Tensor, labels: Tensor, mask: Tensor, terms: PolicyTerms

@@ -154,7 +154,7 @@ def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss:
     def composed(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         mask = rows.rollout.response_mask
         new_logprobs, entropy = actor.model.label_logprobs(
-            hidden, rows.rollout.labels, mask, temperature=cfg.sampling.temperature
+            hidden, rows.rollout.labels, mask, temperature=cfg.sampling.temperature, with_entropy=True
         )
         total, count, metrics = clipped(new_logprobs, rows)
         entropy = masked_sum(entropy, mask)

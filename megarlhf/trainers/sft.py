@@ -134,7 +134,9 @@ def next_token_loss(role: TrainableRole) -> Loss:
     """-log p(label), summed over supervised tokens."""
 
     def loss(hidden: Tensor, rows: TokenBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logprobs, _ = role.model.label_logprobs(hidden, rows.labels, rows.loss_mask, temperature=1.0)
+        logprobs, _ = role.model.label_logprobs(
+            hidden, rows.labels, rows.loss_mask, temperature=1.0, with_entropy=False
+        )
         return -masked_sum(logprobs, rows.loss_mask), torch.sum(rows.loss_mask), {}
 
     return loss

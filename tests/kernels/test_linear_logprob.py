@@ -74,6 +74,19 @@ def test_the_gradient_of_one_output_or_one_input_alone(impl):
         assert worst([d_hidden, d_weight], expected[2:]) < 1e-5
 
 
+def test_entropy_is_optional_and_changes_no_bit(impl):
+    case = a_case(20, 300, scale=30.0)
+    gradients = []
+    for with_entropy in (True, False):
+        hidden, weight = leaves(case, torch.float32)
+        logprobs, entropy = linear_logprob(hidden, weight, case.labels, with_entropy=with_entropy, impl=impl)
+        assert entropy.shape == ((20,) if with_entropy else (0,))
+        assert entropy.requires_grad is with_entropy
+        gradients.append([logprobs.detach(), *torch.autograd.grad(case.d_logprobs @ logprobs, (hidden, weight))])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_the_weights_gradient_is_added_where_told(impl):
     case = a_case(12, 40)
     expected = by(definition, case, torch.float64)
