@@ -61,6 +61,10 @@ def linear_logprob_cases(maker: Maker) -> Iterator[Case]:
     def ours(impl: Impl) -> Run:
         return lambda x: _named(*linear_logprob(x["hidden"], x["weight"], x["labels"], impl=impl))
 
+    def ours_lean(x: Inputs) -> Outputs:
+        logprobs, _ = linear_logprob(x["hidden"], x["weight"], x["labels"], with_entropy=False)
+        return {"logprobs": logprobs}
+
     def lean(x: Inputs) -> Outputs:
         logits = x["hidden"] @ x["weight"].t()
         return {"logprobs": torch.log_softmax(logits, dim=1).gather(1, x["labels"][:, None])[:, 0]}
@@ -70,6 +74,7 @@ def linear_logprob_cases(maker: Maker) -> Iterator[Case]:
         return {**outputs, "nll_sum": -outputs["logprobs"].sum()}
 
     providers = maker.providers("linear_logprob", ours, _from_logits)
+    providers.append(Provider("ours lean", ours_lean, providers[0].implementation, "no entropy", is_peer=False))
     providers.append(Provider("torch lean", lean, lacks="no entropy"))
     for tokens, hidden in maker.sizes.linear:
         inputs, flop = _projection(maker, tokens, hidden), 2.0 * tokens * maker.sizes.vocab * hidden
