@@ -44,7 +44,7 @@ class Position(Config):
 
 
 def save_state(directory: Path, position: Position, roles: Mapping[str, TrainableRole], *, keep_last: int) -> None:
-    """Write a state, name it the latest, and remove all but the newest `keep_last`.
+    """Write a state, name it the latest, and remove all but it and the newest before it, `keep_last` in all.
 
     Ranks:    collective over the mesh of the roles; rank 0 renames and removes.
     """
@@ -66,8 +66,11 @@ def save_state(directory: Path, position: Position, roles: Mapping[str, Trainabl
         pointer = directory / (LATEST + ".partial")
         pointer.write_text(whole.name + "\n", encoding="utf-8")
         pointer.replace(directory / LATEST)
-        for old in sorted(directory.glob("step_*[0-9]"))[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+        saved = sorted(directory.glob("step_*[0-9]"))
+        # A state beyond this one is of a run that stopped before `latest` named it.
+        until = [state for state in saved if state.name <= whole.name][-keep_last:]
+        for state in set(saved) - set(until):
+            shutil.rmtree(state, ignore_errors=True)
     barrier(mesh)
 
 
@@ -114,11 +117,10 @@ def _role_state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": role.mesh.groups.dp_cp,
     }
-    by_name: Any = {key: value for part in weights.values() for key, value in part.items()}
     optimizer: Any = role.optimizer
     return {
         "weights": weights,
-        "optimizer": optimizer.sharded_state_dict(by_name, is_loading=loading, metadata=metadata),
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
         "schedule": role.schedule.state_dict(),
     }
 

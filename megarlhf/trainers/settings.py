@@ -28,7 +28,8 @@ class RunConfig(RanksConfig):
     run_dir: Path
     """Directory for metrics, samples, models and the resolved settings; must not hold another run."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto`: the same command again goes on from the newest saved state in run_dir. `never` refuses a used run_dir."""
+    """`auto`: the same command again goes on from the newest saved state in run_dir, or from the start where there is
+    none. `never` refuses a used run_dir."""
     save_every: int = Field(default=100, ge=0)
     """Steps (PPO: iterations) between two saved states; 0 saves none."""
     keep_last: int = Field(default=2, ge=1)

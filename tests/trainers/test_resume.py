@@ -12,16 +12,28 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.checkpoint.training_state import latest_state
+from megarlhf.checkpoint.training_state import Position, latest_state, load_state, save_state
 from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import LabelLogprobs
+from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import ppo
 from megarlhf.trainers.loop import Run
 from megarlhf.trainers.ppo_config import PPOConfig
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import frozen, language_model, name_of, score_model, whole_weights, worst
+from tests.models.worlds import (
+    frozen,
+    language_model,
+    learner,
+    name_of,
+    score_model,
+    settings,
+    whole_weights,
+    worst,
+)
+from tests.trainers.test_splits import experience
 from tests.trainers.worlds import ppo_config
 
 ITERATIONS = 5
@@ -165,3 +177,54 @@ def test_a_state_that_is_half_written_is_never_taken(folder: str, tmp_path: Path
     shutil.rmtree(newest)
     with pytest.raises(CheckpointError, match="names step_00000001, which is missing; write the name of another"):
         latest_state(states)
+
+
+def two_and_two_steps(layout: ParallelLayout, where: str, folder: str, distributed: bool, again: bool) -> Any:
+    """Four optimiser steps; the last two are taken on a role that was saved after two, or loaded there."""
+    mesh = start(layout, seed=1)
+    cfg = ppo_settings(Path("unused"), layout, folder)
+    optim = OptimConfig(lr=1e-3, weight_decay=0.1, distributed=distributed)
+    role = learner(f"{folder}/actor", LabelLogprobs(1.0), settings(mesh, 2), mesh, optim)
+    roles = {"actor": role}
+    if again:
+        state = latest_state(Path(where))
+        assert state is not None
+        assert load_state(state, roles).step == 2
+    for step in range(2 if again else 0, 4):
+        if step == 2 and not again:
+            save_state(Path(where), at(2), roles, keep_last=1)
+        role.update(own_rows(experience(step), mesh), ppo.policy_loss(role, cfg))
+    return whole_weights(role)
+
+
+def at(step: int) -> Position:
+    return Position(step=step, loaders={}, skipped_steps=0, bytes_written={})
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["sharded", "whole"])
+@pytest.mark.parametrize(
+    "layout", [ParallelLayout(pipeline=2, virtual_pipeline=2), ParallelLayout(data=2)], ids=name_of
+)
+def test_every_kind_of_optimiser_goes_on_bit_for_bit(
+    layout: ParallelLayout, distributed: bool, folder: str, tmp_path: Path
+) -> None:
+    """Interleaved stages too, whose chunks have parameters of the same names."""
+    straight, resumed = (
+        run_ranks(two_and_two_steps, 2, layout, str(tmp_path), folder, distributed, again)[0] for again in (False, True)
+    )
+    for name, weight in straight.items():
+        assert torch.equal(resumed[name], weight), name
+
+
+def save_beside_a_later_one(where: str, folder: str) -> None:
+    mesh = start(ParallelLayout(), seed=1)
+    role = learner(f"{folder}/actor", LabelLogprobs(1.0), settings(mesh, 2), mesh, OptimConfig())
+    shutil.copytree(folder, f"{where}/step_00000009")  # of a run that was killed before `latest` named it
+    for step in (1, 2):
+        save_state(Path(where), at(step), {"actor": role}, keep_last=1)
+
+
+def test_the_newest_state_is_kept_whatever_lies_beside_it(folder: str, tmp_path: Path) -> None:
+    run_ranks(save_beside_a_later_one, 1, str(tmp_path), folder)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
+    assert latest_state(tmp_path) == tmp_path / "step_00000002"
