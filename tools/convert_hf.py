@@ -1,7 +1,7 @@
 """Convert Llama 3 models between Hugging Face directories and megarlhf's, which load in any parallel layout.
 
     python tools/convert_hf.py to-megatron Llama-3.1-8B checkpoints/llama
-    python tools/convert_hf.py to-hf runs/ppo/actor Llama-3.1-8B-ppo
+    python tools/convert_hf.py to-hf runs/ppo/model Llama-3.1-8B-ppo
 
 Language models and reward models (LlamaForSequenceClassification), sharded or not, embeddings tied or not. Tensors are
 moved one at a time: memory stays near the largest one. The target appears once it is whole.
