@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megarlhf.batch import Rollout
-from megarlhf.checkpoint import hf_oracle
 from megarlhf.checkpoint.sharded import describe_model, load_model
 from megarlhf.errors import CheckpointError
 from megarlhf.models.compute import ComputeConfig, resolve
@@ -100,12 +94,20 @@ def _ours(directory: Path, tokens: Tensor) -> Tensor:
 
 def _theirs(directory: Path, tokens: Tensor) -> Tensor:
     """[B, T, V], or [B, T, 1] of a reward model."""
-    with TemporaryDirectory(prefix="megarlhf-") as folder:
-        given, answer = Path(folder, "tokens.safetensors"), Path(folder, "logits.safetensors")
-        save_file({"tokens": tokens}, given)
-        command = [sys.executable, hf_oracle.__file__, str(directory.absolute()), str(given), str(answer)]
-        environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        child = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if child.returncode:
-            raise CheckpointError(f"{directory}: transformers cannot run it; {child.stderr.strip().splitlines()[-1]}.")
-        return load_file(answer)["logits"]
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    scalar = describe_model(str(directory.absolute())).head == "scalar"
+    kind: Any = LlamaForSequenceClassification if scalar else LlamaForCausalLM
+    try:
+        # Never `trust_remote_code`; these classes would not look for code either.
+        model, loading = kind.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{directory}: transformers cannot load it; {error}.") from error
+    if loading["missing_keys"] or loading["unexpected_keys"]:
+        raise CheckpointError(f"{directory}: transformers cannot load all of it; it reports {loading}.")
+    model.eval()
+    with torch.no_grad():
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        return (model.score if scalar else model.lm_head)(hidden)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
@@ -138,6 +139,9 @@ def _install_host_device() -> None:
     cuda.Event = HostEvent
     cuda.memory_stats = lambda *args: {"allocated_bytes.all.current": 0, "reserved_bytes.all.current": 0}
     cuda.nvtx.range_push, cuda.nvtx.range_pop = _no_op(), _no_op()
+    # torch remembers, when it first needs to know, which functions obey `with torch.device(...)`. It must remember the
+    # real ones: `from_pretrained` builds on the meta device, and would leave rotary frequencies uninitialised.
+    _device_constructors()
     module: Any = torch
     for name in FACTORIES + LIKE_FACTORIES:
         setattr(module, name, _on_host(vars(torch)[name]))
