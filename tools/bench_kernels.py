@@ -24,8 +24,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -40,7 +38,7 @@ if __name__ == "__main__":
 
 import torch
 
-from megarlhf.observe.writers import versions
+from megarlhf.observe.writers import machine, versions
 from tools.kernel_bench.base import PRESETS, Case, Maker, Sizes
 from tools.kernel_bench.measure import Measured, ceilings, measure, tolerance
 from tools.kernel_bench.peers import PEERS, with_peers
@@ -145,12 +143,7 @@ def about(sizes: Sizes, device: torch.device, arguments: Sequence[str]) -> dict[
     return {
         "command": shlex.join(["python", "tools/bench_kernels.py", *arguments]),
         "versions": {**versions(), **{package: _version(package) for package in ("triton", *_peer_packages())}},
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[0],
-        },
+        "machine": machine(device),
         "workload": asdict(sizes),
     }
 
@@ -164,11 +157,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

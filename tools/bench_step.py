@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -40,7 +38,8 @@ from megarlhf.batch import Experience, Prompts
 from megarlhf.models.role import TrainableRole
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
-from megarlhf.observe.writers import versions
+from megarlhf.observe.memory import forget_peak, peak_resident
+from megarlhf.observe.writers import machine, versions
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.rollout.controller import Ledger
@@ -259,17 +258,14 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's name for "reset the peak resident size"
+        forget_peak()
 
 
 def _peak_bytes(device: torch.device) -> int:
     """Of this phase: allocated on a GPU, resident in this process on a Linux CPU; 0 elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform != "linux":
-        return 0
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    return peak_resident() if sys.platform == "linux" else 0
 
 
 def results(bench: Bench) -> list[dict[str, Any]]:
@@ -347,19 +343,9 @@ def about(sizes: Sizes, device: torch.device, arguments: Sequence[str]) -> dict[
     return {
         "command": shlex.join(["python", "tools/bench_step.py", *arguments]),
         "versions": versions(),
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[0],
-        },
+        "machine": machine(device),
         "workload": asdict(sizes),
     }
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

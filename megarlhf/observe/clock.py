@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -11,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from megarlhf.observe.memory import peak_resident
 from megarlhf.observe.metrics import PHASES, Metrics
 
 # Dense bf16 peak in FLOP/s, without sparsity. Source: NVIDIA's data sheets (A100, H100, H200, B200).
@@ -104,5 +103,4 @@ class Clock:
     def _peak_bytes(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        # Linux counts in KiB, macOS in bytes.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_resident()

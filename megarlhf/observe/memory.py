@@ -20,13 +20,23 @@ class PeakMemory:
 
     def start(self) -> None:
         """Begin to watch."""
-        with suppress(OSError):
-            _RESET.write_text("5")
+        forget_peak()
         self._before = _resident("VmRSS")
 
     def peak(self) -> int:
         """Bytes above the start."""
-        return max(0, _resident("VmHWM") - self._before)
+        return max(0, peak_resident() - self._before)
+
+
+def forget_peak() -> None:
+    """From here on `peak_resident` is about what comes; on Linux alone."""
+    with suppress(OSError):
+        _RESET.write_text("5")
+
+
+def peak_resident() -> int:
+    """Most resident bytes of this process so far."""
+    return _resident("VmHWM")
 
 
 def _resident(field: str) -> int:

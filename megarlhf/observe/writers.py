@@ -9,10 +9,13 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
+
+import torch
 
 from megarlhf.errors import ConfigError
 from megarlhf.observe.metrics import Metrics, check
@@ -108,6 +111,21 @@ def write_provenance(run_dir: Path, config: Settings, argv: Sequence[str]) -> No
     (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (run_dir / "command.txt").write_text(shlex.join(["megarlhf", *argv]) + "\n", encoding="utf-8")
     (run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a measurement was taken on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def versions() -> dict[str, str]:

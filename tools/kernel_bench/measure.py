@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from megarlhf.observe.memory import PeakMemory
 from tools.kernel_bench.base import SUM_UPSTREAM, Case, Inputs, Maker, Outputs, Provider, Run, Sizes, size_in_bytes
 
 BLOCK = 512
@@ -205,21 +205,16 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
         return None
     gc.collect()
     _return_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's name for "reset the peak resident size"
-    before = _resident("VmRSS")
+    memory = PeakMemory()
+    memory.start()
     call()
-    return max(0, _resident("VmHWM") - before)
+    return memory.peak()
 
 
 def _return_freed_memory() -> None:
     """What the C library holds back would be resident already, and not count."""
     with contextlib.suppress(AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident(name: str) -> int:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[name].split()[0]) * 1024
 
 
 def ceilings(sizes: Sizes, device: torch.device) -> dict[str, float]:
