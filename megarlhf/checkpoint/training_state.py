@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megarlhf.checkpoint.sharded import load_sharded, sharded_weights
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError
+from megarlhf.models.optim import torch_optimizers
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.collectives import barrier
 
@@ -127,12 +128,12 @@ def _role_state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
 
 def _initialise(role: TrainableRole) -> None:
     """The state that AdamW makes at its first step: Megatron reads it, also of an optimiser that has not stepped."""
-    for optimizer in _torch_optimizers(role):
+    for optimizer in torch_optimizers(role.optimizer):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if not optimizer.state[parameter]:
                     optimizer.state[parameter].update(
-                        step=torch.tensor(0.0),
+                        step=torch.zeros((), device=parameter.device),
                         exp_avg=torch.zeros_like(parameter),
                         exp_avg_sq=torch.zeros_like(parameter),
                     )
@@ -147,13 +148,8 @@ def _restore_optimizer(role: TrainableRole, state: dict[str, Any]) -> None:
     if moments is None:  # the optimiser is not sharded, and was loaded whole
         return
     (sharded,) = optimizer.chained_optimizers
-    states = [values for inner in _torch_optimizers(role) for values in inner.state.values()]
+    states = [values for inner in torch_optimizers(role.optimizer) for values in inner.state.values()]
     steps = [values.pop("step") for values in states]
     sharded.load_parameter_state_from_fully_reshardable(moments)
     for values, step in zip(states, steps, strict=True):
         values["step"] = step.clone()  # Megatron gives all of them one tensor, which each would then increment
-
-
-def _torch_optimizers(role: TrainableRole) -> list[torch.optim.Optimizer]:
-    optimizer: Any = role.optimizer
-    return [chained.optimizer for chained in optimizer.chained_optimizers]

@@ -67,7 +67,17 @@ def build_optimizer(config: OptimConfig, chunks: Sequence[Any], dtype: torch.dty
         params_dtype=dtype,
         use_distributed_optimizer=config.distributed,
     )
-    return get_megatron_optimizer(megatron, list(chunks), use_gloo_process_groups=False, pg_collection=mesh.groups)
+    optimizer = get_megatron_optimizer(megatron, list(chunks), use_gloo_process_groups=False, pg_collection=mesh.groups)
+    for inner in torch_optimizers(optimizer):
+        # Megatron takes torch's AdamW where Transformer Engine and Apex are missing, and leaves it unfused.
+        for group in inner.param_groups if isinstance(inner, torch.optim.AdamW) else ():
+            group["fused"] = True
+    return optimizer
+
+
+def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """What does the arithmetic inside Megatron's optimiser."""
+    return [chained.optimizer for chained in optimizer.chained_optimizers]
 
 
 def build_schedule(config: OptimConfig, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
