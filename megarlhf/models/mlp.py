@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Backward writes both halves where they belong and needs no memory beside them.
+    """silu(gate) * up. Backward writes its gradient over the input, so that it can run only once.
 
     Fresh memory of this size costs a CPU as much as the arithmetic, so silu is computed again instead of kept.
     """
@@ -25,18 +25,16 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+        (gate_up,) = ctx.saved_tensors  # raises when a backward pass has written over it before
         gate, up = gate_up.chunk(2, dim=-1)
-        gradient = torch.empty_like(gate_up)
-        d_gate, d_up = gradient.chunk(2, dim=-1)
-        torch.ops.aten.silu.out(gate, out=d_up).mul_(grads[0])
-        torch.mul(grads[0], up, out=d_gate)
-        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
-        return gradient
+        d_up = silu(gate).mul_(grads[0])
+        torch.ops.aten.silu_backward.grad_input(up.mul_(grads[0]), gate, grad_input=gate)
+        up.copy_(d_up)
+        return gate_up.detach()
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu of the first half of the channels times the second half.
+    """silu of the first half of the channels times the second half. Its backward uses up `gate_up`.
 
     Shapes:   gate_up [..., 2 F]. Returns [..., F].
     Source:   Shazeer 2020.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -15,8 +16,18 @@ def test_swiglu_is_its_formula_and_gradient() -> None:
     upstream = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     # Both are the same few fp64 operations in another order.
     torch.testing.assert_close(swiglu(x), expected, rtol=1e-14, atol=1e-14)
-    ours, theirs = (torch.autograd.grad(y, x, upstream)[0] for y in (swiglu(x), expected))
+    (theirs,) = torch.autograd.grad(expected, x, upstream)
+    made = x.clone()  # as a layer makes it: backward writes over it
+    (ours,) = torch.autograd.grad(swiglu(made), x, upstream)
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
+
+
+def test_swiglu_refuses_a_second_backward_pass() -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    out = swiglu(x.clone()).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
 
 
 def test_swiglu_leaves_its_input_alone_without_gradients() -> None:
