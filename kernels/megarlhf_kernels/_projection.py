@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,14 +21,14 @@ from megarlhf_kernels._shards import Shard, accumulation_dtype, gather_shards, l
 from megarlhf_kernels.dispatch import Impl, use_triton
 from megarlhf_kernels.token_logprob import Softmax, gradient_terms, logits_gradient, merged, shard_statistics
 
-CPU_ELEMENTS, GPU_ELEMENTS = 1 << 24, 1 << 29
-"""Logits in a chunk: 64 MiB on a CPU, 2 GiB on a GPU (4096 rows of Llama 3's vocabulary).
+CPU_ELEMENTS, GPU_ELEMENTS = 25 << 20, 1 << 29
+"""Logits in a chunk: 100 MiB on a CPU, 2 GiB on a GPU (4096 rows of Llama 3's vocabulary).
 
 Each chunk reads and writes the weight's whole gradient, so small ones cost: on a GPU 24 % of the matmuls' time with
 1024 rows, 6 % with 4096.
 """
-CPU_KEPT = 4
-"""Chunks whose logits a CPU keeps for backward, 256 MiB. A GPU keeps none: its memory is dearer than its arithmetic."""
+CPU_KEPT = 3
+"""Chunks whose logits a CPU keeps for backward, 300 MiB. A GPU keeps none: its memory is dearer than its arithmetic."""
 
 
 class Chunk(NamedTuple):
@@ -80,7 +81,7 @@ class Projection:
         left = [rows for rows in self._ranges() if all(rows != chunk.rows for chunk in done)]
         if not left:
             return
-        rows, width, shared = left[0].stop - left[0].start, len(self.weight), max(0, len(left) - max(keep, 1))
+        rows, width, shared = left[-1].stop - left[-1].start, len(self.weight), max(0, len(left) - max(keep, 1))
         buffers = [done[0].logits] if done else [self._empty(rows, width) for _ in range(len(left) - shared)]
         hidden, weight = self.hidden, self.weight
         if hidden.is_cpu:
@@ -92,8 +93,10 @@ class Projection:
             yield Chunk(rows, logits, hidden[rows], weight)
 
     def _ranges(self) -> list[slice]:
+        # The odd rows come first: every kept chunk is then a full one, whose place any other can take.
         count, size = len(self.hidden), self.chunk_rows
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        cuts = [*([0] if count % size else []), *range(count % size, count + 1, size)]
+        return [slice(start, stop) for start, stop in pairwise(cuts)]
 
     @property
     def chunk_rows(self) -> int:
@@ -122,7 +125,7 @@ class Projection:
         d_weight = None
         if weight:
             d_weight = torch.zeros_like(self.weight, dtype=self.dtype) if weight_grad is None else weight_grad
-        return Gradients(torch.zeros_like(self.hidden, dtype=self.dtype) if hidden else None, d_weight)
+        return Gradients(torch.empty_like(self.hidden, dtype=self.dtype) if hidden else None, d_weight)
 
     def backward(
         self, chunk: Chunk, softmax: Softmax, d_logprobs: Tensor | None, d_entropy: Tensor | None, out: Gradients

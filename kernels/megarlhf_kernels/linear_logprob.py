@@ -5,7 +5,7 @@
 Four matrix products: backward computes the chunks' logits again, except for a few that a CPU keeps. Where the loss is
 known before the forward pass, `linear_ppo` needs three.
 
-Memory:   the logits of some rows (at most 256 MiB on a CPU, 2 GiB on a GPU), 4 numbers a token, and the gradients.
+Memory:   the logits of some rows (at most 300 MiB on a CPU, 2 GiB on a GPU), 4 numbers a token, and the gradients.
 Source:   chunking as in Wijmans et al. 2024 ("Cut Your Losses"); statistics as in `token_logprob`.
 """
 

@@ -8,7 +8,7 @@ elsewhere. So each chunk of logits goes all the way: statistics, merge over rank
 hidden and weight. Backward has nothing left to do. Taking per-token gradients from outside, as `linear_logprob` does,
 costs a fourth product, for the logits must be computed again.
 
-Memory:   one chunk of logits (64 MiB on a CPU, 2 GiB on a GPU), the gradients, a few numbers a token.
+Memory:   one chunk of logits (100 MiB on a CPU, 2 GiB on a GPU), the gradients, a few numbers a token.
 Source:   Schulman et al. 2017, eq. 7; log-ratios are clamped as in `policy_value_loss`. Loss inside the chunk: Hsu et
           al. 2024 (Liger), there with small chunks.
 """

@@ -313,16 +313,16 @@ def _torch_statistics(logits: Tensor, labels: Tensor, scale: float, with_entropy
     column = labels.clamp(0, width - 1)[:, None]
     chunks, work = _chunks(logits, out.dtype, buffers=2)
     for rows in chunks:
-        z, p = work[:, : rows.stop - rows.start]
-        top[rows] = scale * logits[rows].amax(1).to(top.dtype)
-        _shifted(logits[rows], top[rows], scale, out=z)
-        picked[rows] = z.gather(1, column[rows]).squeeze(1)
+        logp, z = work[:, : rows.stop - rows.start]
+        z = _scaled(logits[rows], scale, out=z)
+        torch.amax(z, 1, out=top[rows])
+        # torch's softmax over cached rows is one pass, faster than shift, exp and sum: log p = z - top - log total.
+        torch.log_softmax(z, 1, out=logp)
+        log_total = torch.exp(-logp.amax(1), out=total[rows]).log()  # of the rounded total, which then cancels
+        torch.add(log_total, logp.gather(1, column[rows]).squeeze(1), out=picked[rows])
         if with_entropy:
-            torch.exp(z.clamp_(min=_FLOOR), out=p)
-            torch.sum(p, 1, out=total[rows])
-            torch.sum(z.mul_(p), 1, out=spread[rows])
-        else:
-            torch.sum(z.exp_(), 1, out=total[rows])
+            p = torch.softmax(z, 1, out=work[1, : len(z)])
+            torch.mul(total[rows], log_total + p.mul_(logp.clamp_(min=_FLOOR)).sum(1), out=spread[rows])
     picked.masked_fill_((labels < 0) | (labels >= width), NO_LOGIT)
 
 
@@ -333,14 +333,14 @@ def _torch_gradient(logits: Tensor, labels: Tensor, terms: Tensor, columns: int,
         return
     column = labels.clamp(0, columns - 1)[:, None]
     live = out[:, :columns]
-    apart = live.dtype == terms.dtype and live.data_ptr() != logits.data_ptr()
+    direct = live.dtype == terms.dtype
     sloped = bool(slope.any())
     chunks, work = _chunks(logits[:, :columns], terms.dtype, buffers=2)
     for rows in chunks:
-        # fp32 gradients are computed where they will lie; lower precisions are rounded once, at the end.
-        p = live[rows] if apart else work[0, : rows.stop - rows.start]
+        # fp32 gradients are computed where they will lie, be it over the logits; others are rounded once, at the end.
+        p = live[rows] if direct else work[0, : rows.stop - rows.start]
         z = work[1, : rows.stop - rows.start] if sloped else p
-        _shifted(logits[rows, :columns], top[rows], scale, out=z)
+        torch.sub(_scaled(logits[rows, :columns], scale, out=z), top[rows, None], out=z)
         if sloped:
             torch.exp(z.clamp_(min=_FLOOR), out=p)
             p.mul_(z.mul_(slope[rows, None]).add_(offset[rows, None]))
@@ -348,13 +348,15 @@ def _torch_gradient(logits: Tensor, labels: Tensor, terms: Tensor, columns: int,
             z.exp_().mul_(offset[rows, None])
         # In fp32, before the gradient is rounded to the logits' dtype: 1 - p cancels when the token was certain.
         p.scatter_add_(1, column[rows], at_label[rows, None])
-        if not apart:
+        if not direct:
             live[rows] = p
 
 
-def _shifted(logits: Tensor, top: Tensor, scale: float, *, out: Tensor) -> None:
-    """out = scale * logits - top in the precision of `top`, in one pass and without a copy of the logits."""
-    torch.add(-top[:, None], logits, alpha=scale, out=out)
+def _scaled(logits: Tensor, scale: float, *, out: Tensor) -> Tensor:
+    """scale * logits, rounded to the precision of `out`: in `out`, or the logits themselves where nothing is to do."""
+    if logits.dtype != out.dtype:
+        return out.copy_(logits).mul_(scale)
+    return logits if scale == 1.0 else torch.mul(logits, scale, out=out)
 
 
 def _chunks(logits: Tensor, dtype: torch.dtype, *, buffers: int) -> tuple[list[slice], Tensor]:
@@ -364,7 +366,7 @@ def _chunks(logits: Tensor, dtype: torch.dtype, *, buffers: int) -> tuple[list[s
     shared, because fresh memory for every range would cost more than the arithmetic.
     """
     count, width = logits.shape
-    elements = 1 << 18 if logits.is_cpu else 1 << 26
+    elements = 1 << 19 if logits.is_cpu else 1 << 26
     size = max(1, min(count, elements // max(width, 1)))
     work = torch.empty(buffers, size, width, dtype=dtype, device=logits.device)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)], work
