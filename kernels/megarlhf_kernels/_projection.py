@@ -41,13 +41,16 @@ class Chunk(NamedTuple):
     weight: Tensor
 
 
-class Gradients(NamedTuple):
+@dataclass
+class Gradients:
     """Where gradients are put, in the accumulation precision; None where nobody wants them."""
 
     hidden: Tensor | None
     """[N, H], this shard's share: the ranks' are summed afterwards."""
     weight: Tensor | None
-    """[V_local, H], added to what is there."""
+    """[V_local, H]."""
+    started: bool
+    """Whether `weight` holds something to add to."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,13 @@ class Projection:
         return merged(gather_shards(statistics, self.group), with_entropy=with_entropy)
 
     def gradients(self, *, hidden: bool, weight: bool, weight_grad: Tensor | None) -> Gradients:
-        """Zeros to add to, or `weight_grad` itself where it is given."""
-        d_weight = None
-        if weight:
-            d_weight = torch.zeros_like(self.weight, dtype=self.dtype) if weight_grad is None else weight_grad
-        return Gradients(torch.empty_like(self.hidden, dtype=self.dtype) if hidden else None, d_weight)
+        """Memory for those that are wanted: for the weight's `weight_grad` itself, to add to, where it is given."""
+        d_hidden = torch.empty_like(self.hidden, dtype=self.dtype) if hidden else None
+        if not weight or weight_grad is not None:
+            return Gradients(d_hidden, weight_grad if weight else None, started=True)
+        # Zeros would be written and read once for nothing, except where no row follows.
+        make = torch.empty_like if len(self.hidden) else torch.zeros_like
+        return Gradients(d_hidden, make(self.weight, dtype=self.dtype), started=False)
 
     def backward(
         self, chunk: Chunk, softmax: Softmax, d_logprobs: Tensor | None, d_entropy: Tensor | None, out: Gradients
@@ -144,7 +149,8 @@ class Projection:
         if out.hidden is not None:
             _mm(d_logits, chunk.weight, out=out.hidden[chunk.rows])
         if out.weight is not None:
-            _addmm(d_logits.t(), chunk.hidden, out=out.weight)
+            _addmm(d_logits.t(), chunk.hidden, beta=float(out.started), out=out.weight)
+            out.started = True
 
     def summed(self, gradients: Gradients) -> Tensor | None:
         """The gradient of hidden over all ranks, in its own precision."""
@@ -176,8 +182,8 @@ def _mm(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
     return torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _addmm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+def _addmm(a: Tensor, b: Tensor, *, beta: float, out: Tensor) -> None:
     if a.dtype == out.dtype:
-        out.addmm_(a, b)
+        out.addmm_(a, b, beta=beta)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, beta=beta, out_dtype=out.dtype, out=out)
