@@ -6,6 +6,9 @@ from __future__ import annotations
 class MegarlhfError(Exception):
     """Base of all errors that name their own remedy; the command line prints the message alone."""
 
+    exit_code = 2
+    """What the command line returns: the input must be changed."""
+
 
 class ConfigError(MegarlhfError):
     """A setting is unknown, mistyped, missing or contradicts another."""
@@ -25,3 +28,12 @@ class CheckpointError(MegarlhfError):
 
 class TrainingError(MegarlhfError):
     """A run had to stop, for example after too many non-finite gradients; the message says where the evidence is."""
+
+    exit_code = 1
+
+
+class RunStopped(MegarlhfError):
+    """A run was asked to stop and has saved its state first; the same command goes on from there."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: try again. A batch script can requeue its job on it."""

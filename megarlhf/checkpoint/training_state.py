@@ -2,33 +2,40 @@
 
     DIR/step_00000120/ROLE/       weights, optimiser and schedule of each role that learns, loadable in any layout
     DIR/step_00000120/state.json  the rest
+    DIR/step_00000120/checksums.json
     DIR/latest                    name of the newest
+    DIR/best                      name of the best by the run's metric, where it keeps one
 
-A state is written under a temporary name, renamed when it is whole, and only then named by `latest`: a run killed at
-any moment finds the newest whole one. Nothing else is random: rollouts, mini-batches and data order are functions of
-the seed and the step.
+`state_writer` writes them. Nothing else is random: rollouts, mini-batches and data order are functions of the seed and
+the step.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import torch
-from megatron.core import dist_checkpointing
 
+from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.sharded import load_sharded, sharded_weights
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError
 from megarlhf.models.optim import torch_optimizers
 from megarlhf.models.role import TrainableRole
-from megarlhf.parallel.collectives import barrier
 
-LATEST, STATE = "latest", "state.json"
+LATEST, BEST, STATE = "latest", "best", "state.json"
+
+
+class Best(Config):
+    """The best state so far."""
+
+    step: int
+    """Steps done then."""
+    value: float
+    """Its metric."""
 
 
 class Position(Config):
@@ -42,37 +49,13 @@ class Position(Config):
     """Optimiser steps skipped so far."""
     bytes_written: dict[str, int]
     """Length of each log then; what a stopped run wrote after it is cut off."""
+    best: Best | None = None
+    """The best of the states so far, this one among them, where the run keeps it."""
 
 
-def save_state(directory: Path, position: Position, roles: Mapping[str, TrainableRole], *, keep_last: int) -> None:
-    """Write a state, name it the latest, and remove all but it and the newest before it, `keep_last` in all.
-
-    Ranks:    collective over the mesh of the roles; rank 0 renames and removes.
-    """
-    mesh = next(iter(roles.values())).mesh
-    whole = directory / f"step_{position.step:08d}"
-    partial = directory / (whole.name + ".partial")
-    if mesh.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        for name in roles:
-            (partial / name).mkdir(parents=True)
-    barrier(mesh)
-    for name, role in roles.items():
-        with role.resident(*role.parts):
-            dist_checkpointing.save(_role_state(role, loading=False), str(partial / name), content_metadata={})
-    if mesh.is_main:
-        (partial / STATE).write_text(json.dumps(position.model_dump(mode="json")) + "\n", encoding="utf-8")
-        shutil.rmtree(whole, ignore_errors=True)
-        partial.rename(whole)
-        pointer = directory / (LATEST + ".partial")
-        pointer.write_text(whole.name + "\n", encoding="utf-8")
-        pointer.replace(directory / LATEST)
-        saved = sorted(directory.glob("step_*[0-9]"))
-        # A state beyond this one is of a run that stopped before `latest` named it.
-        until = [state for state in saved if state.name <= whole.name][-keep_last:]
-        for state in set(saved) - set(until):
-            shutil.rmtree(state, ignore_errors=True)
-    barrier(mesh)
+def state_name(step: int) -> str:
+    """The directory of the state after `step` steps."""
+    return f"step_{step:08d}"
 
 
 def latest_state(directory: Path) -> Path | None:
@@ -96,9 +79,10 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
     Ranks:    collective over the mesh.
     Raises:   CheckpointError when files are missing, corrupt or of other shapes.
     """
+    check_checksums(state, next(iter(roles.values())).mesh)
     for name, role in roles.items():
         with role.resident(*role.parts):
-            loaded = load_sharded(_role_state(role, loading=True), state / name, "remove it, or start afresh")
+            loaded = load_sharded(role_state(role, loading=True), state / name, "remove it, or start afresh")
             with torch.no_grad():
                 for index, chunk in enumerate(role.chunks):
                     chunk.load_state_dict(loaded["weights"][f"chunk{index}"], strict=False)
@@ -110,7 +94,8 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
         raise CheckpointError(f"{state / STATE} cannot be read ({error}); remove {state}, or start afresh.") from None
 
 
-def _role_state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
+def role_state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
+    """What Megatron needs to save weights, optimiser and schedule, or to load them in any layout."""
     _initialise(role)
     weights = sharded_weights(role)
     metadata = {

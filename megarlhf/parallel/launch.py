@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 import psutil
@@ -27,7 +28,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megarlhf.errors import LayoutError, MegarlhfError, TrainingError
+from megarlhf.errors import LayoutError, MegarlhfError, RunStopped
 from megarlhf.parallel.layout import ParallelLayout
 
 T = TypeVar("T")
@@ -91,21 +92,49 @@ def _start_ranks(ranks: int, command: Sequence[str]) -> int:
             max_restarts=0,
             monitor_interval=0.1,
             shutdown_timeout=SHUTDOWN_S,
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # the others are forwarded
             # Rank 0 speaks for all; what the others say is kept for the case that one of them crashes.
             logs_specs=DefaultLogsSpecs(log_dir=directory, redirects=dict.fromkeys(range(1, ranks), Std.ALL)),
         )
         try:
-            elastic_launch(config, sys.executable)(*command)
+            with _forwarding(command) as caught:
+                elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
             for failure in error.failures.values():
                 _kill_session(failure.pid)
+            if caught and -caught[-1] in {failure.exitcode for failure in error.failures.values()}:
+                return _say_stopped(caught[-1])
             return _report_first_failure(error, Path(directory))
         except SignalException as stopped:
             if stopped.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
-            print(f"stopped by {stopped.sigval.name}.", file=sys.stderr)
-            return 128 + stopped.sigval
+            return _say_stopped(stopped.sigval)
     return 0
+
+
+def _say_stopped(number: int) -> int:
+    _say(f"stopped by {signal.Signals(number).name}.")
+    return 128 + number
+
+
+@contextmanager
+def _forwarding(command: Sequence[str]) -> Iterator[list[int]]:
+    """Pass SIGTERM and SIGUSR1 on to the ranks, which may first save their state; the list says which came."""
+    caught: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if list(command) == child.cmdline()[1:]:
+                    child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -148,7 +177,7 @@ def _report_first_failure(error: ChildFailedError, directory: Path) -> int:
     rank, failure = error.get_first_failure()
     code = failure.exitcode
     _say(f"{_last_words(rank, directory)}rank {rank} ended with exit code {code}; the other ranks were stopped.")
-    return BAD_INPUT if code == BAD_INPUT else FAILED
+    return code if code in (BAD_INPUT, RunStopped.exit_code) else FAILED
 
 
 def _last_words(rank: int, directory: Path) -> str:
@@ -172,7 +201,7 @@ def _run_rank(work: Callable[[], object]) -> int:
     except Exception as error:
         expected = isinstance(error, MegarlhfError)
         text = str(error) if expected else f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}"
-        code = BAD_INPUT if expected and not isinstance(error, TrainingError) else FAILED
+        code = error.exit_code if isinstance(error, MegarlhfError) else FAILED
         if FAILURES in os.environ:
             _note(text, code)
         else:

@@ -6,9 +6,11 @@ Knows no algorithm: a trainer hands it a function of the step number.
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarlhf.batch import Batch
-from megarlhf.checkpoint.training_state import Position, latest_state, load_state, save_state
+from megarlhf.checkpoint.state_writer import Retention, StateWriter
+from megarlhf.checkpoint.training_state import Best, Position, latest_state, load_state
 from megarlhf.data.loader import Loader
-from megarlhf.errors import TrainingError
+from megarlhf.errors import ConfigError, RunStopped, TrainingError
 from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
@@ -26,6 +29,7 @@ from megarlhf.observe.writers import RunWriter, write_provenance
 from megarlhf.parallel.collectives import barrier
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.trainers.settings import RunConfig
+from megarlhf.trainers.stopping import StopRequest
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 """What a run appends to."""
@@ -95,6 +99,9 @@ class Run:
     ) -> None:
         self._cfg, self._roles, self._loaders, self._guard = cfg, roles, loaders, guard
         self.mesh = mesh
+        self.states = StateWriter(cfg.states_dir, roles, Retention(cfg.keep_last, cfg.keep_every), mesh)
+        self._stop = StopRequest(cfg.save_before, mesh)
+        self._best: Best | None = None
 
     def restore(self) -> int:
         """Go back to the newest saved state and cut off what the logs say beyond it; return how many steps are done."""
@@ -109,18 +116,65 @@ class Run:
             return 0
         for name, loader in self._loaders.items():
             loader.load_state(position.loaders[name])
-        self._guard.skipped = position.skipped_steps
+        self._guard.skipped, self._best = position.skipped_steps, position.best
         return position.step
 
-    def save(self, step: int) -> None:
-        """Save the state after `step` steps if it is time."""
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """While the steps run: signals wait for the end of a step, and at the end every state is whole."""
+        with self._stop.listening() if self._cfg.save_every else nullcontext():
+            yield
+            self.states.finish()
+
+    def step_ended(self, step: int, metrics: Metrics) -> None:
+        """Save the state after `step` steps if it is time, or if the run shall stop.
+
+        Raises:   RunStopped once the state is saved, when a signal or the time limit asked for it.
+        """
         every = self._cfg.save_every
-        if not every or step % every:
+        if not every:
             return
-        sizes = {name: _size(self._cfg.run_dir / name) for name in LOGS}
-        loaders = {name: loader.state() for name, loader in self._loaders.items()}
-        position = Position(step=step, loaders=loaders, skipped_steps=self._guard.skipped, bytes_written=sizes)
-        save_state(self._cfg.states_dir, position, self._roles, keep_last=self._cfg.keep_last)
+        self.states.poll()
+        reason = self._stop.step_ended()
+        if step % every and not reason:
+            return
+        began = time.monotonic()
+        self.save(step, metrics)
+        if reason:
+            self.states.finish()
+            raise RunStopped(
+                f"stopped by {reason} after step {step}; its state is in {self._cfg.states_dir}, and the same command "
+                "goes on from there."
+            )
+        self._stop.save_ended(time.monotonic() - began)
+
+    def save(self, step: int, metrics: Metrics) -> None:
+        """Begin to save the state after `step` steps."""
+        self._best = better(self._best, self._cfg.keep_best, step, metrics)
+        position = Position(
+            step=step,
+            loaders={name: loader.state() for name, loader in self._loaders.items()},
+            skipped_steps=self._guard.skipped,
+            bytes_written={name: _size(self._cfg.run_dir / name) for name in LOGS},
+            best=self._best,
+        )
+        self.states.start(position)
+
+
+def better(best: Best | None, metric: str, step: int, metrics: Metrics) -> Best | None:
+    """The better of `best` and this step by `metric`, lowest where its name has a minus; `best` without a number.
+
+    Raises:   ConfigError when the run does not log the metric.
+    """
+    name = metric.removeprefix("-")
+    if not name:
+        return None
+    if name not in metrics:
+        raise ConfigError(f"keep_best={metric} is not logged by this run; choose one of {', '.join(sorted(metrics))}.")
+    value, sign = metrics[name], -1.0 if metric.startswith("-") else 1.0
+    if math.isnan(value) or (best is not None and sign * value <= sign * best.value):
+        return best
+    return Best(step=step, value=value)
 
 
 def _size(path: Path) -> int:
@@ -137,12 +191,12 @@ def run_steps(
     metrics: Metrics = {}
     first = run.restore()
     named = f"{description} from step {first}" if first else description
-    with Progress(count - first, named, enabled=run.mesh.is_main) as bar:
+    with run.under_way(), Progress(count - first, named, enabled=run.mesh.is_main) as bar:
         for index in range(first, count):
             metrics = step(index)
             if writer is not None:
                 writer.log(metrics, index + 1)
-            run.save(index + 1)
+            run.step_ended(index + 1, metrics)
             bar.advance(note=f"{note.partition('/')[2]} {metrics[note]:.3f}")
     return metrics
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.checkpoint.training_state import Position, latest_state, load_state, save_state
+from megarlhf.checkpoint.state_writer import Retention, StateWriter
+from megarlhf.checkpoint.training_state import Position, latest_state, load_state
 from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs
+from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
@@ -48,15 +50,16 @@ class StoppedError(Exception):
 @contextmanager
 def stopped_after(step: int) -> Iterator[None]:
     """Inside, a run ends right after it was to save the state of `step`."""
-    save = Run.save
+    step_ended = Run.step_ended
 
-    def save_and_stop(run: Run, done: int) -> None:
-        save(run, done)
+    def save_and_stop(run: Run, done: int, metrics: Metrics) -> None:
+        step_ended(run, done, metrics)
         if done == step:
+            run.states.finish()
             raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save", save_and_stop)
+        patch.setattr(Run, "step_ended", save_and_stop)
         with pytest.raises(StoppedError):
             yield
 
@@ -192,9 +195,16 @@ def two_and_two_steps(layout: ParallelLayout, where: str, folder: str, distribut
         assert load_state(state, roles).step == 2
     for step in range(2 if again else 0, 4):
         if step == 2 and not again:
-            save_state(Path(where), at(2), roles, keep_last=1)
+            save(Path(where), at(2), role)
         role.update(own_rows(experience(step), mesh), ppo.policy_loss(role, cfg))
     return whole_weights(role)
+
+
+def save(where: Path, position: Position, role: TrainableRole) -> None:
+    """Write a state and wait for it; it is the only one kept."""
+    writer = StateWriter(where, {"actor": role}, Retention(last=1, every=0), role.mesh)
+    writer.start(position)
+    writer.finish()
 
 
 def at(step: int) -> Position:
@@ -221,7 +231,7 @@ def save_beside_a_later_one(where: str, folder: str) -> None:
     role = learner(f"{folder}/actor", LabelLogprobs(1.0), settings(mesh, 2), mesh, OptimConfig())
     shutil.copytree(folder, f"{where}/step_00000009")  # of a run that was killed before `latest` named it
     for step in (1, 2):
-        save_state(Path(where), at(step), {"actor": role}, keep_last=1)
+        save(Path(where), at(step), role)
 
 
 def test_the_newest_state_is_kept_whatever_lies_beside_it(folder: str, tmp_path: Path) -> None:

@@ -1,0 +1,216 @@
+"""Training states written in the background: training goes on while forked processes write.
+
+A rank's process forks at the moment of the save, so that the copy has the numbers of that moment whatever training does
+to its own; on a GPU they are brought to the host first. The state counts once every rank's file is written and summed:
+
+    written under DIR/step_00000120.XXXXXXXX.partial -> renamed to step_00000120 -> named by DIR/latest (and DIR/best)
+
+A run killed anywhere between finds the state before.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megarlhf.checkpoint.checksums import CHECKSUMS, checksum, write_checksums
+from megarlhf.checkpoint.training_state import BEST, LATEST, STATE, Position, role_state, state_name
+from megarlhf.errors import CheckpointError
+from megarlhf.models.role import TrainableRole
+from megarlhf.parallel.collectives import all_reduce, broadcast_object
+from megarlhf.parallel.mesh import Mesh
+
+DONE, WRITING, FAILED = 0, 1, 2
+PARTIAL = ".partial"
+ROOM = 1.05
+"""Free disk space that a save needs, in multiples of its numbers: names, types and alignment come on top."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which saved states stay."""
+
+    last: int
+    """This many of the newest."""
+    every: int
+    """Those of every so many steps for good; 0 for none."""
+
+    def keeps(self, steps: Iterable[int], best: int | None) -> set[int]:
+        """Those of `steps` that stay."""
+        ordered = sorted(steps)
+        milestones = {step for step in ordered if self.every and step % self.every == 0}
+        return {*ordered[-self.last :], *milestones, *({best} & set(ordered) if best is not None else ())}
+
+
+@dataclass(frozen=True)
+class _Pending:
+    position: Position
+    partial: Path
+    requests: list[Any]
+    processes: list[BaseProcess]
+
+
+class StateWriter:
+    """Saves training states of some roles, one at a time.
+
+    Ranks:    every method is collective over the mesh.
+    Raises:   CheckpointError, on every rank, when a state cannot be written; those before it are untouched.
+    """
+
+    def __init__(self, directory: Path, roles: Mapping[str, TrainableRole], retention: Retention, mesh: Mesh) -> None:
+        self._directory, self._roles, self._retention, self._mesh = directory, roles, retention, mesh
+        self._pending: _Pending | None = None
+
+    def start(self, position: Position) -> None:
+        """Begin to write a state, after the one before is whole. Returns when training may change its weights."""
+        self.finish()
+        self._check_room()
+        # A name of its own: what outlives a killed run may still be writing under the old one.
+        attempt = broadcast_object(uuid.uuid4().hex[:8], self._mesh, "world")
+        partial = self._directory / f"{state_name(position.step)}.{attempt}{PARTIAL}"
+        self._on_main(lambda: self._make(partial), f"{partial} cannot be made")
+        requests, processes = [], []
+        for name, role in self._roles.items():
+            with role.resident(*role.parts):
+                request: Any = dist_checkpointing.save(
+                    role_state(role, loading=False),
+                    str(partial / name),
+                    content_metadata={},
+                    async_sharded_save=True,
+                )
+                requests.append(request)
+                if request.async_fn is not None:
+                    processes.append(_fork(request, partial / name, self._mesh.rank, processes[-1:]))
+        self._pending = _Pending(position, partial, requests, processes)
+
+    def poll(self) -> None:
+        """Complete the state if every rank has written its part; otherwise leave it for later."""
+        if self._pending is not None and self._status(self._pending) != WRITING:
+            self._complete(self._pending)
+
+    def finish(self) -> None:
+        """Wait until the state is whole."""
+        if self._pending is not None:
+            for process in self._pending.processes:
+                process.join()
+            self._complete(self._pending)
+
+    def _status(self, pending: _Pending) -> int:
+        codes = [process.exitcode for process in pending.processes]
+        mine = FAILED if any(codes) else WRITING if None in codes else DONE
+        return int(all_reduce(torch.tensor(mine, device=self._mesh.device), self._mesh, "world", op="max"))
+
+    def _complete(self, pending: _Pending) -> None:
+        self._pending = None
+        where = pending.partial
+        if self._status(pending) == FAILED:
+            raise CheckpointError(f"{where}: a process that wrote it was killed; the state before it stands.")
+        try:
+            for request in pending.requests:
+                for finalize in request.finalize_fns:
+                    finalize()
+        except CheckpointException as error:  # no Exception; holds those of the ranks that failed
+            causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
+            raise CheckpointError(
+                f"{where} cannot be written ({causes or 'rank 0 says why'}); the state before it stands."
+            ) from None
+        self._on_main(lambda: self._publish(where, pending.position), f"{where} cannot be completed")
+
+    def _make(self, partial: Path) -> None:
+        for stale in self._directory.glob(f"step_*{PARTIAL}"):
+            shutil.rmtree(stale, ignore_errors=True)
+        for name in self._roles:
+            (partial / name).mkdir(parents=True)
+
+    def _publish(self, partial: Path, position: Position) -> None:
+        whole = self._directory / state_name(position.step)
+        (partial / STATE).write_text(json.dumps(position.model_dump(mode="json")) + "\n", encoding="utf-8")
+        write_checksums(partial)
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+        _point(self._directory / LATEST, whole.name)
+        if position.best is not None and position.best.step == position.step:
+            _point(self._directory / BEST, whole.name)
+        # A state beyond this one is of a run that stopped before `latest` named it.
+        saved = {int(path.name.removeprefix("step_")): path for path in self._directory.glob("step_*[0-9]")}
+        until = [step for step in saved if step <= position.step]
+        kept = self._retention.keeps(until, None if position.best is None else position.best.step)
+        for step in saved.keys() - kept:
+            shutil.rmtree(saved[step], ignore_errors=True)
+
+    def _check_room(self) -> None:
+        """Before anything is written: a disk that fills up halfway may take the logs with it."""
+        numbers = torch.tensor(sum(saved_bytes(role) for role in self._roles.values()), device=self._mesh.device)
+        needed = int(ROOM * int(all_reduce(numbers, self._mesh, "world")))
+
+        def check() -> None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self._directory).free
+            if free < needed:
+                raise OSError(
+                    f"{free / 2**20:,.0f} MiB are free and a state takes {needed / 2**20:,.0f}; make room, lower "
+                    "keep_last, or name a run_dir on a larger disk"
+                )
+
+        self._on_main(check, f"{self._directory}: no room to save")
+
+    def _on_main(self, work: Any, what: str) -> None:
+        """Do `work` on rank 0; where the disk refuses, every rank raises."""
+        reason = ""
+        if self._mesh.is_main:
+            try:
+                work()
+            except OSError as error:
+                reason = str(error)
+        failed = torch.tensor(int(bool(reason)), device=self._mesh.device)
+        if all_reduce(failed, self._mesh, "world", op="max"):
+            raise CheckpointError(f"{what} ({reason or 'rank 0 says why'}); the states before it stand.")
+
+
+def saved_bytes(role: TrainableRole) -> int:
+    """This rank's share of the numbers in a saved state of `role`: weights, and what the optimiser has for each."""
+    weights, _, state = role.planned_bytes()
+    copies = role.mesh.size("data")
+    masters = 4 * weights // role.settings.compute.dtype.itemsize
+    return (weights + masters) // copies + (state if role.optim.distributed else state // copies)
+
+
+def _fork(request: Any, directory: Path, rank: int, before: list[BaseProcess]) -> BaseProcess:
+    """A process that writes this rank's part of one role and its checksums, after the process `before` it.
+
+    One after the other, since Megatron reads their results from one queue.
+    """
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        arguments[1] = request.preload_fn()  # what a GPU holds, on the host
+    process: BaseProcess = mp.get_context("fork").Process(
+        target=_write, args=(request.async_fn, arguments, directory, rank, [one.sentinel for one in before])
+    )
+    process.start()
+    return process
+
+
+def _write(write: Any, arguments: list[Any], directory: Path, rank: int, before: list[int]) -> None:
+    if before:
+        wait(before)
+    write(*arguments)
+    sums = {path.name: checksum(path) for path in sorted(directory.glob(f"__{rank}_*.distcp"))}
+    (directory / f"{CHECKSUMS}.{rank}").write_text(json.dumps(sums), encoding="utf-8")
+
+
+def _point(pointer: Path, name: str) -> None:
+    partial = pointer.with_name(pointer.name + ".partial")
+    partial.write_text(name + "\n", encoding="utf-8")
+    partial.replace(pointer)

@@ -1,0 +1,62 @@
+"""When a run is asked to stop: by a signal, or by its own wall-clock limit."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import psutil
+import torch
+
+from megarlhf.parallel.collectives import all_reduce
+from megarlhf.parallel.mesh import Mesh
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Slurm sends SIGTERM before it kills, and with --signal=USR1@300 SIGUSR1 300 seconds before the limit."""
+
+
+class StopRequest:
+    """Whether the run shall stop after this step; asked between steps, and the same on every rank.
+
+    save_before: seconds after this process began at which the run must have stopped; 0 for no limit.
+    """
+
+    def __init__(self, save_before: float, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._deadline = psutil.Process().create_time() + save_before if save_before else float("inf")
+        self._caught = 0
+        self._longest_step = self._longest_save = 0.0
+        self._step_began = time.time()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the signals are noted instead of obeyed."""
+        before = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def step_ended(self) -> str:
+        """Note how long the step took; return why the run shall stop, or nothing. Collective over the mesh."""
+        now = time.time()
+        self._longest_step, self._step_began = max(self._longest_step, now - self._step_began), now
+        # Rank 0's clock decides, a signal to any rank does: the largest number is everybody's.
+        late = self._mesh.is_main and now + self._longest_step + self._longest_save >= self._deadline
+        mine = torch.tensor(max(self._caught, int(late)), device=self._mesh.device)
+        agreed = int(all_reduce(mine, self._mesh, "world", op="max"))
+        if agreed > 1:
+            return signal.Signals(agreed).name
+        return "save_before" if agreed else ""
+
+    def save_ended(self, seconds: float) -> None:
+        """Note how long a save kept the run waiting: the last one must fit before the limit too."""
+        self._longest_save = max(self._longest_save, seconds)
+        self._step_began = time.time()
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        self._caught = number
