@@ -124,7 +124,8 @@ class StateWriter:
         except CheckpointException as error:  # no Exception; holds those of the ranks that failed
             causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
             raise CheckpointError(
-                f"{where} cannot be written ({causes or 'rank 0 says why'}); the state before it stands."
+                f"{where} cannot be written ({causes or 'rank 0 says why'}); see whether the disk is full. The state "
+                "before it stands."
             ) from None
         self._on_main(lambda: self._publish(where, pending.position), f"{where} cannot be completed")
 

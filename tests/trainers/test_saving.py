@@ -1,0 +1,205 @@
+"""Which states stay, what is refused on the way back, and what a full disk does: the state before always stands."""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megarlhf.checkpoint.checksums import CHECKSUMS
+from megarlhf.checkpoint.state_writer import ROOM, Retention, StateWriter, saved_bytes
+from megarlhf.checkpoint.training_state import STATE, Best, Position, latest_state, load_state
+from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.models.optim import OptimConfig
+from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.parallel.collectives import all_reduce
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.trainers.loop import better
+from tests.helpers.ranks import run_ranks
+from tests.models.worlds import language_model, learner, name_of, settings
+from tests.trainers.test_resume import ppo_settings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    language_model(directory, seed=4)
+    return str(directory)
+
+
+def the_role(model: str, mesh: Mesh, **optim: Any) -> TrainableRole:
+    return learner(model, LabelLogprobs(1.0), settings(mesh, 2), mesh, OptimConfig(**optim))
+
+
+def writer_of(role: TrainableRole, where: Path, last: int = 1) -> StateWriter:
+    return StateWriter(where, {"actor": role}, Retention(last=last, every=0), role.mesh)
+
+
+def at(step: int, best: Best | None = None) -> Position:
+    return Position(step=step, loaders={}, skipped_steps=0, bytes_written={}, best=best)
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "best", "kept"),
+    [(1, 0, None, {60}), (2, 0, 20, {20, 50, 60}), (1, 30, None, {30, 60}), (2, 20, 10, {10, 20, 40, 50, 60})],
+)
+def test_retention(last: int, every: int, best: int | None, kept: set[int]) -> None:
+    assert Retention(last, every).keeps([10, 60, 20, 50, 30, 40], best) == kept
+
+
+def test_the_best_step_by_a_metric() -> None:
+    steps = [{"sft/loss": value} for value in (math.nan, 2.0, 1.0, math.nan, 1.0, 3.0)]
+    best, lowest = None, None
+    for index, metrics in enumerate(steps):
+        best, lowest = better(best, "sft/loss", index, metrics), better(lowest, "-sft/loss", index, metrics)
+    assert best == Best(step=5, value=3.0)
+    assert lowest == Best(step=2, value=1.0)  # the first of two that are equally good
+    assert better(None, "", 1, steps[1]) is None
+    with pytest.raises(ConfigError, match=r"keep_best=-kl/mean is not logged by this run; choose one of sft/loss"):
+        better(None, "-kl/mean", 1, steps[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"save_every": 4, "keep_every": 6}, "keep_every=6 is not a multiple of save_every=4"),
+        ({"save_every": 0, "keep_every": 6}, "keep_every=6 is not a multiple of save_every=0"),
+        ({"save_every": 0, "save_before": 60.0}, "save_before=60 with save_every=0"),
+        ({"keep_best": "rollout/scores"}, "keep_best=rollout/scores is no metric"),
+    ],
+)
+def test_contradicting_settings_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ppo_settings(tmp_path / "run", ParallelLayout(), "unused", **changes).check_run_dir()
+
+
+def save_five(model: str, where: str) -> None:
+    role = the_role(model, start(ParallelLayout(data=2), seed=1))
+    writer = StateWriter(Path(where), {"actor": role}, Retention(last=1, every=2), role.mesh)
+    for step in range(1, 6):
+        writer.start(at(step, Best(step=min(step, 3), value=1.0)))
+    writer.finish()
+
+
+def test_last_milestones_and_best_stay(model: str, tmp_path: Path) -> None:
+    run_ranks(save_five, 2, model, str(tmp_path))
+    assert sorted(path.name[-1] for path in tmp_path.glob("step_*")) == ["2", "3", "4", "5"]
+    assert (tmp_path / "latest").read_text() == "step_00000005\n"
+    assert (tmp_path / "best").read_text() == "step_00000003\n"
+
+
+def room_and_size(model: str, where: str, layout: ParallelLayout, distributed: bool) -> int:
+    role = the_role(model, start(layout, seed=1), distributed=distributed)
+    writer = writer_of(role, Path(where))
+    save(writer, at(1))
+    return int(all_reduce(torch.tensor(saved_bytes(role)), role.mesh, "world"))
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(data=2)], ids=name_of)
+@pytest.mark.parametrize("distributed", [True, False], ids=["sharded", "whole"])
+def test_the_room_that_a_state_takes_is_known(layout: ParallelLayout, distributed: bool, tmp_path: Path) -> None:
+    """fp32: weights, masters and two moments. Names and types come on top, little of a model of 1 M parameters."""
+    language_model(tmp_path / "model", hidden_size=128, intermediate_size=256, vocab_size=2000)
+    where = str(tmp_path / "states")
+    counted = run_ranks(room_and_size, 2, str(tmp_path / "model"), where, layout, distributed)[0]
+    size = sum(path.stat().st_size for path in (tmp_path / "states").rglob("*.distcp"))
+    assert 0.9 * size <= counted
+    assert size <= ROOM * counted
+
+
+def load(model: str, where: str, layout: ParallelLayout) -> str:
+    role = the_role(model, start(layout, seed=1))
+    state = latest_state(Path(where))
+    assert state is not None
+    with pytest.raises(CheckpointError) as refused:
+        load_state(state, {"actor": role})
+    return str(refused.value)
+
+
+def save_one(model: str, where: str) -> None:
+    save(writer_of(the_role(model, start(ParallelLayout(data=2), seed=1)), Path(where)), at(1))
+
+
+def test_a_changed_byte_in_any_file_is_found_by_every_rank(model: str, tmp_path: Path) -> None:
+    run_ranks(save_one, 2, model, str(tmp_path / "whole"))
+    files = sorted(path for path in (tmp_path / "whole").rglob("*") if path.is_file() and path.stat().st_size)
+    assert len([path for path in files if path.suffix == ".distcp"]) >= 2
+    for number, path in enumerate(files):
+        if path.name in ("latest", CHECKSUMS):
+            continue
+        where = tmp_path / f"damaged_{number}"
+        shutil.copytree(tmp_path / "whole", where)
+        damaged = where / path.relative_to(tmp_path / "whole")
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+        for said in run_ranks(load, 2, model, str(where), ParallelLayout(data=2)):
+            assert said.startswith(f"{damaged} was changed after it was saved; write the name of another state to ")
+        if path.name == STATE:  # without it there is no state
+            continue
+        damaged.unlink()
+        assert run_ranks(load, 2, model, str(where), ParallelLayout(data=2))[1].startswith(f"{damaged} is missing;")
+
+
+def save_without_room(model: str, where: str, kind: str) -> str:
+    """A whole state, then one that the disk has no room for."""
+    role = the_role(model, start(ParallelLayout(data=2), seed=1))
+    writer = writer_of(role, Path(where))
+    save(writer, at(1))
+    with no_room(where, kind), pytest.raises(CheckpointError) as refused:
+        save(writer, at(2))
+    return str(refused.value)
+
+
+def save(writer: StateWriter, position: Position) -> None:
+    writer.start(position)
+    writer.finish()
+
+
+@contextmanager
+def no_room(where: str, kind: str) -> Iterator[None]:
+    """A disk that says that it is full, or a quota that no file may grow beyond."""
+    if kind == "known before":
+        usage = shutil.disk_usage(where)._replace(free=1000)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _: usage)
+            yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["known before", "found while writing"])
+def test_a_full_disk_leaves_the_state_before(kind: str, model: str, tmp_path: Path) -> None:
+    said = run_ranks(save_without_room, 2, model, str(tmp_path), kind)
+    expected = "MiB are free and a state takes" if kind == "known before" else "see whether the disk is full"
+    assert expected in said[0]
+    assert all("stand" in one for one in said)
+    assert latest_state(tmp_path) == tmp_path / "step_00000001"
+    assert not (tmp_path / "step_00000002").exists()
+
+
+def save_where_a_file_is(model: str, where: str) -> str:
+    writer = writer_of(the_role(model, start(ParallelLayout(data=2), seed=1)), Path(where))
+    with pytest.raises(CheckpointError) as refused:
+        writer.start(at(1))
+    return str(refused.value)
+
+
+def test_a_directory_that_cannot_be_made_is_said_on_every_rank(model: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    said = run_ranks(save_where_a_file_is, 2, model, str(tmp_path / "checkpoints"))
+    assert "File exists" in said[0]
+    assert said[1].endswith("(rank 0 says why); the states before it stand.")
