@@ -51,13 +51,14 @@ def load_sft(config: DataConfig, tokenizer: Tokenizer) -> SftSet:
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
     rows = load_rows(config, sft_rows)
-    encoded = [_encode(row, tokenizer, config.template) for row in rows]
+    encoded = [encode_demonstration(row, tokenizer, config.template) for row in rows]
     kept = within_limit(config, rows, [len(prompt) + len(response) for prompt, response in encoded])
     prompts, responses = zip(*(encoded[i] for i in kept), strict=True)
     return SftSet(prompts, responses, tokenizer.pad_id, len(rows) - len(kept))
 
 
-def _encode(row: Row, tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[int]]:
+def encode_demonstration(row: Row, tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[int]]:
+    """The ids of a row's prompt and of its response, EOS included. Raises DataError naming row and column."""
     if "messages" not in row.columns:
         return row.prompt_ids(tokenizer, template), row.response_ids("response", tokenizer)
     messages = row.messages("messages")

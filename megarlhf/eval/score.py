@@ -1,0 +1,190 @@
+"""`megarlhf score`: what a model says of given responses, added to the rows of a JSON lines file.
+
+A language model adds `logprobs`, one natural logarithm a predicted token at `temperature`, and `logprob_sum`, their
+sum. A reward model adds `score`, its offset and scale applied. data/score_rows.py says which rows there are and which
+of their tokens are predicted: those of the response with its EOS, or every token id but the first. A number that is
+not finite becomes null, since JSON has no word for it.
+
+Rows are scored in parts and written part by part. The same command again goes on after the last whole row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+
+from megarlhf.batch import TokenBatch
+from megarlhf.checkpoint.sharded import ModelDescription, load_model
+from megarlhf.data.score_rows import ScoreSet, load_score_rows
+from megarlhf.data.tokenizer import Template, Tokenizer
+from megarlhf.errors import ConfigError
+from megarlhf.eval.scored_file import Done, ScoredFile
+from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.observe.progress import Progress
+from megarlhf.parallel import launch
+from megarlhf.parallel.collectives import broadcast_object, gather
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.runtime.checks import check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.roles import print_choices, role_settings
+from megarlhf.runtime.settings import RanksConfig
+
+PART_ROWS = 256
+"""Rows of a data rank between two writes: at most these are lost when a run is killed, or held as tensors at once."""
+ADDED = {"language": ("logprobs", "logprob_sum"), "scalar": ("score",)}
+"""Fields that are added to a row, by the model's head."""
+
+
+class ScoreConfig(RanksConfig):
+    """`megarlhf score`: log-probs of given responses, or a reward model's scores."""
+
+    model: str
+    """Directory of a language or a reward model, Hugging Face or megarlhf; or a preset, drawn at random from `seed`.
+    A language model adds logprobs (nats, one a predicted token) and logprob_sum to each row, a reward model score."""
+    tokenizer: str = ""
+    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own; rows of ids need none."""
+    input: Path
+    """JSON lines file. A row has prompt (text or a conversation) and response, whose tokens are predicted, EOS in; or
+    messages, a conversation whose last turn, the assistant's, is predicted likewise; or tokens, a list of ids of which
+    all but the first are predicted. It may have other fields too."""
+    output: Path
+    """JSON lines file to write: every row of the input with all its fields, in order, and what is added. If it is
+    there already, the same command goes on with it."""
+    template: Template = "chat"
+    """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of a language model before its log-probs; 1 is the model itself."""
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is added to a row, by name. The layout is none: it changes rounding at most."""
+        return {
+            "model": _place(self.model),
+            "tokenizer": _place(self.tokenizer),
+            "template": self.template,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "compute.dtype": self.compute.dtype,
+            "compute.fp8": self.compute.fp8,
+        }
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """Everything that was read and checked before the model is built."""
+
+    model: ModelDescription
+    rows: ScoreSet
+    output: ScoredFile
+    done: Done
+
+
+def prepare(cfg: ScoreConfig) -> ScoreInputs:
+    """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
+    if cfg.input.suffix != ".jsonl":
+        raise ConfigError(f"input={cfg.input} is not a .jsonl file; write one JSON object a line, and name it so.")
+    model = checked_model(cfg.model, cfg.layout, "model", needs="scalar")
+    output = ScoredFile(cfg.output, cfg.decisive(), ADDED[model.head])
+    output.check_writable()
+
+    @cache
+    def tokenizer() -> Tokenizer:
+        found = resolve_tokenizer(cfg.tokenizer, cfg.model)
+        check_tokenizer(found, model.spec, "model")
+        return found
+
+    rows = load_score_rows(cfg.input, tokenizer, cfg.template)
+    rows.check(model.spec.vocab_size, model.spec.max_positions, output.added)
+    return ScoreInputs(model, rows, output, output.done(rows.rows))
+
+
+def main(cfg: ScoreConfig, argv: Sequence[str]) -> int:
+    """`megarlhf score`."""
+    return launch.run(lambda: prepare(cfg), lambda inputs: run(cfg, inputs), cfg.layout, argv)
+
+
+def run(cfg: ScoreConfig, inputs: ScoreInputs) -> None:
+    """Score what the output lacks and write it. Collective: every rank of the layout calls it."""
+    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    # The file is rank 0's; another machine may see it late, or not at all.
+    done = broadcast_object(inputs.done, mesh, "world")
+    left = len(inputs.rows) - done.rows
+    if done.rows:
+        _say(f"{cfg.output}: {done.rows} of {len(inputs.rows)} rows are there, {left or 'nothing is'} left to do", mesh)
+    if not left:
+        return
+    model = build(cfg, inputs.model, mesh)
+    print_choices(model.settings.compute.choices, mesh)
+    opened = inputs.output.open_after(done) if mesh.is_main else nullcontext()
+    with opened as file, Progress(left, "score", enabled=mesh.is_main) as bar:
+        for part, fields in scored_parts(model, inputs.rows, done.rows):
+            if file is not None:
+                rows = [inputs.rows.rows[index] for index in part]
+                file.writelines(map(inputs.output.line, rows, fields))
+                file.flush()
+            bar.advance(len(part))
+
+
+def build(cfg: ScoreConfig, described: ModelDescription, mesh: Mesh) -> FrozenRole:
+    """The model, with the reading that its head has."""
+    if described.head == "language":
+        reading = LabelLogprobs(cfg.temperature)
+    else:
+        reading = SequenceScores(described.score_offset, described.score_scale)
+    role = FrozenRole("model", described.spec, described.head, reading, role_settings(cfg, mesh), mesh)
+    load_model(role, cfg.model, seed=cfg.seed)
+    return role
+
+
+def scored_parts(model: FrozenRole, rows: ScoreSet, done: int) -> Iterator[tuple[range, list[dict[str, Any]]]]:
+    """Part by part, the rows after the first `done` and what is added to each. Collective; equal on every rank.
+
+    A part starts at a multiple of its size, and the first is scored whole even if some of it is done: a row then has
+    the same neighbours, and the same last bits, whether or not the run was interrupted.
+    """
+    size = PART_ROWS * model.mesh.size("data")
+    for first in range(done - done % size, len(rows), size):
+        part = range(first, min(first + size, len(rows)))
+        fields = score_part(model, rows, part)
+        known = max(done - first, 0)
+        yield part[known:], fields[known:]
+
+
+def score_part(model: FrozenRole, rows: ScoreSet, part: range) -> list[dict[str, Any]]:
+    """What is added to each row of `part`. Collective; equal on every rank."""
+    mesh = model.mesh
+    share = -(-len(part) // mesh.size("data"))
+    # Every data rank takes part in every collective: past the end, the last row stands in for those that are missing.
+    mine = [part[min(mesh.data_rank * share + index, len(part) - 1)] for index in range(share)]
+    return _added(model, rows.batch(mine).to(mesh.device))[: len(part)]
+
+
+def _added(model: FrozenRole, batch: TokenBatch) -> list[dict[str, Any]]:
+    """What is added to the rows of the data ranks' batches, in rank order. Collective; equal on every rank."""
+    scores, mesh = model.score(batch), model.mesh
+    if not model.reading.per_token:
+        return [{"score": _finite(score)} for score in gather(scores, mesh, "data").tolist()]
+    # Rows end to end, since data ranks pad to different widths.
+    flat = gather(scores[batch.response_mask], mesh, "data")
+    counts = gather(batch.response_mask.sum(dim=1), mesh, "data").tolist()
+    logprobs = [row.tolist() for row in flat.split(counts)]
+    return [{"logprobs": [*map(_finite, row)], "logprob_sum": _finite(sum(row))} for row in logprobs]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _place(name: str) -> str:
+    """A directory by its full path, whatever the working directory; any other name as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _say(text: str, mesh: Mesh) -> None:
+    Console(stderr=True, quiet=not mesh.is_main, soft_wrap=True).print(text, highlight=False, markup=False)

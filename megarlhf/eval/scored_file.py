@@ -1,0 +1,132 @@
+"""The output of `megarlhf score`: a file that grows row by row, in the input's order, and can be gone on with.
+
+Y.jsonl                   one row of the input a line, with the fields that scoring adds
+Y.jsonl.settings.json     the settings that decide those fields
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from megarlhf.data.rows import Row
+from megarlhf.errors import ConfigError
+
+
+class Done(NamedTuple):
+    """Whole rows at the head of an output, and their bytes; what follows is a line that was cut."""
+
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
+class ScoredFile:
+    """An output, and what must be true of it to go on with it."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    """Every setting that decides what is added, by name; JSON values."""
+    added: Sequence[str]
+    """Fields added to each row."""
+
+    @property
+    def settings_path(self) -> Path:
+        """Where the settings lie."""
+        return self.path.with_name(f"{self.path.name}.settings.json")
+
+    def check_writable(self) -> None:
+        """Raise ConfigError where the file cannot be written."""
+        folder = self.path.absolute().parent
+        if not folder.is_dir():
+            raise ConfigError(f"output={self.path}: there is no directory {folder}; make it, or choose another.")
+        if self.path.is_dir():
+            raise ConfigError(f"output={self.path} is a directory; name a file.")
+        for place in (folder, self.path, self.settings_path):
+            if place.exists() and not os.access(place, os.W_OK):
+                raise ConfigError(f"output={self.path}: {place} cannot be written to; mend that, or choose another.")
+
+    def done(self, rows: Sequence[Row]) -> Done:
+        """What of the input `rows` the file already holds; it is left as it is.
+
+        Raises:   ConfigError when the file was begun by something else, with other settings or with other rows.
+        """
+        if not self.path.exists() or not self.path.stat().st_size:
+            return Done(0, 0)
+        self._check_settings()
+        count = size = 0
+        with self.path.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                if count == len(rows):
+                    raise ConfigError(
+                        f"output={self.path} has more rows than the {len(rows)} of {rows[0].source}; put the input "
+                        "back to go on with it, or choose another output."
+                    )
+                self._check_row(line, rows[count])
+                count, size = count + 1, size + len(line)
+        return Done(count, size)
+
+    @contextmanager
+    def open_after(self, done: Done) -> Iterator[BinaryIO]:
+        """The file, open for the rows after `done`; a cut line is removed. Rank 0 only."""
+        # The settings first: rows without them could not be gone on with.
+        partial = self.settings_path.with_name(self.settings_path.name + ".partial")
+        partial.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.settings_path)
+        with self.path.open("ab") as file:
+            file.truncate(done.size)
+            yield file
+
+    def line(self, row: Row, fields: Mapping[str, Any]) -> bytes:
+        """One line of the file: the columns of `row` as they are, then the added `fields`."""
+        text = json.dumps({**row.columns, **fields}, ensure_ascii=False)
+        # Half a surrogate pair, which JSON may hold and UTF-8 may not, becomes the \udXXX that JSON writes for it.
+        return text.encode("utf-8", "backslashreplace") + b"\n"
+
+    def _check_settings(self) -> None:
+        try:
+            then = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"output={self.path} exists and {self.settings_path.name} does not: this command has not begun it; "
+                "choose another file, or remove it."
+            ) from None
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.settings_path}: not JSON ({error}); remove it and {self.path.name} to score anew."
+            ) from None
+        changed = [name for name in self.settings if then.get(name) != self.settings[name]]
+        if changed:
+            values = ", ".join(f"{name} {then.get(name)!r} -> {self.settings[name]!r}" for name in changed)
+            raise ConfigError(
+                f"output={self.path} was begun with other settings ({values}); put them back to go on with it, or "
+                "choose another output."
+            )
+
+    def _check_row(self, line: bytes, row: Row) -> None:
+        try:
+            written = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(
+                f"output={self.path}, row {row.number}: not JSON ({error}); remove the file to score anew."
+            ) from None
+        lacking = set(self.added) - written.keys()
+        kept = {name: value for name, value in written.items() if name not in self.added}
+        differing = lacking | {name for name, _ in _texts(kept) ^ _texts(row.columns)}
+        if differing:
+            raise ConfigError(
+                f"output={self.path}, row {row.number}: other {', '.join(sorted(differing))} than in row {row.number} "
+                f"of {row.source}; put the input back to go on with it, or choose another output."
+            )
+
+
+def _texts(columns: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Fields as JSON, in which 1 is not true and NaN is NaN."""
+    return {(name, json.dumps(value, sort_keys=True)) for name, value in columns.items()}
