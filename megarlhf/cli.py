@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megarlhf import __version__
-from megarlhf.errors import ConfigError, MegarlhfError, TrainingError
+from megarlhf.errors import ConfigError, MegarlhfError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +44,11 @@ COMMANDS = {
         "megarlhf.trainers.ppo:PPOConfig",
         "megarlhf.trainers.ppo:main",
     ),
+    "doctor": Command(
+        "check this machine and a PPO run's settings: environment, and gates for correct results",
+        "megarlhf.trainers.doctor:DoctorConfig",
+        "megarlhf.trainers.doctor:main",
+    ),
     "generate": Command(
         "sample responses to a prompt or a file of prompts",
         "megarlhf.eval.generate:GenerateConfig",
@@ -54,14 +59,28 @@ COMMANDS = {
         "megarlhf.eval.command:EvalConfig",
         "megarlhf.eval.command:main",
     ),
+    "score": Command(
+        "log-probs of given responses, or a reward model's scores, of a file of rows",
+        "megarlhf.eval.score:ScoreConfig",
+        "megarlhf.eval.score:main",
+    ),
+    "replay": Command(
+        "take a failed step again on one device, from the capsule that the run left",
+        "megarlhf.trainers.replay:ReplayConfig",
+        "megarlhf.trainers.replay:main",
+    ),
     "report": Command("make the page of a run again", "megarlhf.eval.report:ReportConfig", "megarlhf.eval.report:main"),
 }
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+FAILED, INTERRUPTED = 1, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 2 when the input must be changed, 1 when a run failed, 130 when interrupted."""
+    """Run one command and return its exit code.
+
+    0, or 2 when the input must be changed, 1 when a run failed, 75 when it was stopped and has saved its state first,
+    130 when it was interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Megatron-Core says this four times while it is imported; a run says once, in a table, what it uses instead.
     warnings.filterwarnings("ignore", message="(Transformer Engine|Apex).* not installed", category=UserWarning)
@@ -71,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The ranks of a machine read the same settings: one of them says what is wrong.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"{_who()}{error}\n")
-        return FAILED if isinstance(error, TrainingError) else BAD_INPUT
+        return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
@@ -84,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_commands()
-        return 0 if arguments else BAD_INPUT
+        return 0 if arguments else ConfigError.exit_code
     if arguments[0] == "--version":
         _console().print(f"megarlhf {__version__}", highlight=False)
         return 0

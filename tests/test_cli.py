@@ -74,7 +74,11 @@ def test_settings_come_from_file_and_command_line(tmp_path: Path, capsys: pytest
             "config file no.yaml: No such file or directory; give a readable YAML file",
         ),
         (["pqo"], 2, "unknown command pqo; did you mean ppo?\n"),
-        (["xyzzy"], 2, "unknown command xyzzy; choose one of demo, sft, reward, ppo, generate, eval, report"),
+        (
+            ["xyzzy"],
+            2,
+            "unknown command xyzzy; choose one of demo, sft, reward, ppo, doctor, generate, eval, score, ",
+        ),
     ],
 )
 def test_mistakes_end_with_one_message_and_a_code(

@@ -47,7 +47,7 @@ def compare_logits(hugging_face: Path, model: Path) -> Gap:
     generator = torch.Generator().manual_seed(0)
     # Token 0 is left out: it often pads, and transformers looks for the end of a row by its padding.
     tokens = torch.randint(1, spec.vocab_size, (ROWS, min(TOKENS, spec.max_positions)), generator=generator)
-    theirs = _theirs(hugging_face, tokens)
+    theirs = hf_logits(hugging_face, tokens)
     ours = _ours(model, tokens)
     return Gap(float((ours - theirs).abs().max()), RELATIVE_GAP * float(theirs.abs().max()))
 
@@ -92,8 +92,11 @@ def _ours(directory: Path, tokens: Tensor) -> Tensor:
         stop()
 
 
-def _theirs(directory: Path, tokens: Tensor) -> Tensor:
-    """[B, T, V], or [B, T, 1] of a reward model."""
+def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
+    """What transformers makes of tokens [B, T], in fp32: [B, T, V], or [B, T, 1] of a reward model.
+
+    Raises:   CheckpointError when it cannot load all of the directory.
+    """
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
     scalar = describe_model(str(directory.absolute())).head == "scalar"

@@ -87,7 +87,7 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
         return
     body_only = role.head != found.head
     if (Path(init) / MODEL).is_file():
-        _load_sharded(role, Path(init), body_only)
+        load_weights(role, Path(init) / WEIGHTS, body_only=body_only)
     else:
         load_tensors(role, HuggingFaceDirectory(Path(init), role.spec, found.head), backbone_only=body_only)
 
@@ -102,10 +102,7 @@ def save_model(
     partial = directory.with_name(directory.name + ".partial")
     if role.mesh.is_main:
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / WEIGHTS).mkdir(parents=True)
-    barrier(role.mesh)
-    with role.resident("weights"):
-        dist_checkpointing.save(sharded_weights(role), str(partial / WEIGHTS), content_metadata={})
+    save_weights(role, partial / WEIGHTS)
     if role.mesh.is_main:
         description = ModelDescription(
             spec=role.spec, head=role.head, score_offset=score_offset, score_scale=score_scale
@@ -118,6 +115,19 @@ def save_model(
         partial.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
     barrier(role.mesh)
+
+
+def save_weights(role: Role, directory: Path) -> None:
+    """Write the weights alone to a new `directory`, whose parents are made; an old one is removed.
+
+    Ranks:    collective over the mesh.
+    """
+    if role.mesh.is_main:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    barrier(role.mesh)
+    with role.resident("weights"):
+        dist_checkpointing.save(sharded_weights(role), str(directory), content_metadata={})
 
 
 def tokenizer_directory(init: str) -> Path:
@@ -153,11 +163,15 @@ def _tensors_only(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
-def _load_sharded(role: Role, directory: Path, body_only: bool) -> None:
+def load_weights(role: Role, directory: Path, *, body_only: bool = False) -> None:
+    """Fill `role` with what `save_weights`, or a training state, has for it; `body_only` leaves the head alone.
+
+    Ranks:    collective over the mesh. Raises CheckpointError when files are missing, corrupt or of another shape.
+    """
     state = sharded_weights(role)
     if body_only:
         state = {chunk: {k: v for k, v in part.items() if "output_layer" not in k} for chunk, part in state.items()}
-    loaded = load_sharded(state, directory / WEIGHTS, "save the model again")
+    loaded = load_sharded(state, directory, "save the model again")
     with torch.no_grad():
         for index, chunk in enumerate(role.chunks):
             chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)

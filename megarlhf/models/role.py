@@ -149,6 +149,7 @@ class Role:
 
     def score(self, batch: TokenRows) -> Tensor:
         """What the role's reading says of every row: [B, T] or [B] fp32, equal on all tensor and pipeline ranks."""
+        self._works_on(batch)
         with self.resident("weights"):
             return forward_only(
                 self.chunks,
@@ -179,6 +180,9 @@ class Role:
             for part in self.parts:
                 if not self._offloaders[part].is_away:
                     self._offloaders[part].to_host(self._movable(part))
+
+    def _works_on(self, batch: TokenRows) -> None:
+        self.mesh.trail.role, self.mesh.trail.work = self.name, batch
 
     def _movable(self, part: Part) -> list[Tensor]:
         """`tensors(part)` without those whose storage belongs to the weights."""
@@ -218,7 +222,7 @@ class TrainableRole(Role):
         self, name: str, spec: ModelSpec, head: HeadKind, reading: Reading, settings: RoleSettings, mesh: Mesh
     ) -> None:
         super().__init__(name, spec, head, reading, settings, mesh)
-        self._wrapped: list[DistributedDataParallel] = []
+        self.wrapped: list[DistributedDataParallel] = []
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -232,12 +236,12 @@ class TrainableRole(Role):
             grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, overlap_grad_reduce=False
         )
         config = self.model.config
-        self._wrapped = [
+        self.wrapped = [
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=self.mesh.groups)
             for i, chunk in enumerate(self.chunks)
         ]
         config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.mesh.groups)
-        self.optimizer = build_optimizer(optim, self._wrapped, self.settings.compute.dtype, self.mesh)
+        self.optimizer = build_optimizer(optim, self.wrapped, self.settings.compute.dtype, self.mesh)
         self.schedule = build_schedule(optim, self.optimizer, steps)
 
     def planned_bytes(self) -> tuple[int, int, int]:
@@ -253,7 +257,7 @@ class TrainableRole(Role):
         if part == "weights":
             return super().tensors(part)
         if part == "gradients":
-            return [buffer.grad_data for wrapped in self._wrapped for buffer in vars(wrapped)["buffers"]]
+            return [buffer.grad_data for wrapped in self.wrapped for buffer in vars(wrapped)["buffers"]]
         state = [value for _, values in self.optimizer.state.items() for value in values.values()]
         masters = self.optimizer.get_parameters()
         return [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]
@@ -263,12 +267,13 @@ class TrainableRole(Role):
 
         Ranks:    collective over the mesh; the result is equal on every rank.
         """
+        self._works_on(batch)
         with self.resident(*self.parts):
-            for wrapped in self._wrapped:
+            for wrapped in self.wrapped:
                 wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
             means = forward_backward(
-                self._wrapped,
+                self.wrapped,
                 batch,
                 loss,
                 mesh=self.mesh,

@@ -11,6 +11,7 @@ import torch
 
 from megarlhf.observe.memory import peak_resident
 from megarlhf.observe.metrics import PHASES, Metrics
+from megarlhf.observe.trail import Trail
 
 # Dense bf16 peak in FLOP/s, without sparsity. Source: NVIDIA's data sheets (A100, H100, H200, B200).
 _PEAK_FLOPS = (
@@ -41,9 +42,12 @@ class Clock:
     Ranks:    local, no communication. On a GPU each phase border waits for the device, else work would be booked late.
     """
 
-    def __init__(self, device: torch.device, *, now: Callable[[], float] = time.perf_counter) -> None:
-        """Start timing on `device`; `now` is the source of seconds."""
+    def __init__(
+        self, device: torch.device, trail: Trail | None = None, *, now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """Start timing on `device`; phases leave their mark on `trail`; `now` is the source of seconds."""
         self._device, self._now, self._peak_flops = device, now, peak_flops(device)
+        self._trail = Trail() if trail is None else trail
         self._stack: list[str] = []
         self._restart()
 
@@ -54,6 +58,7 @@ class Clock:
             raise ValueError(f"clock phase {phase!r}: not one of {', '.join(PHASES)}; add it to observe/metrics.py.")
         self._book()
         self._stack.append(phase)
+        self._trail.enter(phase)
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ def all_reduce(tensor: torch.Tensor, mesh: Mesh, axis: Axis, op: ReduceOp = "sum
     if mesh.size(axis) == 1:
         return tensor
     result = tensor.clone()
-    dist.all_reduce(result, op=OPS[op], group=mesh.group(axis))
+    dist.all_reduce(result, op=OPS[op], group=mesh.entering("all_reduce", axis))
     return result
 
 
@@ -37,7 +37,7 @@ def gather(tensor: torch.Tensor, mesh: Mesh, axis: Axis) -> torch.Tensor:
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor
     parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded, group=mesh.group(axis))
+    dist.all_gather(parts, padded, group=mesh.entering("all_gather", axis))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
@@ -46,7 +46,7 @@ def broadcast(tensor: torch.Tensor, mesh: Mesh, axis: Axis, source: int = 0) -> 
     if mesh.size(axis) == 1:
         return tensor
     result = tensor.contiguous().clone()
-    dist.broadcast(result, group=mesh.group(axis), group_src=source)
+    dist.broadcast(result, group=mesh.entering("broadcast", axis), group_src=source)
     return result
 
 
@@ -55,14 +55,14 @@ def broadcast_object(value: T, mesh: Mesh, axis: Axis, source: int = 0) -> T:
     if mesh.size(axis) == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, group=mesh.group(axis), group_src=source)
+    dist.broadcast_object_list(box, group=mesh.entering("broadcast", axis), group_src=source)
     return box[0]
 
 
 def barrier(mesh: Mesh) -> None:
     """Wait until every rank of the mesh has come here."""
     if mesh.size("world") > 1:
-        dist.barrier()
+        dist.barrier(group=mesh.entering("barrier", "world"))
 
 
 def gather_rows(batch: RowsT, mesh: Mesh) -> RowsT:
@@ -88,6 +88,6 @@ def _gather_field(value: Any, mesh: Mesh) -> Any:
         return _gather_fields(value, mesh)
     if isinstance(value, tuple):
         parts: list[tuple] = [()] * mesh.size("data")
-        dist.all_gather_object(parts, value, group=mesh.group("data"))
+        dist.all_gather_object(parts, value, group=mesh.entering("all_gather", "data"))
         return sum(parts, ())
     return gather(value, mesh, "data")

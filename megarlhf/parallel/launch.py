@@ -224,6 +224,11 @@ def _is_echo(error: Exception) -> bool:
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and lost is not None)
 
 
+def is_timeout(error: Exception) -> bool:
+    """Whether a collective gave up waiting for a rank."""
+    return isinstance(error, RuntimeError) and re.search(r"timed ?out", str(error), re.IGNORECASE) is not None
+
+
 def _leave(code: int) -> NoReturn:
     """Exit without the interpreter's shutdown, which could wait for collectives that no peer will join."""
     sys.stdout.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal, get_args
 
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from megarlhf.observe.trail import Trail
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.rng import seed_model_parallel
 
@@ -28,6 +29,8 @@ class Mesh:
     device: torch.device
     rank: int
     groups: ProcessGroupCollection
+    trail: Trail = field(default_factory=Trail, compare=False)
+    """What this rank is doing, for the case that it fails."""
 
     @property
     def tensor_rank(self) -> int:
@@ -67,6 +70,15 @@ class Mesh:
                 return world
         raise ValueError(f"axis must be one of {get_args(Axis)}, not {axis!r}")
 
+    def ranks(self, axis: Axis) -> list[int]:
+        """The ranks along `axis`, this one among them, by their numbers in the world."""
+        return dist.get_process_group_ranks(self.group(axis))
+
+    def entering(self, collective: str, axis: Axis) -> dist.ProcessGroup:
+        """The group along `axis`, once the trail says that this rank goes into a collective over it."""
+        self.trail.collective, self.trail.axis = f"{collective} over {axis}", axis
+        return self.group(axis)
+
     def size(self, axis: Axis) -> int:
         """Ranks along `axis`."""
         return self.group(axis).size()
@@ -96,7 +108,7 @@ def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mes
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type] (ends in a timedelta)
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_model_parallel(seed)

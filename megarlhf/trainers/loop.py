@@ -5,7 +5,6 @@ Knows no algorithm: a trainer hands it a function of the step number.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -13,21 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
-from megarlhf.batch import Batch
+from megarlhf.checkpoint.sharded import save_weights
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Best, Position, latest_state, load_state
 from megarlhf.data.loader import Loader
-from megarlhf.errors import ConfigError, RunStopped, TrainingError
+from megarlhf.errors import ConfigError, MegarlhfError, RunStopped, TrainingError
 from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.writers import RunWriter, write_provenance
-from megarlhf.parallel.collectives import barrier
+from megarlhf.parallel.collectives import broadcast_object
+from megarlhf.parallel.launch import is_timeout
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.trainers.capsule import last_seen, missing_ranks, sign_of_life, write_capsule
 from megarlhf.trainers.settings import RunConfig
 from megarlhf.trainers.stopping import StopRequest
 
@@ -38,49 +35,35 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 class StepGuard:
     """Counts skipped optimiser steps; past the limit it saves the evidence and stops the run.
 
-    Ranks:    every rank skips the same steps, so all raise together, each after saving its own rows and RNG state.
+    Ranks:    every rank skips the same steps, so all raise together, each after writing its capsule.
     """
 
     def __init__(self, run_dir: Path, limit: int, mesh: Mesh) -> None:
-        self._directory = run_dir / "skipped"
+        self._run_dir = run_dir
         self._limit = limit
         self._mesh = mesh
         self.skipped = 0
 
-    def check(self, role: str, update: Update, batch: Batch, step: int) -> None:
+    def check(self, role: TrainableRole, update: Update, step: int) -> None:
         """Take note of one optimiser step.
 
-        Raises:   TrainingError, naming the saved files, when more than the allowed number of steps were skipped.
+        Raises:   TrainingError, naming the capsule, when more than the allowed number of steps were skipped.
         """
         if update.stepped:
             return
         self.skipped += 1
         if self.skipped <= self._limit:
             return
-        path = self._save(role, update, batch, step)
-        barrier(self._mesh)  # the first rank that leaves ends the others, who may be writing still
+        self._mesh.trail.step = step
+        reason = f"not finite: loss {update.means.loss}, gradient norm {update.grad_norm}"
+        directory = write_capsule(self._run_dir, reason, self._mesh)
+        save_weights(role, directory / "weights")
         raise TrainingError(
-            f"{self.skipped} optimiser steps were skipped because loss or gradient was not finite (last: {role}, step "
-            f"{step}, loss {update.means.loss}, gradient norm {update.grad_norm}); the batch is in {path}. Lower the "
-            "learning rate, or raise max_skipped_steps."
+            f"{self.skipped} optimiser steps were skipped because loss or gradient was not finite (last: {role.name}, "
+            f"step {step}, loss {update.means.loss}, gradient norm {update.grad_norm}); the batch is in {directory}, "
+            f"and megarlhf replay capsule={directory} takes the step again. Lower the learning rate, or raise "
+            "max_skipped_steps."
         )
-
-    def _save(self, role: str, update: Update, batch: Batch, step: int) -> Path:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        path = self._directory / f"{role}_step_{step}_rank_{self._mesh.rank}.safetensors"
-        note = {"role": role, "step": step, "rank": self._mesh.rank, "loss": repr(update.means.loss)}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_of(batch)}
-        save_file({**tensors, "rng_state": torch.get_rng_state()}, path, {"note": json.dumps(note)})
-        return path
-
-
-def tensors_of(batch: Batch) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a batch and of the batches inside it, by dotted name."""
-    for name, value in vars(batch).items():
-        if isinstance(value, Batch):
-            yield from ((f"{name}.{inner}", tensor) for inner, tensor in tensors_of(value))
-        elif isinstance(value, Tensor):
-            yield name, value
 
 
 class Run:
@@ -122,9 +105,45 @@ class Run:
     @contextmanager
     def under_way(self) -> Iterator[None]:
         """While the steps run: signals wait for the end of a step, and at the end every state is whole."""
+        trail, run_dir = self.mesh.trail, self._cfg.run_dir
+        trail.attempt = broadcast_object(time.strftime("%Y%m%dT%H%M%S"), self.mesh, "world")
+        trail.sign = sign_of_life(run_dir, self.mesh.rank)
+        trail.sign.parent.mkdir(parents=True, exist_ok=True)
         with self._stop.listening() if self._cfg.save_every else nullcontext():
-            yield
-            self.states.finish()
+            try:
+                yield
+                self.states.finish()
+            except MegarlhfError:
+                raise  # says itself what to do
+            except Exception as error:
+                directory = write_capsule(run_dir, f"{type(error).__name__}: {error}", self.mesh)
+                if not is_timeout(error):
+                    raise
+                raise TrainingError(self._silence(directory)) from error
+            finally:
+                trail.sign.unlink(missing_ok=True)
+
+    def _silence(self, directory: Path) -> str:
+        trail, run_dir = self.mesh.trail, self._cfg.run_dir
+        silent = [
+            f"rank {rank} (last seen in {last_seen(run_dir, rank, trail.attempt)})"
+            for rank in missing_ranks(directory, self.mesh)
+        ]
+        return (
+            f"no answer for timeout_s={self._cfg.timeout_s:g} in {trail.collective}, {trail.where}: "
+            f"{', '.join(silent) or 'no rank'} did not arrive; what the others did is in {directory}. Find out "
+            "what it does, raise timeout_s if it is only slow, and start the same command again."
+        )
+
+    def check(self, gates: Callable[[], object]) -> None:
+        """Call `gates`; where one fails, leave a capsule and raise its TrainingError with the place added."""
+        try:
+            gates()
+        except TrainingError as error:
+            directory = write_capsule(self._cfg.run_dir, str(error), self.mesh)
+            raise TrainingError(
+                f"{error}\nthe batch is in {directory}; megarlhf doctor measures more, and gates=off goes on anyway."
+            ) from None
 
     def step_ended(self, step: int, metrics: Metrics) -> None:
         """Save the state after `step` steps if it is time, or if the run shall stop.
@@ -182,17 +201,29 @@ def _size(path: Path) -> int:
 
 
 def run_steps(
-    count: int, description: str, step: Callable[[int], Metrics], note: str, *, run: Run, writer: RunWriter | None
+    count: int,
+    description: str,
+    step: Callable[[int], Metrics],
+    note: str,
+    *,
+    run: Run,
+    writer: RunWriter | None,
+    ready: Callable[[int], object] = int,
 ) -> Metrics:
     """Call `step(0)` to `step(count - 1)`, or from where the run was, log what each returns, and return the last.
 
-    note: name of the metric shown beside the progress bar. Ranks: rank 0 has the writer and shows the bar.
+    note: name of the metric shown beside the progress bar. ready: called before the first step, with its number.
+    Ranks:    rank 0 has the writer and shows the bar.
     """
     metrics: Metrics = {}
     first = run.restore()
+    trail = run.mesh.trail
     named = f"{description} from step {first}" if first else description
     with run.under_way(), Progress(count - first, named, enabled=run.mesh.is_main) as bar:
+        trail.step = first
+        run.check(lambda: ready(first))
         for index in range(first, count):
+            trail.step = index
             metrics = step(index)
             if writer is not None:
                 writer.log(metrics, index + 1)

@@ -29,6 +29,7 @@ from megarlhf.parallel.pipeline import Loss
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import occurrence
+from megarlhf.runtime.gates import cheap_gates, check_gates, gate_prompts
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, prepare
@@ -126,7 +127,7 @@ def optimise(
         for batch in _mini_batches(experience, cfg, iteration):
             own = own_rows(batch, role.mesh)
             updates.append(role.update(own, loss))
-            guard.check(role.name, updates[-1], own, iteration)
+            guard.check(role, updates[-1], iteration)
     return updates
 
 
@@ -199,10 +200,7 @@ def build_roles(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> Roles:
     reward = FrozenRole("reward", inputs.reward.spec, "scalar", scores, settings, mesh)
     load_model(reward, cfg.reward.init, seed=cfg.seed)
     reward.leave()
-    roles = Roles(actor, critic, reference, reward)
-    print_choices([*settings.compute.choices, cfg.policy_loss_choice], mesh)
-    print_memory_plan(roles.every, mesh)
-    return roles
+    return Roles(actor, critic, reference, reward)
 
 
 def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> RolloutEngine:
@@ -220,13 +218,15 @@ def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> Rol
 def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
     """Run every iteration and save the actor to `cfg.model_dir`. Collective; returns the last iteration's metrics."""
     roles = build_roles(cfg, inputs, mesh)
+    print_choices([*roles.actor.settings.compute.choices, cfg.policy_loss_choice], mesh)
+    print_memory_plan(roles.every, mesh)
     print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
     engine = build_engine(cfg, inputs, roles.actor)
     per_rank = {"data_rank": mesh.data_rank, "data_size": mesh.size("data")}
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed, **per_rank)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     run = Run(cfg, {"actor": roles.actor, "critic": roles.critic}, {"prompts": loader}, guard, mesh)
-    clock = Clock(mesh.device)
+    clock = Clock(mesh.device, mesh.trail)
 
     def step(iteration: int, writer: RunWriter | None) -> Metrics:
         rows = next(loader)
@@ -238,9 +238,18 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
             writer.samples(judged[: cfg.samples], iteration + 1)
         return {**done.metrics, **accuracy_metric(judged)}
 
+    def ready(first: int) -> None:
+        if cfg.gates == "on":
+            prompts, loss = gate_prompts(inputs.prompts, mesh), policy_loss(roles.actor, cfg)
+            same = cfg.reference_init == cfg.actor.init and first <= cfg.value_warmup_iterations
+            check_gates(cheap_gates(roles, engine, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
+
     with open_run(cfg, argv, mesh) as writer:
         metrics = run_steps(
-            cfg.iterations, "PPO", lambda i: step(i, writer), "rollout/score_mean", run=run, writer=writer
+            *(cfg.iterations, "PPO", lambda i: step(i, writer), "rollout/score_mean"),
+            run=run,
+            writer=writer,
+            ready=ready,
         )
     save_model(roles.actor, cfg.model_dir, inputs.tokenizer)
     return metrics

@@ -104,6 +104,10 @@ class PPOConfig(RunConfig):
     samples: int = Field(default=8, ge=0)
     """Rollouts written each time."""
 
+    gates: Literal["on", "off"] = "on"
+    """Before the first step, or the first after a resume, measure that sampler, loss and offloading are right, and stop
+    if they are not; `megarlhf doctor` measures more. `off` measures nothing."""
+
     @property
     def model_dir(self) -> Path:
         """Where the trained actor goes."""

@@ -212,12 +212,7 @@ def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> None:
 
 def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
     """Train, measure on held-out responses, centre and save. Collective; returns the last metrics."""
-    settings = role_settings(cfg, mesh)
-    role = TrainableRole("reward model", inputs.model.spec, "scalar", SequenceScores(), settings, mesh)
-    load_model(role, cfg.model, seed=cfg.seed)
-    role.prepare(cfg.optim, inputs.steps)
-    print_choices(settings.compute.choices, mesh)
-    print_memory_plan([role], mesh)
+    role = build_role(cfg, inputs, mesh)
     pairs, labelled = inputs.pairs, inputs.labelled
     for name, rows in (("pairs", pairs), ("labelled", labelled), ("heldout", inputs.heldout)):
         if rows is not None:
@@ -227,7 +222,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     loaders = {name: loader for name, loader in (("pairs", pair_loader), ("labelled", point_loader)) if loader}
     run = Run(cfg, {"reward": role}, loaders, guard, mesh)
-    clock = Clock(mesh.device)
+    clock = Clock(mesh.device, mesh.trail)
 
     def step(index: int) -> Metrics:
         with clock("train"):
@@ -238,7 +233,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
             )
             batch = own_rows(batch, mesh).to(mesh.device)
             update = role.update(batch, judgement_loss(role, cfg))
-        guard.check("reward", update, batch, index)
+        guard.check(role, update, index)
         return {
             "reward/loss": update.means.loss,
             **{f"reward/{name}": value for name, value in update.means.metrics.items()},
@@ -258,6 +253,17 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
     scale = metrics.get("reward/score_std", 1.0) if cfg.normalise == "standardise" else 1.0
     save_model(role, cfg.model_dir, inputs.tokenizer, score_offset=offset, score_scale=scale)
     return metrics
+
+
+def build_role(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> TrainableRole:
+    """The model, ready to learn. Collective."""
+    settings = role_settings(cfg, mesh)
+    role = TrainableRole("reward", inputs.model.spec, "scalar", SequenceScores(), settings, mesh)
+    load_model(role, cfg.model, seed=cfg.seed)
+    role.prepare(cfg.optim, inputs.steps)
+    print_choices(settings.compute.choices, mesh)
+    print_memory_plan([role], mesh)
+    return role
 
 
 def measure(role: TrainableRole, heldout: LabelledSet) -> Metrics:

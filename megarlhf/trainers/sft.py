@@ -96,23 +96,18 @@ def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> None:
 
 def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
     """Train and save the model to `cfg.model_dir`. Collective; returns the last step's metrics."""
-    settings = role_settings(cfg, mesh)
-    role = TrainableRole("model", inputs.model.spec, "language", LabelLogprobs(1.0), settings, mesh)
-    load_model(role, cfg.model, seed=cfg.seed)
-    role.prepare(cfg.optim, inputs.steps)
-    print_choices(settings.compute.choices, mesh)
-    print_memory_plan([role], mesh)
+    role = build_role(cfg, inputs, mesh)
     print_dropped("data", inputs.rows.dropped, len(inputs.rows), mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     run = Run(cfg, {"model": role}, {"data": loader}, guard, mesh)
-    clock = Clock(mesh.device)
+    clock = Clock(mesh.device, mesh.trail)
 
     def step(index: int) -> Metrics:
         with clock("train"):
             batch = own_rows(inputs.rows.batch(next(loader)), mesh).to(mesh.device)
             update = role.update(batch, next_token_loss(role))
-        guard.check("model", update, batch, index)
+        guard.check(role, update, index)
         clock.add("train", tokens=update.means.count)
         return {
             "sft/loss": update.means.loss,
@@ -128,6 +123,17 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
         metrics = run_steps(inputs.steps, "SFT", step, "sft/loss", run=run, writer=writer)
     save_model(role, cfg.model_dir, inputs.tokenizer)
     return metrics
+
+
+def build_role(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> TrainableRole:
+    """The model, ready to learn. Collective."""
+    settings = role_settings(cfg, mesh)
+    role = TrainableRole("model", inputs.model.spec, "language", LabelLogprobs(1.0), settings, mesh)
+    load_model(role, cfg.model, seed=cfg.seed)
+    role.prepare(cfg.optim, inputs.steps)
+    print_choices(settings.compute.choices, mesh)
+    print_memory_plan([role], mesh)
+    return role
 
 
 def next_token_loss(role: TrainableRole) -> Loss:

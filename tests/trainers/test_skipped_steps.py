@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from megarlhf.models.role import LabelLogprobs, TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.pipeline import Loss
+from megarlhf.trainers.capsule import RNG, read_notes
 from megarlhf.trainers.loop import StepGuard
 from megarlhf.trainers.ppo import optimise, policy_loss
 from megarlhf.trainers.sft import next_token_loss
@@ -69,7 +69,7 @@ def skip(layout: ParallelLayout, distributed: bool, directory: str) -> dict[str,
 
     def step(role: TrainableRole, loss: Loss) -> Any:
         update = role.update(OWN, loss)
-        guard.check(role.name, update, OWN, 0)
+        guard.check(role, update, 0)
         return update
 
     step(roles[0], next_token_loss(roles[0]))
@@ -136,13 +136,20 @@ def test_past_the_limit_the_run_stops_with_the_evidence(directory: str, tmp_path
     for number, rank in enumerate(ranks):
         assert rank["skipped"] == 3
         assert rank["same"]
-        path = tmp_path / "skipped" / f"learner_step_7_rank_{number}.safetensors"
-        for part in ("3 optimiser steps", "learner, step 7", "loss nan", str(path), "raise max_skipped_steps"):
+        capsule = tmp_path / "capsules" / "step_00000007"
+        for part in ("3 optimiser steps", "learner, step 7", "loss nan", str(capsule), "raise max_skipped_steps"):
             assert part in rank["message"]
-        with safe_open(path, framework="pt") as file:
-            note = json.loads(file.metadata()["note"])
-            assert note == {"role": "learner", "step": 7, "rank": number, "loss": "nan"}
-            assert torch.equal(file.get_tensor("rng_state"), rank["rng"])
+        note = read_notes(capsule)[number]
+        assert (note.role, note.step, note.rank, note.data_rank, note.kind) == (
+            "learner",
+            7,
+            number,
+            number,
+            "Experience",
+        )
+        assert note.reason.startswith("not finite: loss nan")
+        with safe_open(capsule / f"rank_{number}.safetensors", framework="pt") as file:
+            assert torch.equal(file.get_tensor(f"{RNG}, cpu"), rank["rng"])
             tokens, advantages = file.get_tensor("rollout.tokens"), file.get_tensor("advantages")
         # Each rank saved its own two rows, as they were when they did the damage.
         assert tokens.shape == (2, ROWS.tokens.shape[1])

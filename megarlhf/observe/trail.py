@@ -1,0 +1,47 @@
+"""Where a rank is: what it would have to say for itself if it failed now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Trail:
+    """Kept up to date by the loop, the clock, the roles and the collectives; read when something goes wrong."""
+
+    step: int = 0
+    """Steps (PPO: iterations) done."""
+    phase: str = ""
+    """Of the clock."""
+    role: str = ""
+    """That works or has worked last."""
+    collective: str = ""
+    """Entered last, with its axis."""
+    axis: Any = ""
+    """Of that collective."""
+    work: Any = field(default=None, repr=False)
+    """The batch that the role works on."""
+    attempt: str = ""
+    """Of which start of the run this is a part."""
+    sign: Path | None = None
+    """File in which this rank says where it is, for the others to read when it no longer answers."""
+
+    @property
+    def where(self) -> str:
+        """In words: step 12, phase score, role reference."""
+        parts = (("step", str(self.step)), ("phase", self.phase), ("role", self.role))
+        return ", ".join(f"{name} {value}" for name, value in parts if value)
+
+    def enter(self, phase: str) -> None:
+        """Note the phase, and leave a sign of life."""
+        self.phase = phase
+        self.show()
+
+    def show(self) -> None:
+        """Write the sign of life, where there is a place for it."""
+        if self.sign is not None:
+            partial = self.sign.with_suffix(".partial")
+            partial.write_text(f"{self.attempt} {self.where}\n", encoding="utf-8")
+            partial.replace(self.sign)

@@ -1,0 +1,288 @@
+"""Gates: numbers that a correct run keeps within bounds, cheap enough to be measured before its first step.
+
+Each gate is a function that returns a `Gate`, equal on every rank. None of them takes an optimiser step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch import Experience, Prompts, Rollout
+from megarlhf.data.prompts import PromptSet
+from megarlhf.errors import TrainingError
+from megarlhf.models.compute import Compute
+from megarlhf.models.role import Role, TrainableRole
+from megarlhf.models.roles import Roles
+from megarlhf.parallel.collectives import all_reduce
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.pipeline import Loss, LossMeans, forward_backward
+from megarlhf.parallel.rng import derive_seed, generator
+from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import SamplingConfig
+
+PROMPTS, SAMPLES, TOKENS = 4, 2, 16
+"""Of a gate's batch: prompts a data rank, responses a prompt (so that a prefilled prompt is forked), response tokens at
+most. Some hundred tokens show every fault of the arithmetic and cost less than one step of training."""
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers to read numbers of so many bytes as."""
+CHUNK = 2**22
+"""Numbers that are fingerprinted at once; bounds the memory that it takes."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One number, and how large a correct run lets it become."""
+
+    name: str
+    value: float
+    bound: float
+    measure: str
+    """What the number is, with its unit."""
+    remedy: str
+    """What to do when it is too large."""
+    skipped: str = ""
+    """Why it was not measured; such a gate neither holds nor fails."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it was measured and is in bounds; a NaN is not."""
+        return not self.skipped and self.value <= self.bound
+
+    @property
+    def fails(self) -> bool:
+        """Whether it was measured and is out of bounds."""
+        return not self.skipped and not self.holds
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.name}: skipped, {self.skipped}"
+        return f"{self.name}: {self.measure} is {self.value:.3g}, allowed {self.bound:.3g}"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far rounding alone can move each number."""
+
+    sampler: float
+    """Log-prob of one token, nats."""
+    first_pass: float
+    """Ratio, clip fraction, and KL in nats."""
+    reference: float
+    """Log-prob of one token, nats."""
+    gradient: float
+    """Of the norm of one tensor's gradient."""
+    logits: float
+    """Of the largest logit."""
+    layout: float
+    """Log-prob of one token, nats."""
+
+
+FLOAT32 = Bounds(sampler=1e-4, first_pass=0.0, reference=1e-4, gradient=1e-3, logits=1e-3, layout=1e-4)
+"""Sums in another order: tiny models show 1e-6, the reference too, whose weights are aligned otherwise in memory. The
+first pass repeats the same sums on the same weights: to the bit."""
+BFLOAT16 = Bounds(sampler=0.5, first_pass=1e-2, reference=0.05, gradient=0.05, logits=0.1, layout=0.5)
+"""8 bits round a logit of 16 by up to 0.06, layers add to that, and the worst of a hundred tokens is several times the
+typical one. Models of random weights, 8 layers on a CPU, show 0.02 to 0.1 for the sampler, 0.01 to 0.04 for logits and
+0.003 for gradients. A GPU may choose other kernels with gradients than without, so the first pass has room too."""
+FP8 = Bounds(*[math.inf] * 6)
+"""Rounding depends on scales that follow the data, so no bound is known: the number is told, and only a NaN fails."""
+
+
+def bounds_of(compute: Compute) -> Bounds:
+    """The bounds for the number formats of a run."""
+    if compute.fp8 is not None:
+        return FP8
+    return FLOAT32 if compute.dtype == torch.float32 else BFLOAT16
+
+
+def skip(name: str, reason: str) -> Gate:
+    """A gate that cannot be measured here."""
+    return Gate(name, math.nan, math.nan, "", "", skipped=reason)
+
+
+def check_gates(gates: Iterable[Gate]) -> None:
+    """Raise TrainingError naming every gate that fails, its number, its bound and its remedy."""
+    failing = [f"gate {gate}; {gate.remedy}." for gate in gates if gate.fails]
+    if failing:
+        raise TrainingError("\n".join(failing))
+
+
+def cheap_gates(
+    roles: Roles,
+    engine: RolloutEngine,
+    prompts: Prompts,
+    loss: Loss,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    reference_is_actor: bool,
+) -> list[Gate]:
+    """What a run measures before its first step: seconds, and no trace in weights, optimiser state or random numbers.
+
+    prompts: this data rank's own; loss: the actor's; reference_is_actor: both have the same weights now.
+    Memory:   one role is resident at a time, as in training. Ranks: collective over the mesh; equal on every rank.
+    """
+    actor, device = roles.actor, roles.actor.mesh.device
+    offload = offload_gate(roles.every)
+    if offload.fails:  # the others would measure what is left of the weights
+        return [offload]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        rollout = fresh_rollout(actor, engine, prompts, sampling, seed=seed)
+        return [
+            offload,
+            sampler_gate(actor, rollout),
+            first_pass_gate(actor, rollout, loss, seed=seed),
+            reference_gate(roles, rollout, reference_is_actor=reference_is_actor),
+        ]
+
+
+def gate_prompts(prompts: PromptSet, mesh: Mesh) -> Prompts:
+    """This data rank's prompts for a gate's batch: its own part of the first of the set."""
+    first = mesh.data_rank * PROMPTS
+    return prompts.batch(torch.arange(first, first + PROMPTS) % len(prompts))
+
+
+def fresh_rollout(
+    actor: TrainableRole, engine: RolloutEngine, prompts: Prompts, sampling: SamplingConfig, *, seed: int
+) -> Rollout:
+    """Short responses of the actor, as the run samples them."""
+    short = sampling.model_copy(update={"max_new_tokens": min(TOKENS, sampling.max_new_tokens)})
+    with actor.resident("weights"):
+        return engine.generate(prompts, short, seed=derive_seed(seed, "gates"), group_size=SAMPLES)
+
+
+def sampler_gate(actor: TrainableRole, rollout: Rollout) -> Gate:
+    """The sampler and the trainer give each sampled token the same log-prob."""
+    gap = (rollout.sampler_logprobs - actor.score(rollout))[rollout.response_mask]
+    return Gate(
+        "sampler",
+        worst(gap.abs(), actor.mesh),
+        bounds_of(actor.settings.compute).sampler,
+        "largest difference of a token's log-prob between sampler and trainer, in nats",
+        "ratios would start away from 1: try compute.layers=local and compute.cuda_graphs=false to find which "
+        "implementation is off, or compute.dtype=float32 to rule out rounding",
+    )
+
+
+def first_pass_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed: int) -> Gate:
+    """On rows that were just scored the ratio is 1, nothing is clipped and the policy has not moved.
+
+    loss: reports `ratio`, `clip_fraction` and `approx_kl`.
+    """
+    batch = scored(actor, unscored_experience(rollout, seed))
+    with gradients(actor, batch, loss, actor.settings.micro_batch) as means:
+        told = means.metrics
+    return Gate(
+        "first pass",
+        worst(torch.tensor([told["ratio"] - 1.0, told["clip_fraction"], told["approx_kl"]]).abs(), actor.mesh),
+        bounds_of(actor.settings.compute).first_pass,
+        "largest of |mean ratio - 1|, clip fraction and approximate KL on rows just scored",
+        "scoring and training disagree on the same weights: try policy_loss=composed and compute.layers=local to find "
+        "which forward is off",
+    )
+
+
+def reference_gate(roles: Roles, rollout: Rollout, *, reference_is_actor: bool) -> Gate:
+    """A reference with the actor's weights has the actor's log-probs, so the KL penalty starts at 0."""
+    name = "reference"
+    if not reference_is_actor:
+        return skip(name, "the reference and the actor have different weights")
+    gap = (roles.actor.score(rollout) - roles.reference.score(rollout))[rollout.response_mask]
+    return Gate(
+        name,
+        worst(gap.abs(), roles.actor.mesh),
+        bounds_of(roles.actor.settings.compute).reference,
+        "largest difference of a token's log-prob between the actor and a reference of the same weights, in nats",
+        "the KL penalty would pull towards another model: check that nothing is writing to actor.init, and try "
+        "offload=none",
+    )
+
+
+def offload_gate(roles: Sequence[Role]) -> Gate:
+    """Weights and optimiser state come back from the host as they went. Every role is away afterwards."""
+    name = "offload"
+    if roles[0].settings.offload == "none":
+        return skip(name, "offload=none moves nothing")
+    return Gate(
+        name,
+        worst(torch.tensor([_lost_in_transit(role) for role in roles]), roles[0].mesh),
+        0.0,
+        "tensors of one role that changed on the way to the host and back",
+        "weights would be lost between phases: set offload=none, and check the machine's memory",
+    )
+
+
+def _lost_in_transit(role: Role) -> int:
+    prints = []
+    for _ in range(2):
+        with role.resident(*role.parts):
+            prints.append(state_of(role))
+        role.leave()
+    return sum(then != now or now is None for then, now in zip(*prints, strict=True))
+
+
+def state_of(role: Role) -> list[int | None]:
+    """Fingerprints of weights and optimiser state, which must be resident; gradients are dropped on purpose."""
+    return [fingerprint(tensor) for part in role.parts if part != "gradients" for tensor in role.tensors(part)]
+
+
+def fingerprint(tensor: Tensor) -> int | None:
+    """64 bits that any change of a single number changes; None for a tensor whose bytes are gone.
+
+        sum_i (2 i + 1) bits_i   modulo 2^64
+
+    Memory:   16 bytes for each of `CHUNK` numbers.
+    """
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        return None
+    words = tensor.detach().reshape(-1).view(WORDS[tensor.element_size()])
+    total = 0
+    for start in range(0, len(words), CHUNK):
+        part = words[start : start + CHUNK].long()
+        odd = torch.arange(start, start + len(part), device=part.device) * 2 + 1
+        total += int((part * odd).sum())
+    return total % 2**64
+
+
+def unscored_experience(rollout: Rollout, seed: int) -> Experience:
+    """`rollout` with random advantages, the same for every layout; log-probs are 0 until `scored`."""
+    zeros = torch.zeros_like(rollout.sampler_logprobs)
+    advantages = torch.randn(zeros.shape, generator=generator(seed, "gates", "advantages")).to(zeros.device)
+    return Experience(rollout, zeros, zeros, zeros, advantages, zeros)
+
+
+def scored(role: TrainableRole, batch: Experience) -> Experience:
+    """`batch` with the log-probs that the role gives it now."""
+    return replace(batch, logprobs=role.score(batch.rollout))
+
+
+@contextmanager
+def gradients(role: TrainableRole, batch: Experience, loss: Loss, micro_batch: int) -> Iterator[LossMeans]:
+    """The gradient of the mean loss in the role's buffers inside the block; zeroed after it, and no step taken.
+
+    batch: this data rank's rows. With the distributed optimizer only the rank's own shard is summed over data ranks.
+    """
+    with role.resident("weights", "gradients"):
+        _zero_gradients(role)
+        yield forward_backward(
+            role.wrapped, batch, loss, mesh=role.mesh, micro_batch=micro_batch, reads=role.reading.reads
+        )
+        _zero_gradients(role)
+
+
+def _zero_gradients(role: TrainableRole) -> None:
+    for wrapped in role.wrapped:
+        wrapped.zero_grad_buffer()
+
+
+def worst(values: Tensor, mesh: Mesh) -> float:
+    """The largest of all ranks' values, 0 where there are none. A NaN counts as infinite: a maximum could lose it."""
+    finite = values.detach().double().nan_to_num(nan=math.inf, posinf=math.inf)
+    largest = finite.max() if finite.numel() else finite.new_zeros(())
+    return float(all_reduce(largest.to(mesh.device), mesh, "world", "max"))

@@ -1,0 +1,172 @@
+"""What a rank leaves behind when a run fails: where it was, the batch it worked on, its random state, the settings.
+
+    RUN/capsules/step_00000012/rank_0.json          where, why, the command and all settings
+    RUN/capsules/step_00000012/rank_0.safetensors   the batch, this data rank's rows, and the states of random numbers
+    RUN/capsules/step_00000012/weights/             of the role, where all ranks failed together
+
+`megarlhf replay` does the step again. A rank that is killed leaves nothing, which is how the others know who it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import typing
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megarlhf.batch import Batch
+from megarlhf.errors import DataError
+from megarlhf.parallel.mesh import Mesh
+
+RNG = "random state"
+SETTLE_S = 2.0
+"""Seconds that a rank waits for the capsules of others before it says whose are missing."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What one rank says of itself."""
+
+    reason: str
+    where: str
+    """Step, phase and role, in words."""
+    step: int
+    role: str
+    collective: str
+    """Entered last."""
+    rank: int
+    data_rank: int
+    world_size: int
+    attempt: str
+    kind: str
+    """Type of the batch; empty for none."""
+    texts: dict[str, list[str]]
+    """Those parts of the batch that are no tensors, by dotted name."""
+    command: str
+    """Command line of the run."""
+    config: str
+    """Its settings, as YAML."""
+
+
+def capsule_directory(run_dir: Path, step: int) -> Path:
+    """Where the capsules of a failure in the step after `step` lie."""
+    return run_dir / "capsules" / f"step_{step:08d}"
+
+
+def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
+    """Write this rank's capsule and return its directory. No rank waits for another."""
+    trail = mesh.trail
+    directory = capsule_directory(run_dir, trail.step)
+    directory.mkdir(parents=True, exist_ok=True)
+    batch = trail.work if isinstance(trail.work, Batch) else None
+    note = Note(
+        reason=reason,
+        where=trail.where,
+        step=trail.step,
+        role=trail.role,
+        collective=trail.collective,
+        rank=mesh.rank,
+        data_rank=mesh.data_rank,
+        world_size=mesh.layout.world_size,
+        attempt=trail.attempt,
+        kind="" if batch is None else type(batch).__name__,
+        texts=dict(texts_of(batch)) if batch is not None else {},
+        command=_text(run_dir / "command.txt"),
+        config=_text(run_dir / "config.yaml"),
+    )
+    # Copies: parts of a batch may share memory, which safetensors refuses.
+    tensors = {} if batch is None else {name: tensor.cpu().clone() for name, tensor in tensors_of(batch)}
+    random = {f"{RNG}, cpu": torch.get_rng_state()}
+    if mesh.device.type == "cuda":
+        random[f"{RNG}, cuda"] = torch.cuda.get_rng_state(mesh.device)
+    save_file({**tensors, **random}, directory / f"rank_{mesh.rank}.safetensors")
+    # Last, and whole at once: the note says that the rest is there.
+    partial = directory / f"rank_{mesh.rank}.partial"
+    partial.write_text(json.dumps(asdict(note), indent=1) + "\n", encoding="utf-8")
+    partial.replace(directory / f"rank_{mesh.rank}.json")
+    return directory
+
+
+def read_notes(directory: Path) -> list[Note]:
+    """The notes of all ranks that left one, by rank.
+
+    Raises:   DataError when there is none, or one cannot be read.
+    """
+    notes = []
+    for path in directory.glob("rank_*.json"):
+        try:
+            notes.append(Note(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"capsule {path} cannot be read ({error}); name another capsule.") from None
+    if not notes:
+        raise DataError(f"capsule={directory} holds no rank_*.json; name a directory under RUN/capsules.")
+    return sorted(notes, key=lambda note: note.rank)
+
+
+def read_batch(directory: Path, note: Note, kind: type[Batch]) -> Batch:
+    """The batch of one rank, of the type that its note names."""
+    with safe_open(directory / f"rank_{note.rank}.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    return _rebuilt(kind, "", tensors, note.texts)
+
+
+def missing_ranks(directory: Path, mesh: Mesh) -> list[int]:
+    """The ranks that have left no capsule in this attempt, after a moment for them.
+
+    Those of the collective entered last, if there are some: the others may wait for one of these in their turn.
+    """
+    time.sleep(SETTLE_S)
+    there = {note.rank for note in read_notes(directory) if note.attempt == mesh.trail.attempt}
+    axes = [mesh.ranks(axis) for axis in (mesh.trail.axis or "world", "world")]
+    return next((silent for ranks in axes if (silent := sorted(set(ranks) - there))), [])
+
+
+def last_seen(run_dir: Path, rank: int, attempt: str) -> str:
+    """Where a rank was when it last entered a phase."""
+    found, _, where = _text(sign_of_life(run_dir, rank)).strip().partition(" ")
+    return where if found == attempt and where else "before the first step"
+
+
+def sign_of_life(run_dir: Path, rank: int) -> Path:
+    """The file in which a rank says where it is."""
+    return run_dir / "ranks" / f"rank_{rank}"
+
+
+def tensors_of(batch: Batch, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a batch and of the batches inside it, by dotted name."""
+    for name, value in vars(batch).items():
+        if isinstance(value, Batch):
+            yield from tensors_of(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            yield prefix + name, value
+
+
+def texts_of(batch: Batch, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Every tuple of texts, likewise."""
+    for name, value in vars(batch).items():
+        if isinstance(value, Batch):
+            yield from texts_of(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple):
+            yield prefix + name, list(value)
+
+
+def _rebuilt(kind: type[Batch], prefix: str, tensors: dict[str, Tensor], texts: dict[str, list[str]]) -> Any:
+    fields: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if isinstance(hint, type) and issubclass(hint, Batch):
+            fields[name] = _rebuilt(hint, f"{prefix}{name}.", tensors, texts)
+        else:
+            fields[name] = tensors[prefix + name] if hint is Tensor else tuple(texts[prefix + name])
+    return kind(**fields)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

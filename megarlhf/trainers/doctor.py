@@ -1,0 +1,238 @@
+"""`megarlhf doctor`: what this machine has, and whether a PPO run of these settings would compute what it should.
+
+The roles, the engine and the loss are those of `megarlhf ppo` with the same settings; nothing is trained or kept.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megarlhf.batch import Rollout
+from megarlhf.checkpoint.sharded import load_model
+from megarlhf.data.rows import BUILT_IN
+from megarlhf.errors import TrainingError
+from megarlhf.models.compute import resolve
+from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.observe.writers import machine, versions
+from megarlhf.parallel import launch
+from megarlhf.parallel.alone import alone, is_first
+from megarlhf.parallel.collectives import barrier, broadcast_object, own_rows
+from megarlhf.parallel.mesh import Mesh, local_device, start
+from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
+from megarlhf.runtime.deep_gates import (
+    Measured,
+    fixed_rollout,
+    hugging_face_gate,
+    layout_gates,
+    measure,
+    micro_batch_gate,
+    save_load_gate,
+)
+from megarlhf.runtime.gates import (
+    PROMPTS,
+    TOKENS,
+    Gate,
+    first_pass_gate,
+    fresh_rollout,
+    gate_prompts,
+    offload_gate,
+    reference_gate,
+    sampler_gate,
+    scored,
+    skip,
+    unscored_experience,
+)
+from megarlhf.runtime.roles import role_settings
+from megarlhf.trainers.ppo import build_engine, build_roles, policy_loss
+from megarlhf.trainers.ppo_config import LearnerConfig, PPOConfig, PPOInputs, prepare
+
+STAND_IN = "tiny-xs"
+"""Preset of all four models where no actor is named."""
+ACTIVATIONS = 1.25
+"""Of the bytes that a model in training keeps: room for what passes through it."""
+PROBE_OFFLOAD = "offload, trained"
+"""The gate of weights that have never been away, and of moments: `offload` sees only what a second trip loses."""
+
+
+class DoctorConfig(PPOConfig):
+    """`megarlhf doctor`: the settings of a run of `megarlhf ppo`, to be checked on this machine."""
+
+    run_dir: Path = Path("runs/doctor")
+    """Directory of the run; the doctor leaves nothing there, and puts a model beside it for a moment."""
+    actor: LearnerConfig = LearnerConfig()
+    """The policy; without `actor.init` a tiny preset with the built-in tokenizer and prompts stands in."""
+
+
+def main(cfg: DoctorConfig, argv: Sequence[str]) -> int:
+    """`megarlhf doctor`. Raises TrainingError naming the gates that fail."""
+    cfg = complete(cfg)
+    return launch.run(lambda: _prepare(cfg), lambda inputs: _run(cfg, inputs), cfg.layout, argv)
+
+
+def complete(cfg: DoctorConfig) -> DoctorConfig:
+    """`cfg` itself, or, where it names no actor, the stand-ins for what is empty in it."""
+    if cfg.actor.init:
+        return cfg
+    return cfg.model_copy(
+        update={
+            "actor": cfg.actor.model_copy(update={"init": STAND_IN}),
+            "reward": cfg.reward if cfg.reward.init else cfg.reward.model_copy(update={"init": STAND_IN}),
+            "tokenizer": cfg.tokenizer or BUILT_IN_TOKENIZER,
+            # The built-in tokenizer has no chat template, and the preset a short context.
+            "prompts": cfg.prompts.model_copy(update={"template": "plain"} if cfg.prompts.source == BUILT_IN else {}),
+            "sampling": cfg.sampling.model_copy(update={"max_new_tokens": min(32, cfg.sampling.max_new_tokens)}),
+        }
+    )
+
+
+def _prepare(cfg: DoctorConfig) -> PPOInputs:
+    """Check the input as PPO does, save that `run_dir` may hold a run: it is not touched."""
+    return prepare(cfg.model_copy(update={"run_dir": cfg.run_dir / "doctor"}))
+
+
+def _run(cfg: DoctorConfig, inputs: PPOInputs) -> None:
+    # Piped to a file there is no width to respect.
+    console = Console(quiet=not is_first(), width=None if sys.stdout.isatty() else 140)
+    console.print(environment(cfg))
+    alternative = one_rank(cfg, inputs) if is_first() else ""
+    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    gates = []
+    for gate in examine(cfg, inputs, broadcast_object(alternative, mesh, "world"), mesh):
+        gates.append(gate)
+        console.print(_verdict(gate), soft_wrap=True)
+    failing = [gate.name for gate in gates if gate.fails]
+    if failing:
+        raise TrainingError(f"{len(failing)} gates fail: {', '.join(failing)}; do what stands below each of them.")
+
+
+def environment(cfg: DoctorConfig) -> Table:
+    """Versions, this rank's device, and what each part of the run resolves to, and why."""
+    device = local_device()
+    table = Table(title="environment", title_justify="left", show_header=False)
+    for name, value in {**versions(), **{name: str(value) for name, value in machine(device).items()}}.items():
+        table.add_row(name, value)
+    for choice in (*resolve(cfg.compute, device).choices, cfg.policy_loss_choice):
+        table.add_row(choice.part, f"{choice.implementation} ({choice.reason})")
+    return table
+
+
+def _verdict(gate: Gate) -> Text:
+    if gate.skipped:
+        return Text(f"skipped  {gate.name:<17}  {gate.skipped}", style="dim")
+    number = f"{gate.name:<17}  {gate.value:<8.3g} <= {gate.bound:<6.3g}  {gate.measure}"
+    if gate.holds:
+        return Text(f"holds    {number}")
+    return Text(f"FAILS    {number.replace('<=', ' >')}\n         what to do: {gate.remedy}", style="bold red")
+
+
+def one_rank(cfg: DoctorConfig, inputs: PPOInputs) -> Measured | str:
+    """What a one-rank model of the same weights makes of the fixed batch; or why that is not known.
+
+    Ranks:    rank 0, before it joins the others.
+    """
+    if cfg.layout.world_size == 1:
+        return "the layout is one rank"
+    device = local_device()
+    itemsize = resolve(cfg.compute, device).dtype.itemsize
+    # Weights, fp32 gradients, and fp32 masters of bf16 weights.
+    needed = ACTIVATIONS * inputs.actor.spec.parameters * (itemsize + 4 + (4 if itemsize < 4 else 0))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        return f"one rank would need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+    with alone(seed=cfg.seed) as mesh:
+        probe = build_probe(cfg, inputs, mesh)
+        measured = measure(probe, _fixed(cfg, inputs, mesh), policy_loss(probe, cfg), seed=cfg.seed)
+    del probe
+    _free(device)
+    return measured
+
+
+def build_probe(cfg: DoctorConfig, inputs: PPOInputs, mesh: Mesh) -> TrainableRole:
+    """A second actor, to be trained; each data rank has its whole gradient and optimiser state."""
+    reading = LabelLogprobs(cfg.sampling.temperature)
+    probe = TrainableRole("probe", inputs.actor.spec, "language", reading, role_settings(cfg, mesh), mesh)
+    load_model(probe, cfg.actor.init, seed=cfg.seed)
+    optim = cfg.actor.optim.model_copy(update={"distributed": False})
+    probe.prepare(optim, cfg.iterations * cfg.steps_per_iteration)
+    return probe
+
+
+def _fixed(cfg: DoctorConfig, inputs: PPOInputs, mesh: Mesh) -> Rollout:
+    """As many rows as the data ranks of the run share, in every layout."""
+    rows = torch.arange(PROMPTS * cfg.layout.data) % len(inputs.prompts)
+    tokens = min(TOKENS, cfg.sampling.max_new_tokens)
+    prompts = inputs.prompts.batch(rows)
+    return fixed_rollout(prompts, inputs.actor.spec.vocab_size, tokens, cfg.seed).to(mesh.device)
+
+
+def examine(cfg: DoctorConfig, inputs: PPOInputs, alternative: Measured | str, mesh: Mesh) -> Iterator[Gate]:
+    """Every gate, one after another. Collective.
+
+    alternative: what one rank makes of the fixed batch, or why that is not known.
+    """
+    probed = examine_probe(cfg, inputs, alternative, mesh)
+    _free(mesh.device)
+    yield from probed
+    if any(gate.fails for gate in probed if gate.name == PROBE_OFFLOAD):
+        yield skip("all others", "weights do not survive the way to the host")
+        return
+
+    roles = build_roles(cfg, inputs, mesh)
+    actor, loss, seed = roles.actor, policy_loss(roles.actor, cfg), cfg.seed
+    yield offload_gate(roles.every)
+    yield hugging_face_gate(actor, cfg.actor.init)
+    prompts = gate_prompts(inputs.prompts, mesh)
+    rollout = fresh_rollout(actor, build_engine(cfg, inputs, actor), prompts, cfg.sampling, seed=seed)
+    yield sampler_gate(actor, rollout)
+    yield first_pass_gate(actor, rollout, loss, seed=seed)
+    yield reference_gate(roles, rollout, reference_is_actor=cfg.reference_init == cfg.actor.init)
+    yield micro_batch_gate(actor, rollout, loss, seed=seed)
+    with _shared_directory(cfg.run_dir, mesh) as directory:
+        yield save_load_gate(actor, inputs.tokenizer, directory / "model")
+
+
+def examine_probe(cfg: DoctorConfig, inputs: PPOInputs, alternative: Measured | str, mesh: Mesh) -> list[Gate]:
+    """What is seen on a model that was never away from the device, and that may be trained."""
+    probe = build_probe(cfg, inputs, mesh)
+    loss, fixed = policy_loss(probe, cfg), _fixed(cfg, inputs, mesh)
+    if isinstance(alternative, str):
+        layout = [skip("layout", alternative)]
+    else:
+        layout = layout_gates(probe, measure(probe, fixed, loss, seed=cfg.seed), alternative)
+    # A step gives the optimiser moments to lose.
+    probe.update(scored(probe, own_rows(unscored_experience(fixed, cfg.seed), mesh)), loss)
+    return [*layout, replace(offload_gate([probe]), name=PROBE_OFFLOAD)]
+
+
+def _free(device: torch.device) -> None:
+    """Give back the memory of models that nobody holds any more: their modules refer to each other in circles."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _shared_directory(run_dir: Path, mesh: Mesh) -> Iterator[Path]:
+    """A new directory where `run_dir` is or will be, the same on every rank, removed after the block."""
+    there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
+    made = tempfile.mkdtemp(prefix="megarlhf-doctor-", dir=there) if mesh.is_main else ""
+    directory = Path(broadcast_object(made, mesh, "world"))
+    try:
+        yield directory
+        barrier(mesh)
+    finally:
+        if mesh.is_main:
+            shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,184 @@
+"""`megarlhf replay`: take a failed step again, on one CPU or GPU, from the capsule that it left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megarlhf.batch import Batch, Experience, TokenBatch
+from megarlhf.checkpoint.sharded import load_weights
+from megarlhf.checkpoint.training_state import latest_state
+from megarlhf.config import Config, load_config
+from megarlhf.errors import DataError
+from megarlhf.models.role import TrainableRole, Update
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.pipeline import Loss
+from megarlhf.trainers import ppo, reward, sft
+from megarlhf.trainers.capsule import Note, read_batch, read_notes
+from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.reward import Couples, RewardConfig
+from megarlhf.trainers.settings import RunConfig
+from megarlhf.trainers.sft import SftConfig
+
+KINDS: dict[str, type[Batch]] = {kind.__name__: kind for kind in (Experience, TokenBatch, Couples)}
+"""Batches that an optimiser step is made of."""
+ALONE = (
+    *(f"layout.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "data")),
+    "layout.sequence_parallel=false",
+)
+"""A layout of one rank."""
+
+
+class ReplayConfig(Config):
+    """`megarlhf replay`: a failed step again."""
+
+    capsule: Path
+    """Directory that the failed run named, RUN/capsules/step_...; it must not have been moved out of RUN."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of whatever the step draws at random; nothing does today."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How a command of the capsule makes its roles again, and their losses."""
+
+    config: type[RunConfig]
+    build: Callable[[Any, Mesh], dict[str, tuple[TrainableRole, Loss]]]
+
+
+def _ppo(cfg: PPOConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Loss]]:
+    roles = ppo.build_roles(cfg, ppo.prepare(cfg), mesh)
+    return {
+        "actor": (roles.actor, ppo.policy_loss(roles.actor, cfg)),
+        "critic": (roles.critic, ppo.value_loss(roles.critic, cfg)),
+    }
+
+
+def _sft(cfg: SftConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Loss]]:
+    role = sft.build_role(cfg, sft.prepare(cfg), mesh)
+    return {role.name: (role, sft.next_token_loss(role))}
+
+
+def _reward(cfg: RewardConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Loss]]:
+    role = reward.build_role(cfg, reward.prepare(cfg), mesh)
+    return {role.name: (role, reward.judgement_loss(role, cfg))}
+
+
+TRAINERS = {"ppo": Trainer(PPOConfig, _ppo), "sft": Trainer(SftConfig, _sft), "reward": Trainer(RewardConfig, _reward)}
+
+
+def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
+    """`megarlhf replay`: 0 if the step works here, 1 if its loss or gradient is not finite here too."""
+    notes = read_notes(cfg.capsule)
+    _print_notes(notes)
+    note = notes[0]
+    command = note.command.removeprefix("megarlhf ").partition(" ")[0].strip()
+    if note.kind not in KINDS or command not in TRAINERS:
+        raise DataError(
+            f"capsule={cfg.capsule}: {note.where} was no optimiser step (batch: {note.kind or 'none'}), so "
+            "that there is none to take again; start the run's command again, with layout.tensor=1 "
+            "layout.pipeline=1 layout.data=1 if it shall go on here from its newest state."
+        )
+    trainer = TRAINERS[command]
+    mesh = start(ParallelLayout(), seed=cfg.seed)
+    role, loss = _role(trainer, cfg.capsule, note, mesh)
+    origin = _load(role, cfg.capsule)
+    batch = joined(cfg.capsule, notes)
+    with first_not_finite(role) as found:
+        update = role.update(batch.to(mesh.device), loss)
+    _report(update, origin, found, len(batch))
+    return 0 if update.stepped else 1
+
+
+def joined(capsule: Path, notes: Sequence[Note]) -> Any:
+    """The rows of all data ranks that left a capsule, in rank order, as one batch."""
+    first = {note.data_rank: note for note in reversed(notes)}  # tensor and pipeline ranks have the same rows
+    parts: list[Any] = [read_batch(capsule, first[rank], KINDS[first[rank].kind]) for rank in sorted(first)]
+    width = max(part.tokens.shape[1] for part in parts)
+    return _cat([part.padded_to(width - 1) for part in parts])
+
+
+def _cat(parts: Sequence[Any]) -> Any:
+    columns: dict[str, Any] = {}
+    for name, value in vars(parts[0]).items():
+        values = [vars(part)[name] for part in parts]
+        if isinstance(value, Batch):
+            columns[name] = _cat(values)
+        else:
+            columns[name] = torch.cat(values) if isinstance(value, Tensor) else sum(values, ())
+    return type(parts[0])(**columns)
+
+
+@contextmanager
+def first_not_finite(role: TrainableRole) -> Iterator[list[str]]:
+    """Inside, the first module whose output is not finite is written to the list, by name."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            if not found and any(isinstance(x, Tensor) and not x.isfinite().all() for x in outputs):
+                found.append(name)
+
+        return look
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in role.model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _role(trainer: Trainer, capsule: Path, note: Note, mesh: Mesh) -> tuple[TrainableRole, Loss]:
+    with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(note.config)
+        file.flush()
+        # A directory of its own: the run's belongs to the run.
+        changes = [*ALONE, f"run_dir={capsule / 'replay'}"]
+        cfg = load_config(trainer.config, Path(file.name), changes)
+    return trainer.build(cfg, mesh)[note.role]
+
+
+def _load(role: TrainableRole, capsule: Path) -> str:
+    """The weights as they were, or the newest that there are; says which."""
+    if (capsule / "weights").is_dir():
+        load_weights(role, capsule / "weights")
+        return "of the failed step"
+    state = latest_state(capsule.absolute().parents[1] / "checkpoints")
+    if state is None:
+        return "of the run's start: it had saved no state"
+    load_weights(role, state / role.name)
+    return f"of {state.name}, the newest saved state"
+
+
+def _print_notes(notes: Sequence[Note]) -> None:
+    table = Table(title=f"what {len(notes)} of {notes[0].world_size} ranks left", title_justify="left")
+    for column in ("rank", "where", "last collective", "why"):
+        table.add_column(column)
+    for note in notes:
+        reason = note.reason.partition("\n")[0]
+        table.add_row(str(note.rank), note.where, note.collective, reason[:80])
+    Console().print(table)
+
+
+def _report(update: Update, origin: str, found: Sequence[str], rows: int) -> None:
+    says = "finite here" if update.stepped else "not finite here either"
+    console = Console()
+    console.print(f"{rows} rows, weights {origin}: the step is {says}.", highlight=False)
+    console.print(f"loss {update.means.loss}, gradient norm {update.grad_norm}", highlight=False)
+    if found:
+        console.print(f"first output that is not finite: {found[0]}", highlight=False)
+    elif not update.stepped:
+        console.print("every module's output is finite: the loss or its gradient is not", highlight=False)
