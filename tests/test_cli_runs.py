@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +39,28 @@ GENERATE = (
 )
 
 
-def megarlhf(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def started(*arguments: str, directory: Path) -> subprocess.Popen[str]:
+    """The command line, begun in `directory`."""
     environment = {name: value for name, value in os.environ.items() if name not in RANKED}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "megarlhf.cli", *arguments],
         cwd=directory,
         env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT_S,
-        check=False,
     )
+
+
+def megarlhf(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    with started(*arguments, directory=directory) as process:
+        try:
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +140,27 @@ def test_generate_says_the_same_on_two_ranks(runs: Path) -> None:
     for one, other in zip(written, printed, strict=True):
         assert one["response"] == other["response"]
         assert abs(one["logprob"] - other["logprob"]) < 1e-4
+
+
+def test_sigterm_to_the_launcher_saves_on_every_rank_and_the_command_goes_on(tmp_path: Path) -> None:
+    command = [
+        *("sft", "run_dir=run", "model=tiny-xs", "tokenizer=arithmetic", "data.template=plain", "layout.data=2"),
+        *("data.arithmetic.level=1", "data.arithmetic.rows=1600", "global_batch=8", "micro_batch=4"),
+    ]
+    process = started(*command, directory=tmp_path)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 75, said
+    assert said.count("stopped by SIGTERM after step ") == 1
+    step = int((tmp_path / "run" / "checkpoints" / "latest").read_text().removeprefix("step_"))
+    assert f"stopped by SIGTERM after step {step}; its state is in run/checkpoints" in said
+    assert log.read_text().count("\n") == step < 200
+    done = megarlhf(*command, directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 201))

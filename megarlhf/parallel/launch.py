@@ -102,7 +102,9 @@ def _start_ranks(ranks: int, command: Sequence[str]) -> int:
         except ChildFailedError as error:
             for failure in error.failures.values():
                 _kill_session(failure.pid)
-            if caught and -caught[-1] in {failure.exitcode for failure in error.failures.values()}:
+            obeyed = bool(caught) and -caught[-1] in {failure.exitcode for failure in error.failures.values()}
+            # A rank that saved first has left a note of its own, and the launcher's SIGTERM may have hurried others.
+            if obeyed and not list(Path(directory).glob("rank_*.json")):
                 return _say_stopped(caught[-1])
             return _report_first_failure(error, Path(directory))
         except SignalException as stopped:

@@ -144,6 +144,7 @@ class Run:
             raise TrainingError(
                 f"{error}\nthe batch is in {directory}; megarlhf doctor measures more, and gates=off goes on anyway."
             ) from None
+        self._stop.step_begins()
 
     def step_ended(self, step: int, metrics: Metrics) -> None:
         """Save the state after `step` steps if it is time, or if the run shall stop.

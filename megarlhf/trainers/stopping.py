@@ -29,7 +29,7 @@ class StopRequest:
         self._deadline = psutil.Process().create_time() + save_before if save_before else float("inf")
         self._caught = 0
         self._longest_step = self._longest_save = 0.0
-        self._step_began = time.time()
+        self.step_begins()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -40,6 +40,10 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def step_begins(self) -> None:
+        """Time the next step from now, not from when the last one ended."""
+        self._step_began = time.time()
 
     def step_ended(self) -> str:
         """Note how long the step took; return why the run shall stop, or nothing. Collective over the mesh."""
@@ -56,7 +60,7 @@ class StopRequest:
     def save_ended(self, seconds: float) -> None:
         """Note how long a save kept the run waiting: the last one must fit before the limit too."""
         self._longest_save = max(self._longest_save, seconds)
-        self._step_began = time.time()
+        self.step_begins()
 
     def _catch(self, number: int, _: FrameType | None) -> None:
         self._caught = number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Position, latest_state, load_state
 from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.models.role import LabelLogprobs, SequenceScores, TrainableRole
 from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.trainers import ppo
+from megarlhf.trainers import ppo, reward
 from megarlhf.trainers.loop import Run
 from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.reward import RewardConfig
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import (
     frozen,
@@ -108,8 +109,13 @@ def in_pieces(parts: list[tuple[ParallelLayout, int | None]], where: Path, folde
 
 def logged(run_dir: Path) -> list[dict[str, float]]:
     """What the run wrote about its steps, the clock's part left out: every line, none twice."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = logged_lines(run_dir)
     assert [row["step"] for row in rows] == list(range(1, ITERATIONS + 1))
+    return rows
+
+
+def logged_lines(run_dir: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not name.startswith(CLOCKED)} for row in rows]
 
 
@@ -120,6 +126,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     language_model(folder / "actor", seed=4, **shape)
     score_model(folder / "judge", seed=5, **shape)
     return str(folder)
+
+
+def run_reward(stop: int | None, where: str) -> None:
+    """A reward model from pairs and from judged responses, each with its own place in its data."""
+    mesh = start(ParallelLayout(data=2), seed=1)
+    data = {"template": "plain", "arithmetic": {"level": 1, "rows": 20}}
+    cfg = RewardConfig.model_validate(
+        {
+            "run_dir": Path(where),
+            "layout": mesh.layout,
+            "model": "tiny-xs",
+            "tokenizer": "arithmetic",
+            "pairs": data,
+            "labelled": data,
+            "heldout": data,
+            "pairs_batch": 8,
+            "labelled_batch": 16,
+            "micro_batch": 2,
+            "save_every": 1,
+            "tensorboard": False,
+            "epochs": 2.0,
+            "optim": {"lr": 1e-3},
+        }
+    )
+    inputs = reward.prepare(cfg)
+    assert inputs.steps >= 4
+    with stopped_after(stop) if stop is not None else nullcontext():
+        reward.train(cfg, inputs, [], mesh=mesh)
+
+
+def test_a_stopped_reward_model_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    for name, stops in (("whole", [None]), ("pieces", [2, 3, None])):
+        for stop in stops:
+            run_ranks(run_reward, 2, stop, str(tmp_path / name))
+    rows = [logged_lines(tmp_path / name) for name in ("whole", "pieces")]
+    assert rows[0] == rows[1]
+    last = int(rows[0][-1]["step"])
+    assert [row["step"] for row in rows[0]] == [*range(1, last + 1), last]  # held-out figures come last
+    whole, pieces = (run_ranks(scalar_weights, 1, str(tmp_path / name / "model"))[0] for name in ("whole", "pieces"))
+    for name, weight in whole.items():
+        assert torch.equal(pieces[name], weight), name
+
+
+def scalar_weights(model: str) -> dict[str, torch.Tensor]:
+    return whole_weights(frozen(model, SequenceScores(), start(ParallelLayout(), seed=1)))
 
 
 @pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(data=2)], ids=name_of)
