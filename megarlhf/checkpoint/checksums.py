@@ -1,4 +1,4 @@
-"""SHA-256 of every file of a saved state: made where the file was written, checked before it is read."""
+"""SHA-256 of every file of a training state, or of a model's weights: made when it is saved, compared before use."""
 
 from __future__ import annotations
 
@@ -21,43 +21,40 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checksums(state: Path) -> None:
-    """Gather what the ranks have left in `state`, sum the rest, and write it all to one file."""
+def write_checksums(directory: Path) -> None:
+    """Gather what the ranks have left in `directory`, sum the rest, and write it all to one file."""
     sums: dict[str, str] = {}
-    for part in sorted(state.glob(f"*/{CHECKSUMS}.*")):
+    for part in sorted(directory.glob(f"*/{CHECKSUMS}.*")):
         of_rank = json.loads(part.read_text(encoding="utf-8"))
         sums |= {f"{part.parent.name}/{name}": value for name, value in of_rank.items()}
         part.unlink()
-    for path in sorted(state.rglob("*")):
-        name = path.relative_to(state).as_posix()
-        if path.is_file() and name not in sums:
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and path.name != CHECKSUMS and name not in sums:
             sums[name] = checksum(path)
-    (state / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    (directory / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
-def check_checksums(state: Path, mesh: Mesh) -> None:
-    """Compare every file of `state` with its sum; each rank reads its share of them.
+def check_checksums(directory: Path, remedy: str, mesh: Mesh | None = None) -> None:
+    """Compare every file of `directory` with its sum; each rank reads its share of them.
 
-    Ranks:    collective over the mesh.
-    Raises:   CheckpointError, on every rank, naming the first file that is missing or was changed.
+    Ranks:    collective over the mesh; this process alone without one.
+    Raises:   CheckpointError with the remedy, on every rank, naming the first file that is missing or was changed.
     """
     try:
-        sums: dict[str, str] = json.loads((state / CHECKSUMS).read_text(encoding="utf-8"))
+        sums: dict[str, str] = json.loads((directory / CHECKSUMS).read_text(encoding="utf-8"))
         names = sorted(sums)
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{state / CHECKSUMS} cannot be read ({error}); {_remedy(state)}") from None
-    mine = range(mesh.rank, len(names), mesh.size("world"))
-    bad = next((index for index in mine if not _is_whole(state / names[index], sums[names[index]])), len(names))
-    first = int(all_reduce(torch.tensor(bad, device=mesh.device), mesh, "world", op="min"))
+        raise CheckpointError(f"{directory / CHECKSUMS} cannot be read ({error}); {remedy}.") from None
+    mine = range(len(names)) if mesh is None else range(mesh.rank, len(names), mesh.size("world"))
+    first = next((index for index in mine if not _is_whole(directory / names[index], sums[names[index]])), len(names))
+    if mesh is not None:
+        first = int(all_reduce(torch.tensor(first, device=mesh.device), mesh, "world", op="min"))
     if first < len(names):
-        path = state / names[first]
+        path = directory / names[first]
         what = "was changed after it was saved" if path.is_file() else "is missing"
-        raise CheckpointError(f"{path} {what}; {_remedy(state)}")
+        raise CheckpointError(f"{path} {what}; {remedy}.")
 
 
 def _is_whole(path: Path, expected: str) -> bool:
     return path.is_file() and checksum(path) == expected
-
-
-def _remedy(state: Path) -> str:
-    return f"write the name of another state to {state.parent / 'latest'}, or remove that file to start afresh."

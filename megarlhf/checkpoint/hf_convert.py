@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarlhf.checkpoint.checksums import check_checksums, write_checksums
 from megarlhf.checkpoint.dist_files import ITEM_OVERHEAD, CheckpointReader, write_pieces
 from megarlhf.checkpoint.hf_config import hf_config
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory, SafetensorsWriter
@@ -124,6 +125,7 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
             keys = {piece.key: run.dtypes[piece.parts[0].name] for piece in run.pieces}
             (partial / WEIGHTS).mkdir()
             write_pieces(partial / WEIGHTS, groups, keys, data)
+            write_checksums(partial / WEIGHTS)
         (partial / MODEL).write_text(json.dumps(described.model_dump(mode="json"), indent=2) + "\n")
         _copy(source, partial / TOKENIZER, TOKENIZER_FILES)
         _copy(source, partial / EXTRAS, (CONFIG, GENERATION))
@@ -144,6 +146,7 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
     spec, head = described.spec, described.head
     groups = pieces_of(spec, head, layer_cuts=1, vocabulary_cuts=READ_CUTS)
     reader = CheckpointReader(source / WEIGHTS, [piece for group in groups for piece in group])
+    check_checksums(source / WEIGHTS, "save the model again")
     stored = reader.dtypes()
     run = _Run(
         spec,

@@ -2,7 +2,7 @@
 
     DIR/model.json       architecture and head
     DIR/tokenizer/       Hugging Face tokenizer
-    DIR/weights/         sharded weights, loadable in any layout
+    DIR/weights/         sharded weights, loadable in any layout, and their checksums
 
 A directory is written under a temporary name and renamed when it is whole, so a partial one never looks complete.
 """
@@ -19,6 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, write_checksums
 from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
 from megarlhf.checkpoint.hf_names import normalisation
 from megarlhf.config import Config
@@ -56,7 +57,8 @@ def describe_model(init: str) -> ModelDescription:
         return ModelDescription(spec=preset(init), head="language")
     directory = Path(init)
     if (directory / MODEL).is_file():
-        if any(not list((directory / WEIGHTS).glob(name)) for name in ("metadata.json", ".metadata", "*.distcp")):
+        parts = ("metadata.json", ".metadata", "*.distcp", CHECKSUMS)
+        if any(not list((directory / WEIGHTS).glob(part)) for part in parts):
             raise CheckpointError(f"model directory {init}: {WEIGHTS}/ is missing or partial; save the model again.")
         try:
             return ModelDescription.model_validate_json((directory / MODEL).read_text())
@@ -87,6 +89,7 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
         return
     body_only = role.head != found.head
     if (Path(init) / MODEL).is_file():
+        check_checksums(Path(init) / WEIGHTS, "save the model again", role.mesh)
         load_weights(role, Path(init) / WEIGHTS, body_only=body_only)
     else:
         load_tensors(role, HuggingFaceDirectory(Path(init), role.spec, found.head), backbone_only=body_only)
@@ -118,7 +121,7 @@ def save_model(
 
 
 def save_weights(role: Role, directory: Path) -> None:
-    """Write the weights alone to a new `directory`, whose parents are made; an old one is removed.
+    """Write the weights alone, with checksums, to a new `directory`, whose parents are made; an old one is removed.
 
     Ranks:    collective over the mesh.
     """
@@ -128,6 +131,9 @@ def save_weights(role: Role, directory: Path) -> None:
     barrier(role.mesh)
     with role.resident("weights"):
         dist_checkpointing.save(sharded_weights(role), str(directory), content_metadata={})
+    if role.mesh.is_main:
+        write_checksums(directory)
+    barrier(role.mesh)
 
 
 def tokenizer_directory(init: str) -> Path:

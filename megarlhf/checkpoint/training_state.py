@@ -79,7 +79,8 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
     Ranks:    collective over the mesh.
     Raises:   CheckpointError when files are missing, corrupt or of other shapes.
     """
-    check_checksums(state, next(iter(roles.values())).mesh)
+    remedy = f"write the name of another state to {state.parent / LATEST}, or remove that file to start afresh"
+    check_checksums(state, remedy, next(iter(roles.values())).mesh)
     for name, role in roles.items():
         with role.resident(*role.parts):
             loaded = load_sharded(role_state(role, loading=True), state / name, "remove it, or start afresh")

@@ -166,9 +166,13 @@ def damage(originals: Path, saved: Path, folder: Path) -> dict[str, tuple[Path, 
     (copy("corrupt model.json", saved, "model.json") / "model.json").write_text('{"spec": ')
     described = copy("unknown setting", saved, "model.json") / "model.json"
     described.write_text(json.dumps({**json.loads(described.read_text()), "colour": "red"}))
-    part = next((copy("truncated part", saved, "cannot be loaded") / "weights").glob("*.distcp"))
+    part = next((copy("truncated part", saved, "was changed after it was saved") / "weights").glob("*.distcp"))
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 3])
-    next((copy("lost part", saved, "cannot be loaded") / "weights").glob("*.distcp")).unlink()
+    part = next((copy("one other byte", saved, "was changed after it was saved") / "weights").glob("*.distcp"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    next((copy("lost part", saved, ".distcp is missing") / "weights").glob("*.distcp")).unlink()
 
     hf = originals / "untied"
     (copy("no config", hf, "config.json is missing") / "config.json").unlink()
