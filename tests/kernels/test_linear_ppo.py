@@ -163,13 +163,14 @@ def test_errors_name_the_argument(impl):
 
 def split_on_this_rank(columns: int, vocab: int, impl: Impl) -> list[torch.Tensor]:
     dist.init_process_group("gloo")
-    _projection.CPU_ELEMENTS = 8 * columns
     rank = dist.get_rank()
     case = a_case(21, vocab, scale=3.0, seed=7)
     terms = some_terms(case, full=True)
     own = case._replace(weight=shard_of(case.weight, rank, columns))
     shard = {"vocab_start": rank * columns, "vocab_size": vocab, "group": dist.group.WORLD}
-    return ours(own, terms, impl=impl, **shard)
+    with pytest.MonkeyPatch.context() as patch:  # the process goes on to other tests
+        patch.setattr(_projection, "CPU_ELEMENTS", 8 * columns)
+        return ours(own, terms, impl=impl, **shard)
 
 
 @pytest.mark.parametrize(("ranks", "columns", "vocab"), [(1, 128, 101), (2, 64, 101), (4, 64, 101)])
