@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -23,14 +23,17 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from megatron.core import dist_checkpointing
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarlhf.checkpoint.checksums import CHECKSUMS, checksum, write_checksums
-from megarlhf.checkpoint.training_state import BEST, LATEST, STATE, Position, role_state, state_name
+from megarlhf.checkpoint.training_state import BEST, LATEST, STATE, Position, random_file, role_state, state_name
 from megarlhf.errors import CheckpointError
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.collectives import all_reduce, broadcast_object
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.rng import random_states
 
 DONE, WRITING, FAILED = 0, 1, 2
 PARTIAL = ".partial"
@@ -81,6 +84,8 @@ class StateWriter:
         attempt = broadcast_object(uuid.uuid4().hex[:8], self._mesh, "world")
         partial = self._directory / f"{state_name(position.step)}.{attempt}{PARTIAL}"
         self._on_main(lambda: self._make(partial), f"{partial} cannot be made")
+        mesh, states = self._mesh, random_states(self._mesh.device)
+        self._everywhere(lambda: save_file(states, partial / random_file(mesh)), f"{partial} cannot be written")
         requests, processes = [], []
         for name, role in self._roles.items():
             with role.resident(*role.parts):
@@ -167,17 +172,20 @@ class StateWriter:
 
         self._on_main(check, f"{self._directory}: no room to save")
 
-    def _on_main(self, work: Any, what: str) -> None:
+    def _on_main(self, work: Callable[[], object], what: str) -> None:
         """Do `work` on rank 0; where the disk refuses, every rank raises."""
+        self._everywhere(work if self._mesh.is_main else int, what)
+
+    def _everywhere(self, work: Callable[[], object], what: str) -> None:
+        """Do `work` on every rank; where one's disk refuses, every rank raises."""
         reason = ""
-        if self._mesh.is_main:
-            try:
-                work()
-            except OSError as error:
-                reason = str(error)
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            reason = str(error)
         failed = torch.tensor(int(bool(reason)), device=self._mesh.device)
         if all_reduce(failed, self._mesh, "world", op="max"):
-            raise CheckpointError(f"{what} ({reason or 'rank 0 says why'}); the states before it stand.")
+            raise CheckpointError(f"{what} ({reason or 'another rank says why'}); the states before it stand.")
 
 
 def saved_bytes(role: TrainableRole) -> int:

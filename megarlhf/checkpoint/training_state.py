@@ -2,12 +2,13 @@
 
     DIR/step_00000120/ROLE/       weights, optimiser and schedule of each role that learns, loadable in any layout
     DIR/step_00000120/state.json  the rest
+    DIR/step_00000120/random_0_of_2.safetensors    each rank's random numbers
     DIR/step_00000120/checksums.json
     DIR/latest                    name of the newest
     DIR/best                      name of the best by the run's metric, where it keeps one
 
-`state_writer` writes them. Nothing else is random: rollouts, mini-batches and data order are functions of the seed and
-the step.
+`state_writer` writes them. Rollouts, mini-batches and data order need no random state: they are functions of the seed
+and the step. What a rank would draw besides goes on where it was, unless there are more ranks now, or fewer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import pydantic
 import torch
+from safetensors.torch import load_file
 
 from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.sharded import load_sharded, sharded_weights
@@ -25,6 +27,8 @@ from megarlhf.config import Config
 from megarlhf.errors import CheckpointError
 from megarlhf.models.optim import torch_optimizers
 from megarlhf.models.role import TrainableRole
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.rng import restore_random_states
 
 LATEST, BEST, STATE = "latest", "best", "state.json"
 
@@ -58,6 +62,11 @@ def state_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def random_file(mesh: Mesh) -> str:
+    """The file of this rank's random numbers."""
+    return f"random_{mesh.rank}_of_{mesh.size('world')}.safetensors"
+
+
 def latest_state(directory: Path) -> Path | None:
     """The newest whole state in `directory`, None where there is none.
 
@@ -89,6 +98,9 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
                     chunk.load_state_dict(loaded["weights"][f"chunk{index}"], strict=False)
             _restore_optimizer(role, loaded["optimizer"])
             role.schedule.load_state_dict(loaded["schedule"])
+    mesh = next(iter(roles.values())).mesh
+    if (state / random_file(mesh)).is_file():
+        restore_random_states(load_file(state / random_file(mesh)), mesh.device)
     try:
         return Position.model_validate_json((state / STATE).read_text(encoding="utf-8"))
     except (OSError, pydantic.ValidationError) as error:

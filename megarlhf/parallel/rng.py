@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -21,9 +25,29 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """This rank's generators, by name: torch's, and on a GPU its own and Megatron's trackers'."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tracked = {f"tracker {name}": state for name, state in _tracker().get_states().items()}
+        states |= {"cuda": torch.cuda.get_rng_state(device), **tracked}
+    return states
+
+
+def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on drawing where `random_states` was called on a device of the same kind."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+        tracked = {n.removeprefix("tracker "): state for n, state in states.items() if n.startswith("tracker ")}
+        _tracker().set_states(tracked)
+
+
 def seed_model_parallel(seed: int) -> None:
     """Seed Megatron's trackers: equal on data ranks, different on tensor and pipeline ranks (Megatron's rule)."""
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed % 2**31)
+
+
+def _tracker() -> Any:
+    return get_cuda_rng_tracker()

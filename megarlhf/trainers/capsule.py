@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from megarlhf.batch import Batch
 from megarlhf.errors import DataError
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.rng import random_states
 
 RNG = "random state"
 SETTLE_S = 2.0
@@ -84,9 +84,7 @@ def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
     )
     # Copies: parts of a batch may share memory, which safetensors refuses.
     tensors = {} if batch is None else {name: tensor.cpu().clone() for name, tensor in tensors_of(batch)}
-    random = {f"{RNG}, cpu": torch.get_rng_state()}
-    if mesh.device.type == "cuda":
-        random[f"{RNG}, cuda"] = torch.cuda.get_rng_state(mesh.device)
+    random = {f"{RNG}, {name}": state for name, state in random_states(mesh.device).items()}
     save_file({**tensors, **random}, directory / f"rank_{mesh.rank}.safetensors")
     # Last, and whole at once: the note says that the rest is there.
     partial = directory / f"rank_{mesh.rank}.partial"

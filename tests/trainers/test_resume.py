@@ -277,6 +277,26 @@ def test_every_kind_of_optimiser_goes_on_bit_for_bit(
         assert torch.equal(resumed[name], weight), name
 
 
+def draw_again(where: str, folder: str, again: bool) -> torch.Tensor:
+    """Random numbers of this rank, as they come after a state was saved, or loaded."""
+    mesh = start(ParallelLayout(data=2), seed=1)
+    role = learner(f"{folder}/actor", LabelLogprobs(1.0), settings(mesh, 2), mesh, OptimConfig())
+    if again:
+        load_state(Path(where) / "step_00000001", {"actor": role})
+    else:
+        torch.manual_seed(90 + mesh.rank)
+        save(Path(where), at(1), role)
+    return torch.rand(5)
+
+
+def test_every_rank_draws_on_where_it_was(folder: str, tmp_path: Path) -> None:
+    first, second = run_ranks(draw_again, 2, str(tmp_path), folder, False)
+    assert not torch.equal(first, second)
+    again = run_ranks(draw_again, 2, str(tmp_path), folder, True)
+    assert torch.equal(again[0], first)
+    assert torch.equal(again[1], second)
+
+
 def save_beside_a_later_one(where: str, folder: str) -> None:
     mesh = start(ParallelLayout(), seed=1)
     role = learner(f"{folder}/actor", LabelLogprobs(1.0), settings(mesh, 2), mesh, OptimConfig())

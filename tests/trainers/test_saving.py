@@ -202,4 +202,4 @@ def test_a_directory_that_cannot_be_made_is_said_on_every_rank(model: str, tmp_p
     (tmp_path / "checkpoints").write_text("a file")
     said = run_ranks(save_where_a_file_is, 2, model, str(tmp_path / "checkpoints"))
     assert "File exists" in said[0]
-    assert said[1].endswith("(rank 0 says why); the states before it stand.")
+    assert said[1].endswith("(another rank says why); the states before it stand.")
