@@ -84,7 +84,7 @@ def test_model_directories(
 
 def test_heads(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "judge" / "weights").mkdir(parents=True)
-    for name in ("metadata.json", ".metadata", "__0_0.distcp"):
+    for name in ("metadata.json", ".metadata", "__0_0.distcp", "checksums.json"):
         (tmp_path / "judge" / "weights" / name).touch()
     judge = ModelDescription(spec=preset("tiny-xs"), head="scalar")
     (tmp_path / "judge" / "model.json").write_text(judge.model_dump_json())
