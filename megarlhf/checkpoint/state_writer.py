@@ -31,6 +31,7 @@ from megarlhf.checkpoint.checksums import CHECKSUMS, checksum, write_checksums
 from megarlhf.checkpoint.training_state import BEST, LATEST, STATE, Position, random_file, role_state, state_name
 from megarlhf.errors import CheckpointError
 from megarlhf.models.role import TrainableRole
+from megarlhf.observe.files import write_whole
 from megarlhf.parallel.collectives import all_reduce, broadcast_object
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.rng import random_states
@@ -102,25 +103,28 @@ class StateWriter:
 
     def poll(self) -> None:
         """Complete the state if every rank has written its part; otherwise leave it for later."""
-        if self._pending is not None and self._status(self._pending) != WRITING:
-            self._complete(self._pending)
+        if self._pending is not None:
+            self._complete_unless_writing(self._pending)
 
     def finish(self) -> None:
         """Wait until the state is whole."""
         if self._pending is not None:
             for process in self._pending.processes:
                 process.join()
-            self._complete(self._pending)
+            self._complete_unless_writing(self._pending)
 
     def _status(self, pending: _Pending) -> int:
         codes = [process.exitcode for process in pending.processes]
         mine = FAILED if any(codes) else WRITING if None in codes else DONE
         return int(all_reduce(torch.tensor(mine, device=self._mesh.device), self._mesh, "world", op="max"))
 
-    def _complete(self, pending: _Pending) -> None:
+    def _complete_unless_writing(self, pending: _Pending) -> None:
+        status = self._status(pending)
+        if status == WRITING:
+            return
         self._pending = None
         where = pending.partial
-        if self._status(pending) == FAILED:
+        if status == FAILED:
             raise CheckpointError(f"{where}: a process that wrote it was killed; the state before it stands.")
         try:
             for request in pending.requests:
@@ -146,9 +150,9 @@ class StateWriter:
         write_checksums(partial)
         shutil.rmtree(whole, ignore_errors=True)
         partial.rename(whole)
-        _point(self._directory / LATEST, whole.name)
+        write_whole(self._directory / LATEST, whole.name + "\n")
         if position.best is not None and position.best.step == position.step:
-            _point(self._directory / BEST, whole.name)
+            write_whole(self._directory / BEST, whole.name + "\n")
         # A state beyond this one is of a run that stopped before `latest` named it.
         saved = {int(path.name.removeprefix("step_")): path for path in self._directory.glob("step_*[0-9]")}
         until = [step for step in saved if step <= position.step]
@@ -217,9 +221,3 @@ def _write(write: Any, arguments: list[Any], directory: Path, rank: int, before:
     write(*arguments)
     sums = {path.name: checksum(path) for path in sorted(directory.glob(f"__{rank}_*.distcp"))}
     (directory / f"{CHECKSUMS}.{rank}").write_text(json.dumps(sums), encoding="utf-8")
-
-
-def _point(pointer: Path, name: str) -> None:
-    partial = pointer.with_name(pointer.name + ".partial")
-    partial.write_text(name + "\n", encoding="utf-8")
-    partial.replace(pointer)

@@ -89,7 +89,8 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
     Raises:   CheckpointError when files are missing, corrupt or of other shapes.
     """
     remedy = f"write the name of another state to {state.parent / LATEST}, or remove that file to start afresh"
-    check_checksums(state, remedy, next(iter(roles.values())).mesh)
+    mesh = next(iter(roles.values())).mesh
+    check_checksums(state, remedy, mesh)
     for name, role in roles.items():
         with role.resident(*role.parts):
             loaded = load_sharded(role_state(role, loading=True), state / name, "remove it, or start afresh")
@@ -98,7 +99,6 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
                     chunk.load_state_dict(loaded["weights"][f"chunk{index}"], strict=False)
             _restore_optimizer(role, loaded["optimizer"])
             role.schedule.load_state_dict(loaded["schedule"])
-    mesh = next(iter(roles.values())).mesh
     if (state / random_file(mesh)).is_file():
         restore_random_states(load_file(state / random_file(mesh)), mesh.device)
     try:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from megarlhf.data.rows import Row
 from megarlhf.errors import ConfigError
+from megarlhf.observe.files import write_whole
 
 
 class Done(NamedTuple):
@@ -77,9 +78,7 @@ class ScoredFile:
     def open_after(self, done: Done) -> Iterator[BinaryIO]:
         """The file, open for the rows after `done`; a cut line is removed. Rank 0 only."""
         # The settings first: rows without them could not be gone on with.
-        partial = self.settings_path.with_name(self.settings_path.name + ".partial")
-        partial.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.settings_path)
+        write_whole(self.settings_path, json.dumps(self.settings, indent=2) + "\n")
         with self.path.open("ab") as file:
             file.truncate(done.size)
             yield file

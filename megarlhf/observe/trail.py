@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megarlhf.observe.files import write_whole
+
 
 @dataclass
 class Trail:
@@ -42,6 +44,4 @@ class Trail:
     def show(self) -> None:
         """Write the sign of life, where there is a place for it."""
         if self.sign is not None:
-            partial = self.sign.with_suffix(".partial")
-            partial.write_text(f"{self.attempt} {self.where}\n", encoding="utf-8")
-            partial.replace(self.sign)
+            write_whole(self.sign, f"{self.attempt} {self.where}\n")

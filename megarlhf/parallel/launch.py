@@ -29,6 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megarlhf.errors import LayoutError, MegarlhfError, RunStopped
+from megarlhf.observe.files import write_whole
 from megarlhf.parallel.layout import ParallelLayout
 
 T = TypeVar("T")
@@ -215,9 +216,8 @@ def _run_rank(work: Callable[[], object]) -> int:
 
 
 def _note(text: str, code: int) -> None:
-    partial = Path(os.environ[FAILURES], f"rank_{os.environ['RANK']}.tmp")
-    partial.write_text(json.dumps({"time": time.time(), "text": text, "exit_code": code}))
-    partial.rename(partial.with_suffix(".json"))
+    note = {"time": time.time(), "text": text, "exit_code": code}
+    write_whole(Path(os.environ[FAILURES], f"rank_{os.environ['RANK']}.json"), json.dumps(note))
 
 
 def _is_echo(error: Exception) -> bool:

@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarlhf.batch import Batch
+from megarlhf.checkpoint.training_state import state_name
 from megarlhf.errors import DataError
+from megarlhf.observe.files import write_whole
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.rng import random_states
 
@@ -58,7 +60,7 @@ class Note:
 
 def capsule_directory(run_dir: Path, step: int) -> Path:
     """Where the capsules of a failure in the step after `step` lie."""
-    return run_dir / "capsules" / f"step_{step:08d}"
+    return run_dir / "capsules" / state_name(step)
 
 
 def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
@@ -87,9 +89,7 @@ def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
     random = {f"{RNG}, {name}": state for name, state in random_states(mesh.device).items()}
     save_file({**tensors, **random}, directory / f"rank_{mesh.rank}.safetensors")
     # Last, and whole at once: the note says that the rest is there.
-    partial = directory / f"rank_{mesh.rank}.partial"
-    partial.write_text(json.dumps(asdict(note), indent=1) + "\n", encoding="utf-8")
-    partial.replace(directory / f"rank_{mesh.rank}.json")
+    write_whole(directory / f"rank_{mesh.rank}.json", json.dumps(asdict(note), indent=1) + "\n")
     return directory
 
 
