@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,9 @@ class TokenRows(Protocol):
     def padded_to(self, positions: int) -> Self:
         """Add padding."""
         ...
+
+
+RowsT = TypeVar("RowsT", bound=TokenRows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +150,6 @@ class Rollout(Batch):
     def response_lengths(self) -> Tensor:
         """[B] int64."""
         return self.lengths - self.prompt_lengths
-
-    @classmethod
-    def cat(cls, parts: Sequence[Rollout]) -> Rollout:
-        """All rows of `parts` in order, padded to the longest T."""
-        longest = max(part.sampler_logprobs.shape[1] for part in parts)
-        columns = [vars(part.padded_to(longest)) for part in parts]
-        return cls(**{name: _join([column[name] for column in columns]) for name in columns[0]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,6 +300,12 @@ class LabelledResponses(Batch):
         return self.tokens.shape[0]
 
 
+def cat(parts: Sequence[RowsT]) -> RowsT:
+    """All rows of batches of one type, in order, padded to the longest T."""
+    longest = max(part.tokens.shape[1] for part in parts) - 1
+    return _join([part.padded_to(longest) for part in parts])
+
+
 def _to(value: Tensor | Batch | tuple[str, ...], device: torch.device | str) -> Any:
     return value if isinstance(value, tuple) else value.to(device)
 
@@ -336,6 +338,9 @@ def _trim(name: str, value: Any, positions: int) -> Any:
 
 
 def _join(values: list) -> Any:
+    if isinstance(values[0], Batch):
+        columns = [vars(value) for value in values]
+        return type(values[0])(**{name: _join([column[name] for column in columns]) for name in columns[0]})
     return sum(values, ()) if isinstance(values[0], tuple) else torch.cat(values)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megarlhf.batch import Experience, LabelledResponses, PreferencePairs, Prompts, Rollout, TokenBatch
+from megarlhf.batch import Experience, LabelledResponses, PreferencePairs, Prompts, Rollout, TokenBatch, cat
 
 
 def a_rollout(rows: int = 4, width: int = 8) -> Rollout:
@@ -51,7 +51,7 @@ def test_prompts_repeat_keeps_copies_adjacent():
 
 def test_padding_changes_no_mask_and_cat_keeps_rows():
     short, long = a_rollout(2, width=5), a_rollout(3, width=9)
-    both = Rollout.cat([short, long])
+    both = cat([short, long])
     assert both.tokens.shape == (5, 9)
     assert both.answers == ("0", "1", "0", "1", "2")
     assert both.response_mask.sum(dim=1).tolist() == [1, 2, 1, 2, 3]

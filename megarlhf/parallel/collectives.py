@@ -7,11 +7,10 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from megarlhf.batch import Batch, TokenRows
+from megarlhf.batch import Batch, RowsT
 from megarlhf.parallel.mesh import Axis, Mesh
 
 T = TypeVar("T")
-RowsT = TypeVar("RowsT", bound=TokenRows)
 ReduceOp = Literal["sum", "max", "min"]
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megarlhf.batch import TokenRows
+from megarlhf.batch import RowsT, TokenRows
 from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object
 from megarlhf.parallel.mesh import Mesh
-
-RowsT = TypeVar("RowsT", bound=TokenRows)
 
 Read = Callable[[Tensor, Any], Tensor]
 """(hidden [b, s, H], rows) -> what the role reads off them: [b, T] or [b], fp32. Called on the last stage."""

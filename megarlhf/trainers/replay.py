@@ -10,12 +10,11 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megarlhf.batch import Batch, Experience, TokenBatch
+from megarlhf.batch import Batch, Experience, TokenBatch, cat
 from megarlhf.checkpoint.sharded import load_weights
 from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.config import Config, load_config
@@ -45,8 +44,6 @@ class ReplayConfig(Config):
 
     capsule: Path
     """Directory that the failed run named, RUN/capsules/step_...; it must not have been moved out of RUN."""
-    seed: int = Field(default=1, ge=0)
-    """Seed of whatever the step draws at random; nothing does today."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
             "layout.pipeline=1 layout.data=1 if it shall go on here from its newest state."
         )
     trainer = TRAINERS[command]
-    mesh = start(ParallelLayout(), seed=cfg.seed)
+    mesh = start(ParallelLayout(), seed=0)  # nothing in a step is drawn
     role, loss = _role(trainer, cfg.capsule, note, mesh)
     origin = _load(role, cfg.capsule)
     batch = joined(cfg.capsule, notes)
@@ -105,19 +102,7 @@ def joined(capsule: Path, notes: Sequence[Note]) -> Any:
     """The rows of all data ranks that left a capsule, in rank order, as one batch."""
     first = {note.data_rank: note for note in reversed(notes)}  # tensor and pipeline ranks have the same rows
     parts: list[Any] = [read_batch(capsule, first[rank], KINDS[first[rank].kind]) for rank in sorted(first)]
-    width = max(part.tokens.shape[1] for part in parts)
-    return _cat([part.padded_to(width - 1) for part in parts])
-
-
-def _cat(parts: Sequence[Any]) -> Any:
-    columns: dict[str, Any] = {}
-    for name, value in vars(parts[0]).items():
-        values = [vars(part)[name] for part in parts]
-        if isinstance(value, Batch):
-            columns[name] = _cat(values)
-        else:
-            columns[name] = torch.cat(values) if isinstance(value, Tensor) else sum(values, ())
-    return type(parts[0])(**columns)
+    return cat(parts)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megarlhf.batch import Batch, LabelledResponses, PreferencePairs
+from megarlhf.batch import Batch, LabelledResponses, PreferencePairs, cat
 from megarlhf.checkpoint.sharded import ModelDescription, load_model, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import LabelledSet, PreferenceSet, load_labelled, load_preferences
@@ -115,12 +115,7 @@ def couple(pairs: PreferencePairs | None, labelled: LabelledResponses | None, po
     if pairs is None or labelled is None:
         raise ValueError("couple: neither pairs nor labelled responses; give at least one.")
     count = len(pairs) + len(labelled) // 2
-    width = max(pairs.tokens.shape[1], labelled.tokens.shape[1]) - 1
-    parts = [
-        _from_pairs(pairs, count).padded_to(width),
-        _from_labelled(labelled, count, pointwise_weight).padded_to(width),
-    ]
-    return Couples(*[torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])])
+    return cat([_from_pairs(pairs, count), _from_labelled(labelled, count, pointwise_weight)])
 
 
 def _from_pairs(pairs: PreferencePairs, couples: int) -> Couples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -26,11 +25,11 @@ from megarlhf.trainers import sft
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import frozen, whole_weights
+from tests.trainers.test_resume import logged_lines
 
 KILLS = 20
 STEPS = 60
 LAYOUT = ParallelLayout(data=2)
-CLOCKED = ("time/", "throughput/", "memory/")
 
 
 def config(run_dir: Path, layout: ParallelLayout = LAYOUT, **changes: Any) -> SftConfig:
@@ -103,17 +102,12 @@ def lines(run_dir: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def logged(run_dir: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.startswith(CLOCKED)} for row in rows]
-
-
 def weights(directory: str) -> dict[str, torch.Tensor]:
     return whole_weights(frozen(directory, LabelLogprobs(1.0), start(ParallelLayout(), seed=1)))
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    assert logged(one) == logged(other)
+    assert logged_lines(one) == logged_lines(other)
     ours, theirs = (run_ranks(weights, 1, str(run_dir / "model"))[0] for run_dir in (one, other))
     for name, weight in theirs.items():
         assert torch.equal(ours[name], weight), name
