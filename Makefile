@@ -1,7 +1,7 @@
-# make demo | test | check | clean. Each target prepares .venv by itself; nothing but Python 3.11+ and make is needed.
+# make demo | test | test-slow | check | clean. Each target prepares .venv by itself; nothing but Python 3.11+ and make is needed.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test test-slow check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,6 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:
 	@echo "make demo   train a tiny Llama 3 with PPO on this machine, then open runs/demo/report.html"
 	@echo "make test   run the tests (CPU)"
+	@echo "make test-slow  run the long tests: kills, fuzzing, the example chain"
 	@echo "make check  format, lint, types, import layers, spelling"
 	@echo "make clean  remove .venv, caches and runs/"
 
@@ -32,6 +33,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
