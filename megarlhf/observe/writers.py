@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import math
@@ -30,7 +31,7 @@ class RunWriter:
     """Writes one run's metrics and samples; `metrics.jsonl` always, the rest when asked.
 
     Ranks:    rank 0 only; the other ranks make none.
-    Raises:   ConfigError if W&B is asked for and cannot be used. UnknownMetricError for a name not in the glossary.
+    Raises:   UnknownMetricError for a name not in the glossary.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool = False, wandb: bool = False) -> None:
@@ -40,7 +41,9 @@ class RunWriter:
         # Line buffered: a killed run loses at most the line it was writing.
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._samples = run_dir / "samples.jsonl"
-        self._tensorboard = _tensorboard(run_dir) if tensorboard else None
+        # Opened at the first step, which may not be 1: the events of a run that goes on are cut there.
+        self._events: Any = None
+        self._tensorboard = tensorboard
         self._wandb = _wandb(run_dir) if wandb else None
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -48,9 +51,10 @@ class RunWriter:
         check(metrics)
         finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
-        if self._tensorboard is not None:
+        if self._tensorboard:
+            self._events = self._events or _tensorboard(self.run_dir, step)
             for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
@@ -62,8 +66,8 @@ class RunWriter:
     def close(self) -> None:
         """Flush and close everything."""
         self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._events is not None:
+            self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -155,10 +159,38 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _tensorboard(run_dir: Path) -> Any:
+def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
+    """Check that what is asked for can be used, before anything is loaded.
+
+    Raises:   ConfigError naming the package that is missing, which may be one that the tracker needs, or the key.
+    """
+    if tensorboard:
+        _check_import("tensorboard", "torch.utils.tensorboard", install="tensorboard")
+    if wandb:
+        _check_import("wandb", "wandb", install="-e '.[wandb]' in the checkout")
+        if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
+            raise ConfigError("wandb=true: no key; set WANDB_API_KEY (or WANDB_MODE=offline) in the environment.")
+
+
+def _check_import(setting: str, module: str, *, install: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and missing == setting:
+            problem = f"the package {setting} is missing"
+        elif isinstance(error, ModuleNotFoundError):
+            problem = f"the package {missing}, which {setting} needs, is missing"
+        else:
+            problem = f"the package {setting} cannot be imported ({error})"
+        raise ConfigError(f"{setting}=true: {problem}; pip install {install}, or set {setting}=false.") from None
+
+
+def _tensorboard(run_dir: Path, first: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run_dir / "tensorboard"))
+    # A run that goes on takes steps again that were logged and not saved: readers drop what is there from `first` on.
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first)
 
 
 def _wandb(run_dir: Path) -> Any:

@@ -11,6 +11,7 @@ from pydantic import Field
 from megarlhf.config import load_config
 from megarlhf.errors import ConfigError
 from megarlhf.observe.metrics import GLOSSARY
+from megarlhf.observe.writers import check_trackers
 from megarlhf.runtime.settings import RanksConfig
 
 TRACES = ("metrics.jsonl", "config.yaml", "model")
@@ -58,9 +59,10 @@ class RunConfig(RanksConfig):
     def check_run_dir(self) -> None:
         """Raise ConfigError where `run_dir` cannot be written, or holds a run that this one does not go on with.
 
-        Settings about saving that contradict each other are refused too.
+        Settings about saving that contradict each other are refused too, and trackers that cannot be used.
         """
         self._check_saving()
+        check_trackers(tensorboard=self.tensorboard, wandb=self.wandb)
         for trace in TRACES:
             if (self.run_dir / trace).exists():
                 self._check_same_run(trace)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megarlhf.errors import ConfigError
 from megarlhf.observe.clock import Clock, peak_flops
 from megarlhf.observe.metrics import GLOSSARY, UnknownMetricError, check
 from megarlhf.observe.progress import Progress, progress
-from megarlhf.observe.writers import RunWriter, read_metrics, write_provenance
+from megarlhf.observe.writers import RunWriter, check_trackers, read_metrics, write_provenance
 
 CPU = torch.device("cpu")
 
@@ -157,11 +158,53 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("policy/loss")] == [(5, 0.25)]
 
 
-def test_wandb_without_package_or_key_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_of_a_run_that_goes_on_has_no_step_twice(tmp_path: Path) -> None:
+    """Steps 3 and 4 were logged, not saved, and are taken again: their first numbers must not come back."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps, loss in (((1, 2, 3, 4), 1.0), ((3, 4, 5), 0.5)):
+        with RunWriter(tmp_path, tensorboard=True) as writer:
+            for step in steps:
+                writer.log({"policy/loss": loss}, step=step)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("policy/loss")]
+    assert found == [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5), (5, 0.5)]
+
+
+def test_wandb_without_its_key_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb.py").write_text("")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    with pytest.raises(ConfigError, match=r"wandb=true: .*(pip install|WANDB_API_KEY)"):
-        RunWriter(tmp_path, wandb=True)
+    with pytest.raises(ConfigError, match=r"^wandb=true: no key; set WANDB_API_KEY"):
+        check_trackers(tensorboard=False, wandb=True)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_trackers(tensorboard=True, wandb=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        (None, "the package wandb is missing"),
+        ("import a_package_that_is_not_there.inner", "the package a_package_that_is_not_there, which wandb needs, is"),
+        ("raise ImportError('too old')", r"the package wandb cannot be imported \(too old\)"),
+    ],
+)
+def test_a_tracker_that_cannot_be_imported_is_named_with_what_it_lacks(
+    body: str | None, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # Python's mark of a module that is not there
+    if body is not None:
+        (tmp_path / "wandb.py").write_text(body)
+        monkeypatch.delitem(sys.modules, "wandb")
+        monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=rf"^wandb=true: {problem}.*; pip install -e '\.\[wandb\]' in the checkout, or "
+    ):
+        check_trackers(tensorboard=True, wandb=True)
 
 
 class Small(Config):
