@@ -71,7 +71,8 @@ def curves_svg(panel: Panel, rows: Sequence[dict[str, float]], *, prefix: str) -
             steps, values = zip(*points, strict=True)
             marker = "o" if len(points) <= _MARKED else ""
             axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=3, label=label)
-        _style(axes, legend=len(panel.metrics) > 1)
+        _style(axes, lines=len(panel.metrics))
+        _bound(axes, [row[name] for row in rows for name in panel.metrics if name in row], unit_of(panel))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue(), prefix=re.sub(r"\W+", "-", f"{prefix} {panel.title}".lower()))
@@ -89,7 +90,7 @@ def _labels(names: Sequence[str]) -> list[str]:
     return [text.replace("_", " ") for text in told_apart]
 
 
-def _style(axes: Axes, *, legend: bool) -> None:
+def _style(axes: Axes, *, lines: int) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
     axes.tick_params(colors=_INK, length=0, labelsize=8.5)
@@ -98,8 +99,23 @@ def _style(axes: Axes, *, legend: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.02, y=0.1)
-    if legend:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, loc="best", handlelength=1.2)
+    if lines > 1:
+        # Above the axes: inside, it would lie on a curve sooner or later.
+        above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": lines, "borderaxespad": 0.0}
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK, handlelength=1.2, **above)
+
+
+def _bound(axes: Axes, values: Sequence[float], unit: str) -> None:
+    """Show no number that the quantity cannot have: none below 0 where none was logged, and fractions in 0 to 1."""
+    low, high = min(values), max(values)
+    if low < 0:
+        return
+    fraction = unit == "fraction" and high <= 1
+    if fraction and low == high:
+        axes.set_ylim(-0.04, 1.04)  # a flat line has no scale of its own
+    bottom, top = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if max(bottom, 0.0) <= tick <= (1.0 if fraction else top)])
+    axes.set_ylim(bottom, top)
 
 
 def _inline(document: str, prefix: str) -> str:
