@@ -297,7 +297,7 @@ def _report(cfg: DemoConfig, outcome: Outcome, rows: Sequence[tuple[str, Interva
         f"{cfg.layout.world_size} ranks. Responses below are sampled at temperature 1.",
         summary=summary,
         samples=samples,
-        stages=(("Supervised fine-tuning", "../sft"), ("Reward model", "../reward")),
+        stages=(("Supervised fine-tuning", "sft"), ("Reward model", "reward")),
+        main="ppo",
     )
-    made = write_report(cfg.run_dir / "ppo", report)
-    return made.replace(cfg.run_dir / "report.html")
+    return write_report(cfg.run_dir, report)

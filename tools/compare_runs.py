@@ -95,7 +95,7 @@ def _parse(line: str, where: str) -> tuple[int, dict[str, Value]]:
         row = json.loads(line)
         step = row.pop("step")
         return int(step), {name: None if value is None else float(value) for name, value in row.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise DataError(f"{where}: not metrics of a step ({line[:60]!r}); restore the file.") from None
 
 

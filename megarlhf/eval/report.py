@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from megarlhf.config import Config
-from megarlhf.errors import DataError
-from megarlhf.observe.report import read_report, write_report
+from megarlhf.errors import ConfigError, DataError
+from megarlhf.observe.report import write_page
+
+TRACES = ("report.json", "metrics.jsonl")
+"""A page can be made where one of these is."""
 
 
 class ReportConfig(Config):
     """Which run to report."""
 
     run_dir: Path
-    """Directory of the run: holds metrics.jsonl, and report.json once the run was evaluated."""
+    """Directory of a run or of a demo: holds metrics.jsonl, or report.json."""
 
 
 def main(cfg: ReportConfig, argv: Sequence[str]) -> int:  # noqa: ARG001 (every command has this signature)
     """Write `report.html` into the run directory and print its path."""
-    if not (cfg.run_dir / "metrics.jsonl").exists():
-        raise DataError(f"run_dir {cfg.run_dir}: no metrics.jsonl there; give the directory of a run.")
-    Console().print(str(write_report(cfg.run_dir, read_report(cfg.run_dir))), soft_wrap=True, highlight=False)
+    run_dir = cfg.run_dir
+    if not _has_a_page(run_dir):
+        runs = sorted(str(path.parent) for path in run_dir.glob("*/metrics.jsonl"))
+        remedy = f"did you mean {' or '.join(runs)}?" if runs else "give the directory of a run."
+        raise DataError(f"run_dir {run_dir}: no metrics.jsonl there; {remedy}")
+    try:
+        page = write_page(run_dir)
+    except OSError as error:
+        raise ConfigError(f"run_dir {run_dir}: {error.strerror} ({error.filename}); mend that.") from None
+    sys.stdout.write(f"{page}\n")
     return 0
+
+
+def _has_a_page(run_dir: Path) -> bool:
+    return any((run_dir / trace).exists() for trace in TRACES)

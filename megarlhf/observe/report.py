@@ -1,4 +1,8 @@
-"""The report of a run: one HTML file without outside references, to be read in any browser or sent by mail."""
+"""The report of a run: one HTML file without outside references, to be read in any browser or sent by mail.
+
+A run may come from somebody else: nothing outside of its directory is read or written, what its files say is escaped,
+and lines that no run writes are left out and counted.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from megarlhf.errors import DataError
 from megarlhf.observe.charts import PANELS, Panel, curves_svg, drawable, unit_of
+from megarlhf.observe.files import own_file, write_whole
 from megarlhf.observe.metrics import GLOSSARY, PHASES
-from megarlhf.observe.writers import read_metrics
+from megarlhf.observe.samples import JudgedResponse, SampleRow, compared_section, rollouts_section
+from megarlhf.observe.writers import MetricLog, read_metrics
+
+__all__ = ["JudgedResponse", "Report", "SampleRow", "SummaryRow", "read_report", "write_page", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -31,29 +41,11 @@ class SummaryRow:
 
 
 @dataclass(frozen=True)
-class JudgedResponse:
-    """A response with the reward model's score and the verifier's verdict."""
-
-    text: str
-    score: float
-    correct: bool
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """One prompt, its reference answer, and what the policy said before and after training."""
-
-    prompt: str
-    answer: str
-    before: JudgedResponse
-    after: JudgedResponse
-
-
-@dataclass(frozen=True)
 class Report:
     """What a report says beyond the curves; curves, settings and versions are read from the run directory.
 
-    `stages` names earlier runs whose curves are shown too: title -> run directory, relative to this one.
+    `main` is the directory of the run that the page is about, and `stages` names earlier runs whose curves are shown
+    too, title -> directory; all are relative to the directory that the page lies in, and inside of it.
     """
 
     title: str
@@ -61,46 +53,71 @@ class Report:
     summary: tuple[SummaryRow, ...] = ()
     samples: tuple[SampleRow, ...] = ()
     stages: tuple[tuple[str, str], ...] = ()
+    main: str = "."
 
 
 def write_report(run_dir: Path, report: Report) -> Path:
     """Write `report.html`, and `report.json` from which it can be made again, in `run_dir`; return the page's path."""
-    (run_dir / "report.json").write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False), encoding="utf-8")
+    write_whole(run_dir / "report.json", _printable(json.dumps(asdict(report), indent=1, ensure_ascii=False)))
+    return write_page(run_dir)
+
+
+def write_page(run_dir: Path) -> Path:
+    """Write `report.html` from what `run_dir` holds; return its path.
+
+    Raises:   DataError naming the file that is damaged, or that leads out of the run.
+    """
     page = run_dir / "report.html"
-    page.write_text(_page(run_dir, report), encoding="utf-8")
+    write_whole(page, _printable(_page(run_dir, read_report(run_dir))))
     return page
 
 
 def read_report(run_dir: Path) -> Report:
-    """Read `report.json`; a run that has none gets a report with its curves alone."""
-    path = run_dir / "report.json"
-    if not path.exists():
-        return Report(title=run_dir.name, subtitle="Curves of an unfinished or unevaluated run.")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return Report(
-        title=data["title"],
-        subtitle=data["subtitle"],
-        summary=tuple(SummaryRow(**row) for row in data["summary"]),
-        samples=tuple(_sample(row) for row in data["samples"]),
-        stages=tuple((title, path) for title, path in data["stages"]),
-    )
+    """Read `report.json`; a run that has none gets a report of what it logged.
+
+    Raises:   DataError when it is damaged, or names a run outside of `run_dir`.
+    """
+    path = own_file(run_dir, "report.json")
+    if path is None:
+        return Report(title=run_dir.resolve().name, subtitle=_state(run_dir))
+    remedy = "remove it for a page of the curves alone"
+    try:
+        report = TypeAdapter(Report).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(f"{path}: {where}: {first['msg']}; {remedy}.") from None
+    for directory in (report.main, *(directory for _, directory in report.stages)):
+        if not (run_dir / directory).resolve().is_relative_to(run_dir.resolve()):
+            raise DataError(f"{path}: {directory!r} is outside of the run; {remedy}.")
+    return report
 
 
-def _sample(row: dict[str, Any]) -> SampleRow:
-    return SampleRow(
-        row["prompt"], row["answer"], before=JudgedResponse(**row["before"]), after=JudgedResponse(**row["after"])
-    )
+def _state(run_dir: Path) -> str:
+    rows = read_metrics(run_dir).rows
+    if not rows:
+        return "No step was logged."
+    steps = f"{rows[-1]['step']:.0f} steps"
+    return f"Finished after {steps}." if (run_dir / "model").is_dir() else f"Not finished: {steps} so far."
 
 
-def _page(run_dir: Path, report: Report) -> str:
+def _printable(text: str) -> str:
+    """`text` as UTF-8 can hold it: half a surrogate pair, which JSON may hold, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _page(directory: Path, report: Report) -> str:
     css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    run_dir = directory / report.main
+    log = read_metrics(run_dir)
     sections = [
         f"<h1>{escape(report.title)}</h1><p class=sub>{escape(report.subtitle)}</p>",
         _summary(report.summary),
-        _curves("Curves", read_metrics(run_dir)),
-        *(_curves(title, read_metrics(run_dir / path)) for title, path in report.stages),
-        _samples(report.samples),
-        _phases(read_metrics(run_dir)),
+        _values(log.rows),
+        _curves("Curves", log),
+        *(_curves(title, read_metrics(directory / path)) for title, path in report.stages),
+        compared_section(report.samples) or rollouts_section(run_dir),
+        _phases(log.rows),
         _files(run_dir),
     ]
     return (
@@ -151,12 +168,30 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def _curves(title: str, rows: Sequence[dict[str, float]]) -> str:
-    panels = [panel for panel in (drawable(panel, rows) for panel in PANELS) if panel.metrics]
-    if not panels:
+def _values(rows: Sequence[Mapping[str, float]]) -> str:
+    """Where every curve begins and ends."""
+    body = ""
+    for name in (name for panel in PANELS for name in panel.metrics):
+        values = [row[name] for row in rows if name in row]
+        if values:
+            numbers = f"<td>{_minus(f'{values[0]:.4g}')}<td>{_minus(f'{values[-1]:.4g}')}"
+            body += f"<tr><td>{name}{numbers}<td>{escape(GLOSSARY[name].unit)}</tr>"
+    head = "<tr><th>Metric<th>First<th>Last<th>Unit</tr>"
+    return (
+        f"<h2>First and last values</h2><div class='card scroll'><table><thead>{head}</thead>"
+        f"<tbody>{body}</tbody></table></div>"
+        if body
+        else ""
+    )
+
+
+def _curves(title: str, log: MetricLog) -> str:
+    panels = [panel for panel in (drawable(panel, log.rows) for panel in PANELS) if panel.metrics]
+    unread = f"<p class=note>{log.unread} lines of metrics.jsonl that no run writes are left out.</p>"
+    if not panels and not log.unread:
         return ""
-    figures = "".join(_figure(title, panel, rows) for panel in panels)
-    return f"<h2>{escape(title)}</h2><div class=charts>{figures}</div>"
+    figures = "".join(_figure(title, panel, log.rows) for panel in panels)
+    return f"<h2>{escape(title)}</h2>{unread if log.unread else ''}<div class=charts>{figures}</div>"
 
 
 def _figure(section: str, panel: Panel, rows: Sequence[dict[str, float]]) -> str:
@@ -168,27 +203,6 @@ def _figure(section: str, panel: Panel, rows: Sequence[dict[str, float]]) -> str
     return (
         f"<figure class=card><h3>{escape(panel.title)}<span>{escape(unit_of(panel))}</span></h3>{svg}"
         f"<details><summary>What is this?</summary><dl>{meaning}</dl></details></figure>"
-    )
-
-
-def _samples(rows: Sequence[SampleRow]) -> str:
-    if not rows:
-        return ""
-    cards = "".join(
-        f"<article class='sample card'><p class=prompt>{escape(row.prompt)}</p>"
-        f"<p class=answer>Reference answer: <b>{escape(row.answer)}</b></p>"
-        f"<div class=pair>{_response('Before', row.before)}{_response('After', row.after)}</div></article>"
-        for row in rows
-    )
-    return f"<h2>Sample rollouts</h2><p class=note>The same held-out prompts before and after.</p>{cards}"
-
-
-def _response(when: str, response: JudgedResponse) -> str:
-    mark, word = ("✓", "right") if response.correct else ("✗", "wrong")
-    return (
-        f"<div class=response><header>{when} <span class='badge {word}'>{mark} {word}</span>"
-        f"<span class=score>score {_minus(f'{response.score:+.2f}')}</span></header>"
-        f"<pre>{escape(response.text)}</pre></div>"
     )
 
 
@@ -222,10 +236,11 @@ def _rate(phase: str, rows: Sequence[Mapping[str, float]]) -> str:
 
 def _files(run_dir: Path) -> str:
     names = {"command.txt": "Command", "config.yaml": "Settings", "versions.json": "Versions"}
+    found = {title: own_file(run_dir, name) for name, title in names.items()}
     folds = "".join(
         f"<details class='fold card'><summary>{title}</summary>"
-        f"<pre class=file>{escape((run_dir / name).read_text(encoding='utf-8'))}</pre></details>"
-        for name, title in names.items()
-        if (run_dir / name).exists()
+        f"<pre class=file>{escape(path.read_text(encoding='utf-8', errors='replace'))}</pre></details>"
+        for title, path in found.items()
+        if path is not None
     )
     return f"<h2>How to run this again</h2>{folds}" if folds else ""

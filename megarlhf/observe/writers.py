@@ -14,11 +14,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from megarlhf.errors import ConfigError
+from megarlhf.observe.files import json_lines, own_file
 from megarlhf.observe.metrics import Metrics, check
 
 _PACKAGES = (
@@ -82,20 +83,38 @@ class RunWriter:
         self.close()
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Read `metrics.jsonl`: one mapping a line, `step` among them; null values are left out, as is a torn last line.
+LARGEST = 1e100
+"""No metric goes beyond: they are made from fp32, which ends at 3.4e38. A chart could not hold the largest fp64."""
+
+
+class MetricLog(NamedTuple):
+    """What metrics.jsonl holds: one mapping a step, `step` among them, in order; null values are left out."""
+
+    rows: list[dict[str, float]]
+    unread: int
+    """Lines with something that no run writes, which is left out."""
+
+
+def read_metrics(run_dir: Path) -> MetricLog:
+    """Read `metrics.jsonl`, of which a torn last line is left out; no rows where there is none.
 
     After a resume a step can appear twice; the later line counts.
     """
-    path = run_dir / "metrics.jsonl"
     by_step: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+    unread = 0
+    for row in json_lines(own_file(run_dir, "metrics.jsonl")):
+        step = None if row is None else row.pop("step", None)
+        if row is None or type(step) is not int or not 0 <= step < 2**53:
+            unread += 1
             continue
-        by_step.setdefault(row["step"], {}).update({name: value for name, value in row.items() if value is not None})
-    return [by_step[step] for step in sorted(by_step)]
+        numbers = {name: float(value) for name, value in row.items() if _is_number(value)}
+        unread += any(value is not None and name not in numbers for name, value in row.items())
+        by_step.setdefault(step, {"step": step}).update(numbers)
+    return MetricLog([by_step[step] for step in sorted(by_step)], unread)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST
 
 
 class Settings(Protocol):
@@ -195,12 +214,6 @@ def _tensorboard(run_dir: Path, first: int) -> Any:
 
 def _wandb(run_dir: Path) -> Any:
     """Start a W&B run; the key comes from the environment alone, so that it can never end up in a config on disk."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(
-            "wandb=true: the package is missing; pip install 'megarlhf[wandb]' or set it to false."
-        ) from None
-    if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
-        raise ConfigError("wandb=true: no key; set WANDB_API_KEY (or WANDB_MODE=offline) in the environment.")
+    import wandb  # pyright: ignore[reportMissingImports]
+
     return wandb.init(project="megarlhf", name=run_dir.name, dir=str(run_dir))

@@ -134,11 +134,12 @@ def test_reading_back_a_resumed_and_torn_file(tmp_path: Path) -> None:
         writer.log({"eval/accuracy_greedy": 0.5}, step=2)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "policy/l')
-    assert read_metrics(tmp_path) == [
+    assert read_metrics(tmp_path).rows == [
         {"step": 1, "policy/loss": 1.0},
         {"step": 2, "policy/loss": 4.0, "eval/accuracy_greedy": 0.5},
     ]
-    assert read_metrics(tmp_path / "absent") == []
+    assert read_metrics(tmp_path).unread == 0
+    assert read_metrics(tmp_path / "absent") == ([], 0)
 
 
 def test_samples_keep_their_text(tmp_path: Path) -> None:

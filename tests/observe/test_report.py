@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from megarlhf.observe.report import JudgedResponse, Report, SampleRow, SummaryRow, read_report, write_report
-from megarlhf.observe.writers import RunWriter
+from megarlhf import cli
+from megarlhf.errors import DataError
+from megarlhf.observe.charts import Panel, curves_svg
+from megarlhf.observe.report import JudgedResponse, Report, SampleRow, SummaryRow, read_report, write_page, write_report
+from megarlhf.observe.writers import RunWriter, read_metrics
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" <img src=http://example.com/a.png>"
 
@@ -96,6 +102,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(write_report(tmp_path, demo_run(tmp_path)).read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A whole report.json."""
+    return json.dumps(asdict(demo_run(tmp_path_factory.mktemp("reported"))), indent=1)
+
+
 def test_it_shows_every_curve_that_was_logged(page: Page) -> None:
     # Score, accuracy, KL, length, entropy, clip fraction, two losses, gradient norm, sampler gap; SFT loss.
     assert page.tags.count("svg") == 11
@@ -144,6 +156,200 @@ def test_it_can_be_made_again_from_the_run_directory(tmp_path: Path) -> None:
 
 
 def test_a_run_without_anything_still_has_a_page(tmp_path: Path) -> None:
-    page = Page(write_report(tmp_path, read_report(tmp_path)).read_text(encoding="utf-8"))
+    page = Page(write_page(tmp_path).read_text(encoding="utf-8"))
     assert tmp_path.name in " ".join(page.text)
+    assert "No step was logged." in page.text
     assert "svg" not in page.tags
+
+
+def judged(step: int, index: int) -> dict[str, object]:
+    """A line of samples.jsonl."""
+    verdict = {"score": 1.5 * index, "correct": index % 2 == 0}
+    return {"step": step, "prompt": f"prompt {index}", "answer": "7", "response": f"said {index} at {step}", **verdict}
+
+
+def test_a_users_run_says_that_it_is_finished_and_shows_its_numbers_and_rollouts(tmp_path: Path) -> None:
+    with RunWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.log({"rollout/score_mean": step / 4, "rollout/accuracy": 0.0}, step=step)
+            writer.samples([judged(step, index) for index in range(10)], step)
+    text = " ".join(Page(write_page(tmp_path).read_text(encoding="utf-8")).text)
+    assert "Not finished: 3 steps so far." in text
+    (tmp_path / "model").mkdir()
+    page = write_page(tmp_path).read_text(encoding="utf-8")
+    text = " ".join(Page(page).text)
+    assert "Finished after 3 steps." in text
+    assert "<tr><td>rollout/score_mean<td>0.25<td>0.75<td>reward</tr>" in page
+    # Eight rollouts of the first and of the last step, the last one's open.
+    assert [text.count(f" at {step}") for step in (1, 2, 3)] == [8, 0, 8]
+    assert page.index("<details class=samples open><summary>Step 3") < page.index(
+        "<details class=samples><summary>Step 1"
+    )
+    assert "score −" not in text
+    assert "score +1.50" in text
+
+
+DAMAGED = (
+    *(
+        "5",
+        "[]",
+        "{}",
+        '"step"',
+        "null",
+        "not JSON",
+        '{"step": null, "policy/loss": 1}',
+        '{"step": 1.5}',
+        '{"step": true}',
+    ),
+    *('{"step": -1}', '{"step": 1' + "0" * 400 + "}", "[" * 5000, '{"step": ' + "9" * 5000 + "}"),
+    *('{"step": 2, "policy/loss": "1"}', '{"step": 2, "policy/loss": [1]}', '{"step": 2, "policy/loss": true}'),
+    *('{"step": 2, "policy/loss": 1e308}', '{"step": 2, "policy/loss": -1e308}', '{"step": 2, "policy/loss": NaN}'),
+    *('{"step": 2, "policy/loss": -Infinity}', '{"step": 2, "policy/loss": 1' + "0" * 400 + "}"),
+)
+"""Lines that no run writes."""
+
+
+def test_lines_that_no_run_writes_are_left_out_and_counted(tmp_path: Path) -> None:
+    good = ['{"step": 1, "policy/loss": 0.25, "value/loss": null}', '{"step": 3, "policy/loss": 0.75}']
+    lines = [good[0], *DAMAGED, good[1]]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n" + b'{"step": 4')
+    assert read_metrics(tmp_path).unread == len(DAMAGED) + 1
+    page = write_page(tmp_path).read_text(encoding="utf-8")
+    assert f"{len(DAMAGED) + 1} lines of metrics.jsonl that no run writes are left out." in page
+    assert "<tr><td>policy/loss<td>0.25<td>0.75<td>1</tr>" in page
+
+
+def test_odd_rollouts_are_left_out_and_counted_or_shown_as_far_as_they_go(tmp_path: Path) -> None:
+    odd = [
+        {"step": 1},
+        {**judged(1, 0), "response": 5},
+        {**judged(1, 0), "prompt": [1]},
+        {**judged(1, 0), "step": None},
+    ]
+    shown = [
+        {**judged(1, 1), "score": None, "correct": None, "answer": None},
+        {**judged(1, 2), "score": "high", "correct": "yes", "answer": 7},
+        {**judged(1, 3), "score": math.nan, "response": HOSTILE},
+        {**judged(1, 4), "prompt": [{"role": "user", "content": "Why?"}], "response": "half a pair: \ud83d"},
+    ]
+    lines = [json.dumps(row) for row in (*odd, *shown)] + ["5", "[]", "{"]
+    (tmp_path / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    page = Page(write_page(tmp_path).read_text(encoding="utf-8"))
+    text = " ".join(page.text)
+    assert f"{len(odd) + 3} lines of samples.jsonl that no run writes are left out." in text
+    assert "said 1 at 1" in text
+    assert "said 2 at 1" in text
+    assert HOSTILE in page.text
+    assert "user: Why?" in text
+    assert "half a pair: ?" in text
+    assert "script" not in page.tags
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda text: text[: len(text) // 2], "the file: Invalid JSON"),
+        (lambda _: "5", "the file: Input should be"),
+        (lambda _: "[]", "the file: Input should be"),
+        (lambda _: "{}", "title: Field required"),
+        (lambda text: text.replace('"score": -1.31', '"score": "low"'), "samples.0.before.score: Input should be"),
+        (lambda text: text.replace('"before": 0.4612', '"before": null'), "summary.0.before: Input should be"),
+        (lambda text: text.replace('"title": "PPO', '"title": 5, "_": "PPO'), "title: Input should be a valid string"),
+        (lambda text: text.replace('"sft"', '"../.."'), "'../..' is outside of the run"),
+        (lambda text: text.replace('"sft"', '"/"'), "'/' is outside of the run"),
+        (lambda text: text.replace('"main": "."', '"main": ".."'), "'..' is outside of the run"),
+    ],
+)
+def test_a_damaged_report_is_refused_by_name(
+    change: Callable[[str], str], problem: str, reported: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(change(reported), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") != reported
+    remedy = "; remove it for a page of the curves alone"
+    with pytest.raises(DataError, match=rf"^{re.escape(f'{path}: {problem}')}.*{remedy}"):
+        write_page(tmp_path)
+    path.unlink()
+    assert "No step was logged." in write_page(tmp_path).read_text(encoding="utf-8")  # the remedy works
+
+
+@pytest.mark.parametrize(
+    "name", ["command.txt", "config.yaml", "versions.json", "metrics.jsonl", "samples.jsonl", "report.json"]
+)
+def test_links_out_of_a_run_are_refused(name: str, tmp_path: Path) -> None:
+    secret, run = tmp_path / "secret", tmp_path / "run"
+    secret.write_text('{"step": 1}\n')
+    run.mkdir()
+    (run / name).symlink_to("../secret")
+    with pytest.raises(
+        DataError, match=rf"^{re.escape(str(run / name))}: leads to {re.escape(str(secret))}, which is outside"
+    ):
+        write_page(run)
+    (run / name).unlink()
+    (run / name).mkdir()
+    with pytest.raises(DataError, match=r": is no file that can be read; remove it\.$"):
+        write_page(run)
+
+
+def test_a_stage_that_is_a_link_out_of_the_run_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "sft").symlink_to(tmp_path)
+    (run / "report.json").write_text(json.dumps(asdict(Report("title", "", stages=(("SFT", "sft"),)))))
+    with pytest.raises(DataError, match="'sft' is outside of the run"):
+        write_page(run)
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.html.partial"])
+def test_a_link_in_the_pages_place_is_replaced_and_what_it_names_is_left_alone(name: str, tmp_path: Path) -> None:
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("mine")
+    run.mkdir()
+    (run / name).symlink_to(precious)
+    assert write_page(run).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert precious.read_text() == "mine"
+    assert sorted(path.name for path in run.iterdir()) == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "lowest", "highest"),
+    [
+        ("rollout/accuracy", [0.0, 0.0], 0, 1),
+        ("reward/pair_accuracy", [1.0, 1.0], 0, 1),
+        ("rollout/truncated_fraction", [0.0, 0.01], 0, 1),
+        ("reward/pair_accuracy", [0.9, 1.0], 0, 1),
+        ("rollout/response_length_mean", [0.0, 40.0], 0, 100),
+        ("value/explained_variance", [-0.5, 0.5], -1, 1),
+    ],
+)
+def test_an_axis_names_no_number_that_the_quantity_cannot_have(
+    name: str, values: list[float], lowest: float, highest: float
+) -> None:
+    rows = [{"step": step, name: value} for step, value in enumerate(values)]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", curves_svg(Panel("Panel", (name,)), rows, prefix="p"))
+    numbers = [float(text.replace("−", "-")) for text in texts]
+    assert len(numbers) >= 4
+    assert all(lowest <= number <= highest for number in numbers), numbers
+
+
+def test_a_legend_stands_above_the_curves(tmp_path: Path) -> None:
+    rows = [{"step": step, "policy/clip_fraction": 0.1, "value/clip_fraction": 0.2} for step in range(9)]
+    svg = curves_svg(Panel("Clip fraction", ("policy/clip_fraction", "value/clip_fraction")), rows, prefix="p")
+    (top,) = [
+        float(y)
+        for y in re.findall(
+            r'<g id="p-clip-fraction-patch_2">\s*<path d="M [\d.]+ [\d.]+ \s*L [\d.]+ [\d.]+ \s*L [\d.]+ ([\d.]+)', svg
+        )
+    ]
+    legend = svg[svg.index("p-clip-fraction-legend_1") :]
+    assert all(float(y) <= top for y in re.findall(r'<text [^>]*y="([\d.]+)"', legend))
+
+
+def test_the_command_names_the_runs_below(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunWriter(tmp_path / "sft") as writer:
+        writer.log({"sft/loss": 0.5}, step=1)
+    assert cli.main(["report", f"run_dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"run_dir {tmp_path}: no metrics.jsonl there; did you mean {tmp_path / 'sft'}?\n"
+    (tmp_path / "sft" / "command.txt").symlink_to("/etc/passwd")
+    assert cli.main(["report", f"run_dir={tmp_path / 'sft'}"]) == 2
+    assert "leads to /etc/passwd, which is outside of the run" in capsys.readouterr().err
