@@ -1,7 +1,7 @@
 # make demo | test | test-slow | check | clean. Each target prepares .venv by itself; nothing but Python 3.11+ and make is needed.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow check resolve clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,7 @@ help:
 	@echo "make test   run the tests (CPU)"
 	@echo "make test-slow  run the long tests: kills, fuzzing, the example chain"
 	@echo "make check  format, lint, types, import layers, spelling"
+	@echo "make resolve  ask PyPI whether every set of packages still resolves; installs nothing"
 	@echo "make clean  remove .venv, caches and runs/"
 
 $(STAMP): setup.py pyproject.toml constraints.txt
@@ -43,6 +44,18 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/typos
 	$(BIN)/pyright
+
+# Everything that setup.py offers, together, on the Pythons it supports. --no-config and the unset variables: no index and
+# no wheel of this machine counts.
+SETS := dev,gpu,maths,wandb,bench
+
+resolve: $(STAMP)
+	@for python in 3.11 3.12; do \
+	  env -u UV_INDEX -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS \
+	    $(BIN)/uv pip install --dry-run --quiet --no-config --python-version $$python \
+	    --python-platform x86_64-manylinux_2_28 --target build/resolved -c constraints.txt ".[$(SETS)]" \
+	  && echo "resolves from PyPI alone: .[$(SETS)] on Python $$python" || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .ruff_cache .import_linter_cache ./*.egg-info

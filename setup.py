@@ -28,9 +28,11 @@ REQUIRES = [
     "scipy>=1.13",
 ]
 
-# NVIDIA Apex is used when it can be imported and is never listed: the package of that name on PyPI is another project.
+# Transformer Engine's torch part and flash-attn are compiled against the torch and CUDA of the machine, which pip's
+# isolated builds cannot see: docs/gpu.md installs them, constraints.txt names their versions. NVIDIA Apex is used when
+# it can be imported and is never listed: the package of that name on PyPI is another project.
 EXTRAS = {
-    "gpu": ["transformer-engine[pytorch]>=2.5", "flash-attn>=2.7", "nvidia-ml-py>=12", "triton>=3.6"],
+    "gpu": ["nvidia-ml-py>=12", "triton>=3.6"],
     "maths": ["math-verify>=0.8"],
     "wandb": ["wandb>=0.19"],
     # What tools/bench_kernels.py compares with; cutedsl is Liger's fastest path on an H100.
@@ -43,6 +45,7 @@ EXTRAS = {
         "pyright[nodejs]>=1.1.400",
         "import-linter>=2.3",
         "typos>=1.30",
+        "uv>=0.9",  # resolves the sets of other Pythons: make resolve
         "triton>=3.6; platform_system == 'Linux'",  # its interpreter runs the kernels' tests without a GPU
     ],
 }

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("megarlhf", "kernels", "examples", "tools", "tests")
 TOP_LEVEL = {
     *("megarlhf", "kernels", "examples", "tools", "tests", "setup.py", "README.md", "pyproject.toml", "Makefile"),
-    *("CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "benchmarks", ".ci", ".gitignore"),
+    *("CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "benchmarks", "docs", ".ci", ".gitignore"),
 }
 YAML_LINES = 45
 
