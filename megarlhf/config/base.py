@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pydantic
+from pydantic_core import PydanticCustomError
 
 from megarlhf.config import yaml12
+
+LEAST, MOST = 1e-20, 1e12
+"""Sizes that a number may have beside 0: what fp32 keeps with room for squares, seconds that a clock can add, and far
+beyond any learning rate, weight or score."""
+MOST_WHOLE = 10**18
+"""Largest whole number, a seed for example: what 64 bits keep with room for sums."""
+LONGEST_PATH, LONGEST_NAME = 4096, 255
+"""Bytes that Linux's file systems take, of a path and of each name in it."""
 
 
 class Config(pydantic.BaseModel):
     """Frozen settings; unknown names are errors, and the docstring under a field is its documentation.
 
     That docstring states meaning, unit and the source of the default, because `megarlhf <command> --help` prints it.
+    Numbers of no sensible size, and text that no file system, tokenizer or log could take, are refused in every class.
     """
 
     model_config = pydantic.ConfigDict(
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
-        ser_json_inf_nan="constants",
+        allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @pydantic.field_validator("*", mode="after")
+    @classmethod
+    def _makes_sense(cls, value: Any) -> Any:
+        for item in value if isinstance(value, tuple | list) else (value,):
+            _check(item)
+        return value
 
     def to_yaml(self) -> str:
         """Return every setting with its resolved value; reading it back gives an equal object."""
         return yaml12.render(self.model_dump(mode="json"))
+
+
+def _check(value: Any) -> None:
+    match value:
+        case int() if abs(value) > MOST_WHOLE:
+            raise PydanticCustomError("size", "should be of a size up to 1e18")
+        case float() if value and not LEAST <= abs(value) <= MOST:
+            raise PydanticCustomError("size", "should be 0 or of a size from 1e-20 to 1e12")
+        case str() | Path() if "\0" in str(value):
+            raise PydanticCustomError("text", "should not contain a NUL character")
+        case Path() if len(bytes(value)) >= LONGEST_PATH or any(
+            len(os.fsencode(name)) > LONGEST_NAME for name in value.parts
+        ):
+            raise PydanticCustomError(
+                "path", "should be a path that a file system takes, of names of at most 255 bytes"
+            )

@@ -80,7 +80,7 @@ class ArithmeticConfig(Config):
 
     level: int = pydantic.Field(default=2, ge=1, le=len(LEVELS))
     """Difficulty, 1 (two steps up to 20) to 4 (four to six steps up to 99, with multiplication)."""
-    rows: int = pydantic.Field(default=4000, ge=1)
+    rows: int = pydantic.Field(default=4000, ge=1, le=1_000_000)
     """Distinct problems to generate."""
     seed: int = pydantic.Field(default=1, ge=0)
     """Seed of the problems and of their demonstrations; give each stage of a pipeline its own."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,9 +9,9 @@ from megarlhf.ops.masked import check_mask, last_true
 
 
 def shape_scores(
-    scores: Tensor, terminated: Tensor, *, missing_eos_score: float | None = None, clip: float = math.inf
+    scores: Tensor, terminated: Tensor, *, missing_eos_score: float | None = None, clip: float | None = None
 ) -> Tensor:
-    """Clip scores to -clip..clip; then a response without EOS gets `missing_eos_score` (None keeps its own).
+    """Clip scores to -clip..clip (None: not at all); one without EOS gets `missing_eos_score` (None: its own).
 
     Shapes:   scores [B] fp32; terminated [B] bool. Returns [B].
     Units:    reward.
@@ -21,9 +19,9 @@ def shape_scores(
     Source:   Huang et al. 2024, detail "EOS trick": -1, so that the policy learns to stop.
     """
     check_mask(terminated, scores=scores)
-    if not clip > 0:
-        raise ValueError(f"clip: {clip}; must be positive (inf clips nothing).")
-    shaped = scores.clamp(-clip, clip)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: {clip}; must be positive (None clips nothing).")
+    shaped = scores if clip is None else scores.clamp(-clip, clip)
     return shaped if missing_eos_score is None else shaped.masked_fill(~terminated, missing_eos_score)
 
 

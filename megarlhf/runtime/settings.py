@@ -24,5 +24,5 @@ class RanksConfig(Config):
     """Rows of one forward pass on one data rank. Bounds the memory of activations; changes no result."""
     offload: Literal["host", "none"] = "host"
     """Where a model's bytes wait while another works: host memory (pinned where there is a GPU), or where they are."""
-    timeout_s: float = Field(default=600.0, gt=0)
+    timeout_s: float = Field(default=600.0, ge=1, le=1e7)
     """Longest wait in a collective, in seconds, before the run stops. Source: torch's default for NCCL."""

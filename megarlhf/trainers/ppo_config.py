@@ -94,8 +94,8 @@ class PPOConfig(RunConfig):
     Source: 0.2 in Huang et al. 2024."""
     missing_eos_score: float | None = -1.0
     """Score of a response cut at the token limit; null keeps the reward model's. Source: Huang et al. 2024."""
-    score_clip: float = Field(default=float("inf"), gt=0)
-    """Scores are clipped to +- this, in reward, before the KL penalty; .inf clips nothing."""
+    score_clip: float | None = Field(default=None, gt=0)
+    """Scores are clipped to +- this, in reward, before the KL penalty; null clips nothing."""
 
     verifier: Verifier = "arithmetic"
     """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's, or `maths`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,7 +98,7 @@ def test_values_are_yaml_1_2() -> None:
     assert load_config(Run, None, ["name=a", "critic={}"]).critic == Optim()
 
 
-@pytest.mark.parametrize("lr", [1e-5, 3e-06, 0.1, 12345678.9, math.inf])
+@pytest.mark.parametrize("lr", [1e-5, 3e-06, 0.1, 12345678.9, 1e12])
 @pytest.mark.parametrize("name", ["no", "1e-5", "null", "0x1F", "a: b", "", "2024-01-01", "ü"])
 def test_dump_then_load_is_the_identity(tmp_path: Path, lr: float, name: str) -> None:
     cfg = Run(name=name, optim=Optim(lr=lr), critic=Optim(betas=(0.0, 1.0)))
