@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,11 @@ from megarlhf.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
 
+_MOST_MISTAKES = 20
+"""How many an error lists."""
+_DEEPEST = 10
+"""Groups inside each other that a dotted name may ask for; there are 4 at most."""
+
 
 def load_config(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
     """Build `cls` from a YAML file and overrides such as `layout.tensor=2`; the last one wins.
@@ -25,14 +30,16 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
     Raises:   ConfigError naming the setting, its value, where it came from and the remedy, one line per mistake.
     """
     settings = {} if path is None else _read(path)
+    typed: set[str] = set()
     for override in overrides:
-        _apply(settings, override)
-    source = "the command line" if path is None else str(path)
+        typed |= _apply(settings, override)
     try:
         # Strict JSON mode: 2.0 or "2" for an int is an error, while a list may fill a tuple and text may fill a Path.
         return cls.model_validate_json(json.dumps(_over_defaults(cls, settings)), strict=True)
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(cls, detail, source) for detail in error.errors())) from None
+        lines = [_explain(cls, detail, path, typed) for detail in error.errors()[:_MOST_MISTAKES]]
+        more = error.error_count() - len(lines)
+        raise ConfigError("\n".join([*lines, *([f"and {more} more mistakes."] if more else [])])) from None
 
 
 def dump_config(cfg: Config, path: Path) -> None:
@@ -68,13 +75,16 @@ def _are_dicts(*values: Any) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml12.parse(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}; give a readable YAML file to --config.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path}: not YAML ({_flat(error)}); correct that line.") from None
+        with path.open(encoding="utf-8") as file:
+            # One character more than is read, so that what never ends (/dev/zero) ends here.
+            data = yaml12.parse(file.read(yaml12.LARGEST + 1))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"config file {path}: {reason}; give a readable YAML file to --config.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path}: not YAML for settings ({_flat(error)}); correct that line.") from None
     data = {} if data is None else data
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    if not isinstance(data, dict):
         raise ConfigError(f"config file {path}: holds {_shown(data)}; write one `name: value` per line.")
     return _nest(data, str(path))
 
@@ -87,20 +97,35 @@ def _nest(data: Mapping[str, Any], source: str) -> dict[str, Any]:
     return nested
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
+def _apply(settings: dict[str, Any], override: str) -> set[str]:
+    """Lay `name=value` over `settings`; returns the dotted names that it gave values to."""
     name, equals, text = override.partition("=")
     name = name.strip()
     if not equals or not name:
         raise ConfigError(f"argument {override!r}: not a setting; write name=value, for example layout.tensor=2.")
     try:
+        override.encode()
         value = yaml12.parse(text)
+    except UnicodeEncodeError:
+        raise ConfigError(f"argument {override!r}: not UTF-8; type it in that encoding.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"setting {name}={text}: not a YAML value ({_flat(error)}); quote it.") from None
-    _set(settings, name, value, override)
+    _set(settings, name, value, "the command line")
+    return set(_leaves(name, value))
+
+
+def _leaves(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(f"{name}.{key}", item)
+    else:
+        yield name
 
 
 def _set(settings: dict[str, Any], name: str, value: Any, source: str) -> None:
     *parents, leaf = name.split(".")
+    if len(parents) > _DEEPEST:
+        raise ConfigError(f"unknown setting {_shown(name)} (from {source}); settings nest at most {_DEEPEST} deep.")
     for depth, parent in enumerate(parents):
         inner = settings.setdefault(parent, {})
         if not isinstance(inner, dict):
@@ -109,12 +134,12 @@ def _set(settings: dict[str, Any], name: str, value: Any, source: str) -> None:
         settings = inner
     if isinstance(value, dict) and isinstance(settings.get(leaf), dict):
         for key, item in value.items():
-            _set(settings[leaf], str(key), item, source)
+            _set(settings[leaf], key, item, source)
     else:
         settings[leaf] = value
 
 
-def _explain(cls: type[Config], detail: Any, source: str) -> str:
+def _explain(cls: type[Config], detail: Any, path: Path | None, typed: Collection[str]) -> str:
     """Turn one pydantic error into `<what>: <names and values>; <remedy>`."""
     name = ".".join(str(part) for part in detail["loc"])
     value = _shown(detail["input"])
@@ -122,17 +147,21 @@ def _explain(cls: type[Config], detail: Any, source: str) -> str:
     # An element of a list carries its index in `loc`; the setting is the longest prefix that is one.
     setting = next((prefix for prefix in _prefixes(detail["loc"]) if prefix in types), name)
     wanted = types.get(setting, "a group of settings")
+    is_typed = path is None or any(given in _prefixes(detail["loc"]) or given.startswith(f"{name}.") for given in typed)
     match detail["type"]:
         case "extra_forbidden":
+            source = "the command line" if is_typed else str(path)
             return f"unknown setting {name} = {value} (from {source}); {_suggestion(cls, name)}"
         case "missing" if setting == name:
-            return f"missing setting {name} ({wanted}); add it to the file or give {name}=... on the command line."
+            file = "the file" if path is None else str(path)
+            return f"missing setting {name} ({wanted}); add it to {file} or give {name}=... on the command line."
         case "value_error" | "assertion_error":
             reason = str(detail["ctx"]["error"])
             return f"setting {name}: {reason}" if name else reason
         case _:
             message = detail["msg"][:1].lower() + detail["msg"][1:]
-            return f"setting {setting} = {value}: {message}; give {wanted}."
+            source = "" if is_typed else f" (from {path})"
+            return f"setting {setting} = {value}{source}: {message}; give {wanted}."
 
 
 def _prefixes(loc: Sequence[str | int]) -> list[str]:
