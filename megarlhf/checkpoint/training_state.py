@@ -125,16 +125,17 @@ def role_state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:
 
 
 def _initialise(role: TrainableRole) -> None:
-    """The state that AdamW makes at its first step: Megatron reads it, also of an optimiser that has not stepped."""
+    """The state that Adam makes at its first step: Megatron reads it, also of an optimiser that has not stepped.
+
+    Torch's AdamW counts steps there; FusedAdam of Transformer Engine and Apex counts in its groups, and only there.
+    """
     for optimizer in torch_optimizers(role.optimizer):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if not optimizer.state[parameter]:
-                    optimizer.state[parameter].update(
-                        step=torch.zeros((), device=parameter.device),
-                        exp_avg=torch.zeros_like(parameter),
-                        exp_avg_sq=torch.zeros_like(parameter),
-                    )
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            state = optimizer.state[parameter]
+            if not state:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                if isinstance(optimizer, torch.optim.AdamW):
+                    state["step"] = torch.zeros((), device=parameter.device)
 
 
 def _restore_optimizer(role: TrainableRole, state: dict[str, Any]) -> None:
@@ -142,12 +143,22 @@ def _restore_optimizer(role: TrainableRole, state: dict[str, Any]) -> None:
     moments = state.pop("param_state", None)
     state.pop("param_state_sharding_type", None)
     optimizer: Any = role.optimizer
+    if moments is None:
+        _add_count_of_zero(role, state)
     optimizer.load_state_dict(state)
     if moments is None:  # the optimiser is not sharded, and was loaded whole
         return
     (sharded,) = optimizer.chained_optimizers
     states = [values for inner in torch_optimizers(role.optimizer) for values in inner.state.values()]
-    steps = [values.pop("step") for values in states]
+    steps = [values.pop("step", None) for values in states]
     sharded.load_parameter_state_from_fully_reshardable(moments)
     for values, step in zip(states, steps, strict=True):
-        values["step"] = step.clone()  # Megatron gives all of them one tensor, which each would then increment
+        if step is not None:
+            values["step"] = step.clone()  # Megatron gives all of them one tensor, which each would then increment
+
+
+def _add_count_of_zero(role: TrainableRole, state: dict[str, Any]) -> None:
+    """Of an optimiser that had not stepped Megatron-Core 0.16.1 saves no count, without which AdamW loads nothing."""
+    if all(isinstance(inner, torch.optim.AdamW) for inner in torch_optimizers(role.optimizer)):
+        of_torch = state.get("optimizer", state)  # beside the masters of bfloat16 weights, or alone
+        of_torch["state"].setdefault("common_step", torch.zeros(()))

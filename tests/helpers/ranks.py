@@ -1,7 +1,7 @@
 """Run a function on N real ranks: gloo processes on a CPU, NCCL where there are GPUs enough.
 
 Ranks are processes that stay up between calls, since starting one means importing Megatron-Core. A call that fails or
-hangs ends them all, and the next call starts fresh ones.
+hangs ends them all, and the next call starts fresh ones. Some have a stand-in for Transformer Engine.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ class RankFailedError(AssertionError):
 class Rank:
     """One process that waits for functions to call as some rank."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_engine: bool) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         # Not a daemon: those may not have children, and saving a checkpoint starts some.
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,))
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, with_engine))
         self.process.start()
         theirs.close()  # so that a dead process reads as end of file
 
 
-_ranks: list[Rank] = []
+_ranks: dict[bool, list[Rank]] = {False: [], True: []}
+"""Without and with the stand-in for Transformer Engine."""
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
@@ -48,10 +49,21 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]
     A function builds its own mesh (`parallel.mesh.start`); it is taken down after the call. The first rank that fails
     raises here with its traceback. Results cross a pipe: numbers, strings, CPU tensors.
     """
-    while len(_ranks) < ranks:
-        _ranks.append(Rank())
+    return _run(_ranks[False], False, function, ranks, args)
+
+
+def run_with_engine(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """As `run_ranks`, where `tests/helpers/engine_stand_in.py` stands for Transformer Engine."""
+    return _run(_ranks[True], True, function, ranks, args)
+
+
+def _run(
+    pool: list[Rank], with_engine: bool, function: Callable[..., Any], ranks: int, args: tuple[Any, ...]
+) -> list[Any]:
+    while len(pool) < ranks:
+        pool.append(Rank(with_engine))
     port = _free_port()
-    members = _ranks[:ranks]
+    members = pool[:ranks]
     for rank, member in enumerate(members):
         member.pipe.send((function, rank, ranks, port, args))
     try:
@@ -63,12 +75,14 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]
 
 def stop_ranks() -> None:
     """End all rank processes; the next `run_ranks` starts new ones."""
-    for rank in _ranks:
+    every = [rank for pool in _ranks.values() for rank in pool]
+    for rank in every:
         rank.pipe.close()  # an idle rank leaves by itself, and takes the processes it started with it
-    for rank in _ranks:
+    for rank in every:
         rank.process.join(timeout=GRACE_S)
         rank.process.kill()
-    _ranks.clear()
+    for pool in _ranks.values():
+        pool.clear()
 
 
 atexit.register(stop_ranks)
@@ -97,8 +111,12 @@ def _receive(rank: int, pipe: Connection) -> Any:
     return value
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, with_engine: bool) -> None:
     torch.set_num_threads(1)
+    if with_engine:
+        from tests.helpers import engine_stand_in
+
+        engine_stand_in.install()
     while True:
         try:
             function, rank, ranks, port, args = pipe.recv()

@@ -1,0 +1,343 @@
+"""Stands in for the package transformer_engine where there is no GPU: what Megatron-Core imports of it, in plain torch.
+
+It keeps what our code must reckon with: FP8 copies of weights live on from one forward to the next and are made anew
+only when the caller says that a first micro-batch has come; FP8 products refuse sizes that tensor cores cannot take;
+FusedAdam keeps two moments a weight and counts steps in its groups. Products are of numbers rounded to FP8 and back.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VERSION = "2.11.0"
+LARGEST = 448.0
+"""Of torch.float8_e4m3fn."""
+
+
+class State:
+    """transformer_engine.pytorch.fp8.FP8GlobalStateManager."""
+
+    enabled = False
+
+    @classmethod
+    def is_fp8_enabled(cls) -> bool:
+        return cls.enabled
+
+    @classmethod
+    def get_fp8_recipe(cls) -> None:
+        return None
+
+    @classmethod
+    def set_skip_fp8_weight_update_tensor(cls, skip: bool) -> None:
+        """A captured graph reads it."""
+
+
+@contextmanager
+def fp8_autocast(enabled: bool = True, fp8_recipe: Any = None, fp8_group: Any = None) -> Iterator[None]:
+    before, State.enabled = State.enabled, enabled
+    try:
+        yield
+    finally:
+        State.enabled = before
+
+
+class Recipe:
+    """Any of transformer_engine.common.recipe: how scales are found. This stand-in takes the tensor's own largest."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+
+class DelayedScaling(Recipe):
+    """A recipe whose scales are state: those of past forwards."""
+
+
+class QuantizedTensor:
+    """Numbers in eight bits and the factor that brings them back."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        largest = numbers.detach().abs().max().float().clamp(min=1e-12)
+        self.scale = LARGEST / largest
+        self.data = (numbers.detach().float() * self.scale).to(torch.float8_e4m3fn)
+
+    def dequantize(self) -> Tensor:
+        return self.data.float() / self.scale
+
+
+class Module(torch.nn.Module):
+    """transformer_engine.pytorch.module.base.TransformerEngineBaseModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fp8_meta: dict[str, Any] = {}
+        self._fp8_workspaces: dict[str, QuantizedTensor] = {}
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing to keep."""
+
+    def quantized_weight(self, weight: Tensor, is_first_microbatch: bool | None) -> Tensor:
+        """The cached copy, made anew when asked for or missing; gradients pass through to the weight."""
+        copy = self._fp8_workspaces.get("weight")
+        if copy is None or is_first_microbatch is None or is_first_microbatch:
+            copy = QuantizedTensor(weight)
+            if is_first_microbatch is not None:
+                self._fp8_workspaces["weight"] = copy
+        return _through(weight, copy)
+
+
+def _through(numbers: Tensor, copy: QuantizedTensor) -> Tensor:
+    return numbers + (copy.dequantize() - numbers).detach().to(numbers.dtype)
+
+
+def check_sizes(rows: Tensor, weight: Tensor) -> None:
+    count = rows[..., 0].numel()
+    for tensor, first in ((rows, count), (weight, weight.shape[0])):
+        if first % 8 or tensor.shape[-1] % 16:
+            raise AssertionError(f"FP8 wants rows % 8 == 0 and columns % 16 == 0, but got dims={list(tensor.size())}")
+    if torch.is_grad_enabled() and count % 16:
+        raise AssertionError(f"the weight's gradient sums over {count} rows, not a multiple of 16")
+
+
+class Linear(Module):
+    """transformer_engine.pytorch.Linear without bias."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        tp_group: Any = None,
+        tp_size: int = 1,
+        parallel_mode: str | None = None,
+        params_dtype: torch.dtype = torch.float32,
+        **rest: Any,
+    ) -> None:
+        super().__init__()
+        if parallel_mode == "column":
+            out_features //= tp_size
+        elif parallel_mode == "row":
+            in_features //= tp_size
+        self.tp_group, self.parallel_mode, self.sequence_parallel = tp_group, parallel_mode, sequence_parallel
+        self.weight = torch.nn.Parameter(torch.zeros(out_features, in_features, dtype=params_dtype))
+        split: Any = self.weight
+        split.tensor_model_parallel = parallel_mode is not None
+        split.partition_dim, split.partition_stride = (0 if parallel_mode == "column" else 1), 1
+
+    def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        from megatron.core.tensor_parallel import mappings
+
+        # As in TE: what this rank itself brings must fit, before anything is gathered.
+        weight = self.weight
+        if State.enabled:
+            check_sizes(inp, weight)
+        if self.parallel_mode == "column":
+            enter = (
+                mappings.gather_from_sequence_parallel_region
+                if self.sequence_parallel
+                else mappings.copy_to_tensor_model_parallel_region
+            )
+            inp = enter(inp, group=self.tp_group)
+        if State.enabled:
+            weight = self.quantized_weight(weight, is_first_microbatch)
+            inp = _through(inp, QuantizedTensor(inp))
+        out = torch.nn.functional.linear(inp, weight)
+        if self.parallel_mode == "row":
+            leave = (
+                mappings.reduce_scatter_to_sequence_parallel_region
+                if self.sequence_parallel
+                else mappings.reduce_from_tensor_model_parallel_region
+            )
+            out = leave(out, group=self.tp_group)
+        return out
+
+
+class RMSNorm(torch.nn.Module):
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        sequence_parallel: bool = False,
+        params_dtype: torch.dtype = torch.float32,
+        **rest: Any,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+        marked: Any = self.weight
+        marked.sequence_parallel = sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class DotProductAttention(torch.nn.Module):
+    def __init__(self, num_attention_heads: int, kv_channels: int, **rest: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, attn_mask_type: str, **rest: Any) -> Tensor:
+        """[s, b, heads, d] -> [s, b, heads * d]."""
+        assert attn_mask_type == "causal"
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Adam with decoupled decay; like TE's it knows the names of its own state and raises KeyError at any other."""
+
+    NAMES = ("exp_avg", "exp_avg_sq", "master_param")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = True,
+        adam_w_mode: bool = True,
+        **rest: Any,
+    ) -> None:
+        assert adam_w_mode
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for values in state["state"].values():
+            self._check(values)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for parameter, values in self.state.items():
+            self._check(values)
+            self.state[parameter] = {name: value.float().clone() for name, value in values.items()}
+
+    def _check(self, values: dict[str, Any]) -> None:
+        for name in values:
+            if name not in self.NAMES:
+                raise KeyError(name)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        (beta1, beta2), gradient = group["betas"], parameter.grad
+        assert gradient is not None
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        one = state["exp_avg"] / (1 - beta1 ** group["step"])
+        two = state["exp_avg_sq"] / (1 - beta2 ** group["step"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.sub_(group["lr"] * one / (two.sqrt() + group["eps"]))
+
+
+def multi_tensor_applier(operation: Callable[..., Any], flag: Tensor, tensors: list[Any], *rest: Any) -> Any:
+    return operation(2048, flag, tensors, *rest)
+
+
+def multi_tensor_l2norm(_chunk: int, _flag: Tensor, tensors: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
+    return torch.stack([tensor.float().norm() for tensor in tensors[0]]).norm(), None
+
+
+def multi_tensor_scale(_chunk: int, _flag: Tensor, tensors: list[list[Tensor]], scale: Any) -> None:
+    for source, target in zip(*tensors, strict=True):
+        target.copy_(source * scale)
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **rest: Any) -> Any:
+    """Activations are computed again in backward."""
+    from torch.utils.checkpoint import checkpoint as recomputed
+
+    return recomputed(function, *args, use_reentrant=True)
+
+
+class Unused(torch.nn.Module):
+    """A class that Megatron derives from and this project has no use for."""
+
+
+def install() -> None:
+    """Put the modules in place; before Megatron-Core is imported, in a process of its own."""
+    assert "megatron.core" not in sys.modules, "Megatron-Core has looked for transformer_engine already"
+    recipe = _module(
+        "transformer_engine.common.recipe",
+        Format=SimpleNamespace(E4M3="e4m3", HYBRID="hybrid"),
+        Recipe=Recipe,
+        DelayedScaling=DelayedScaling,
+        Float8CurrentScaling=type("Float8CurrentScaling", (Recipe,), {}),
+    )
+    common = _module("transformer_engine.common", recipe=recipe)
+    fp8 = _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=State, fp8_autocast=fp8_autocast)
+    base = _module(
+        "transformer_engine.pytorch.module.base", TransformerEngineBaseModule=Module, get_dummy_wgrad=torch.empty
+    )
+    distributed = _module(
+        "transformer_engine.pytorch.distributed",
+        CudaRNGStatesTracker=type("CudaRNGStatesTracker", (), {}),
+        checkpoint=checkpoint,
+        activation_recompute_forward=None,
+        is_fp8_activation_recompute_enabled=lambda: False,
+    )
+    pytorch = _module(
+        "transformer_engine.pytorch",
+        Linear=Linear,
+        RMSNorm=RMSNorm,
+        DotProductAttention=DotProductAttention,
+        LayerNormLinear=Unused,
+        GroupedLinear=Unused,
+        fp8_autocast=fp8_autocast,
+        fp8=fp8,
+        distributed=distributed,
+        module=_module("transformer_engine.pytorch.module", base=base),
+        ops=_module("transformer_engine.pytorch.ops", Sequential=Unused, FusibleOperation=Unused),
+        tensor=_module("transformer_engine.pytorch.tensor", QuantizedTensor=QuantizedTensor),
+    )
+    names = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
+    _module("transformer_engine.pytorch.router", **dict.fromkeys(names))
+    _module(
+        "transformer_engine.pytorch.optimizers",
+        FusedAdam=FusedAdam,
+        FusedSGD=torch.optim.SGD,
+        multi_tensor_applier=multi_tensor_applier,
+        multi_tensor_l2norm=multi_tensor_l2norm,
+        multi_tensor_scale=multi_tensor_scale,
+    )
+    _module("transformer_engine", __version__=VERSION, common=common, pytorch=pytorch)
+
+
+def _module(name: str, **content: Any) -> ModuleType:
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    vars(module).update(content)
+    sys.modules[name] = module
+    return module
