@@ -111,6 +111,8 @@ GOOD = [
     (house.one_patcher, "megarlhf/a.py", "import torch\nclass A:\n    def f(self):\n        self.torch = torch\n"),
     (house.one_patcher, "megarlhf/a.py", "import os\nos.environ['A'] = '1'\nx = {}\nx['a'] = 1\n"),
     (house.no_probing, "megarlhf/a.py", "# getattr(a, 'b')\nx = a.getattr('b')\n"),
+    (house.nothing_unsafe, house.THE_UNPICKLER, "import pickle\n"),
+    (house.nothing_unsafe, "megarlhf/a.py", "dist_checkpointing.load(state, 'a', PlainLoad('save again'))\n"),
     (house.nothing_unsafe, "megarlhf/a.py", "load(trust_remote_code=False)\nmodel.eval()\nrun(['a'], shell=False)\n"),
 ]
 
@@ -143,6 +145,8 @@ BAD = [
     (house.nothing_unsafe, "megarlhf/a.py", "import pickle\n"),
     (house.nothing_unsafe, "megarlhf/a.py", "from dill.x import load\n"),
     (house.nothing_unsafe, "megarlhf/a.py", "import torch\ntorch.load('a', weights_only=True)\n"),
+    (house.nothing_unsafe, "megarlhf/a.py", "dist_checkpointing.load(state, 'a')\n"),
+    (house.nothing_unsafe, "megarlhf/a.py", "reader = FileSystemReader('a')\n"),
     (house.nothing_unsafe, "megarlhf/a.py", "f(trust_remote_code=True)\n"),
     (house.nothing_unsafe, "megarlhf/a.py", "subprocess.run('a', shell=True)\n"),
     (house.nothing_unsafe, "megarlhf/a.py", "os.system('a')\n"),

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megarlhf.checkpoint.hf_files import CODES, check_finite
 from megarlhf.checkpoint.hf_pieces import Piece
+from megarlhf.checkpoint.plain_metadata import PlainReader
 from megarlhf.errors import CheckpointError
 
 FORMAT = CheckpointingConfig("torch_dist", 1)
@@ -77,7 +78,7 @@ class CheckpointReader:
 
     def __init__(self, directory: Path, pieces: Sequence[Piece]) -> None:
         self._directory = directory
-        self._reader = FileSystemReader(directory)
+        self._reader = PlainReader(directory, AGAIN.rstrip("."))
         try:
             if maybe_load_config(str(directory)) != FORMAT:
                 raise CheckpointError(f"{directory / 'metadata.json'}: expected {FORMAT}; {AGAIN}")

@@ -145,8 +145,8 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
     described = describe_model(str(source.absolute()))
     spec, head = described.spec, described.head
     groups = pieces_of(spec, head, layer_cuts=1, vocabulary_cuts=READ_CUTS)
-    reader = CheckpointReader(source / WEIGHTS, [piece for group in groups for piece in group])
     check_checksums(source / WEIGHTS, "save the model again")
+    reader = CheckpointReader(source / WEIGHTS, [piece for group in groups for piece in group])
     stored = reader.dtypes()
     run = _Run(
         spec,

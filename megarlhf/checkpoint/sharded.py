@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, write_checksums
 from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
 from megarlhf.checkpoint.hf_names import normalisation
+from megarlhf.checkpoint.plain_metadata import PlainLoad
 from megarlhf.config import Config
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError
@@ -186,9 +187,11 @@ def load_weights(role: Role, directory: Path, *, body_only: bool = False) -> Non
 def load_sharded(state: dict[str, Any], directory: Path, remedy: str) -> Any:
     """`state` with what `directory` holds. Collective. Raises CheckpointError with the remedy when it is damaged."""
     try:
-        return dist_checkpointing.load(state, str(directory))
+        return dist_checkpointing.load(state, str(directory), PlainLoad(f"the directory is damaged, {remedy}"))
     except (Exception, CheckpointException) as error:  # torch's own is no Exception, and holds those of the ranks
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause, CheckpointError):
+            raise cause from None
         raise CheckpointError(
             f"{directory}: cannot be loaded ({type(cause).__name__}: {cause}); the directory is damaged, {remedy}."
         ) from error

@@ -15,8 +15,9 @@ from rich.table import Table
 from torch import Tensor
 
 from megarlhf.batch import Batch, Experience, TokenBatch, cat
+from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.sharded import load_weights
-from megarlhf.checkpoint.training_state import latest_state
+from megarlhf.checkpoint.training_state import LATEST, latest_state
 from megarlhf.config import Config, load_config
 from megarlhf.errors import DataError
 from megarlhf.models.role import TrainableRole, Update
@@ -139,11 +140,13 @@ def _role(trainer: Trainer, capsule: Path, note: Note, mesh: Mesh) -> tuple[Trai
 def _load(role: TrainableRole, capsule: Path) -> str:
     """The weights as they were, or the newest that there are; says which."""
     if (capsule / "weights").is_dir():
+        check_checksums(capsule / "weights", "remove it to take the newest saved state", role.mesh)
         load_weights(role, capsule / "weights")
         return "of the failed step"
     state = latest_state(capsule.absolute().parents[1] / "checkpoints")
     if state is None:
         return "of the run's start: it had saved no state"
+    check_checksums(state, f"write the name of another state to {state.parent / LATEST}", role.mesh)
     load_weights(role, state / role.name)
     return f"of {state.name}, the newest saved state"
 

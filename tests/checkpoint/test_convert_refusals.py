@@ -198,15 +198,17 @@ def one_bit(path: Path) -> None:
 
 PART = "weights/__1_0.distcp"
 MODEL_DAMAGE: dict[str, Damage] = {
-    "truncated part": Damage("model", lambda p: cut(p / PART, 9000), f"{PART} has 9000 bytes, .* were saved"),
+    "truncated part": Damage("model", lambda p: cut(p / PART, 9000), f"{PART} was changed after it was saved"),
     "lost part": Damage("model", lambda p: (p / PART).unlink(), f"{PART} is missing"),
-    "longer part": Damage("model", lambda p: (p / PART).write_bytes((p / PART).read_bytes() + b"0"), "were saved"),
+    "longer part": Damage(
+        "model", lambda p: (p / PART).write_bytes((p / PART).read_bytes() + b"0"), f"{PART} was changed after it"
+    ),
     "part that is no archive": Damage("model", lambda p: flip(p / PART, 0, b"x"), f"{PART} was changed after it"),
     "one other byte": Damage("model", one_bit, f"{PART} was changed after it was saved; save the model again"),
     "no checksums": Damage("model", lambda p: (p / "weights" / "checksums.json").unlink(), "missing or partial"),
     "part of another checkpoint": Damage("model", extend_metadata, "__9_0.distcp is not part of the checkpoint"),
     "no metadata": Damage("model", lambda p: (p / "weights" / ".metadata").unlink(), "missing or partial"),
-    "metadata cut short": Damage("model", lambda p: cut(p / "weights" / ".metadata", 500), "weights: cannot be read"),
+    "metadata cut short": Damage("model", lambda p: cut(p / "weights" / ".metadata", 500), ".metadata was changed"),
     "another format": Damage(
         "model", lambda p: rewrite(p / "weights" / "metadata.json", sharded_backend="zarr"), "metadata.json"
     ),
