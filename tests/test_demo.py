@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megarlhf import cli
+
 SMALL = (
     *("model=tiny-xs", "demonstrations=2048", "sft_epochs=1", "judged=1280", "iterations=3", "rollouts=32"),
     *("problems=64", "samples=2"),
@@ -57,6 +59,13 @@ def test_report_needs_nothing_but_itself(finished: tuple[Path, str]):
     assert page.count("<svg") >= 6
     assert "How many" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+
+
+def test_the_report_is_made_again_from_the_demos_directory(finished: tuple[Path, str]):
+    before = (finished[0] / "report.html").read_bytes()
+    (finished[0] / "report.html").unlink()
+    assert cli.main(["report", f"run_dir={finished[0]}"]) == 0
+    assert (finished[0] / "report.html").read_bytes() == before
 
 
 def test_metrics_of_ppo_keep_their_promises(finished: tuple[Path, str]):

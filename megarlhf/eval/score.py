@@ -26,7 +26,7 @@ from megarlhf.checkpoint.sharded import ModelDescription, load_model
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import ConfigError
-from megarlhf.eval.scored_file import Done, ScoredFile
+from megarlhf.eval.scored_file import Done, ScoredFile, content
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel import launch
@@ -66,7 +66,9 @@ class ScoreConfig(RanksConfig):
         """The settings that decide what is added to a row, by name. The layout is none: it changes rounding at most."""
         return {
             "model": _place(self.model),
+            "model's content": _content(self.model),
             "tokenizer": _place(self.tokenizer),
+            "tokenizer's content": _content(self.tokenizer),
             "template": self.template,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -184,6 +186,11 @@ def _finite(value: float) -> float | None:
 def _place(name: str) -> str:
     """A directory by its full path, whatever the working directory; any other name as it is."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _content(name: str) -> str:
+    """What tells a directory from one that was trained anew in its place; nothing of a built-in name."""
+    return content(Path(name)) if name and Path(name).is_dir() else ""
 
 
 def _say(text: str, mesh: Mesh) -> None:

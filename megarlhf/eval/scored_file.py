@@ -6,6 +6,7 @@ Y.jsonl.settings.json     the settings that decide those fields
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,25 @@ from typing import Any, BinaryIO, NamedTuple
 from megarlhf.data.rows import Row
 from megarlhf.errors import ConfigError
 from megarlhf.observe.files import write_whole
+
+CONTENT = ("*.safetensors", "*.distcp", "*.pt", ".metadata", "*.json", "*.jinja", "*.model")
+"""Files of a model's or a tokenizer's directory that decide what it says."""
+BLOCKS, BLOCK = 64, 1 << 16
+"""So many blocks of so many bytes are read of a file: a step of training changes every block of weights, and all of a
+70B model's would take minutes."""
+
+
+def content(directory: Path) -> str:
+    """A digest of a model's or a tokenizer's directory: names and sizes, and blocks spread over each file."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in CONTENT for path in directory.rglob(pattern) if path.is_file()}):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory).as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            for start in range(0, size, max(BLOCK, -(-size // BLOCKS))):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
 
 
 class Done(NamedTuple):
@@ -48,6 +68,9 @@ class ScoredFile:
             raise ConfigError(f"output={self.path}: there is no directory {folder}; make it, or choose another.")
         if self.path.is_dir():
             raise ConfigError(f"output={self.path} is a directory; name a file.")
+        for file in (self.path, self.settings_path):
+            if file.exists() and not file.is_file():
+                raise ConfigError(f"output={self.path}: {file} is no file; remove it, or choose another.")
         for place in (folder, self.path, self.settings_path):
             if place.exists() and not os.access(place, os.W_OK):
                 raise ConfigError(f"output={self.path}: {place} cannot be written to; mend that, or choose another.")
@@ -91,16 +114,14 @@ class ScoredFile:
 
     def _check_settings(self) -> None:
         try:
-            then = json.loads(self.settings_path.read_text(encoding="utf-8"))
+            then = _object(self.settings_path.read_bytes())
         except FileNotFoundError:
             raise ConfigError(
                 f"output={self.path} exists and {self.settings_path.name} does not: this command has not begun it; "
                 "choose another file, or remove it."
             ) from None
         except ValueError as error:
-            raise ConfigError(
-                f"{self.settings_path}: not JSON ({error}); remove it and {self.path.name} to score anew."
-            ) from None
+            raise ConfigError(f"{self.settings_path}: {error}; remove it and {self.path.name} to score anew.") from None
         changed = [name for name in self.settings if then.get(name) != self.settings[name]]
         if changed:
             values = ", ".join(f"{name} {then.get(name)!r} -> {self.settings[name]!r}" for name in changed)
@@ -111,10 +132,10 @@ class ScoredFile:
 
     def _check_row(self, line: bytes, row: Row) -> None:
         try:
-            written = json.loads(line)
+            written = _object(line)
         except ValueError as error:
             raise ConfigError(
-                f"output={self.path}, row {row.number}: not JSON ({error}); remove the file to score anew."
+                f"output={self.path}, row {row.number}: {error}; remove the file to score anew."
             ) from None
         lacking = set(self.added) - written.keys()
         kept = {name: value for name, value in written.items() if name not in self.added}
@@ -124,6 +145,17 @@ class ScoredFile:
                 f"output={self.path}, row {row.number}: other {', '.join(sorted(differing))} than in row {row.number} "
                 f"of {row.source}; put the input back to go on with it, or choose another output."
             )
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    """A JSON object. Raises ValueError saying what the text is instead."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"no JSON object ({text[:40].decode('utf-8', 'replace').strip()!r})")
+    return found
 
 
 def _texts(columns: Mapping[str, Any]) -> set[tuple[str, str]]:
