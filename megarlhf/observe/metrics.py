@@ -141,6 +141,15 @@ _TRAIN = {
     "train/skipped_steps": Metric("steps", "optimiser steps skipped: non-finite loss or gradient", "sum since start"),
 }
 
+_POSITIONS = "positions of rows that pass through a model, padding and each row's last left out"
+_TOKENS_OF = {
+    "rollout": "response tokens",
+    "score": f"{_POSITIONS}, once for each of the four models",
+    "optimise": f"{_POSITIONS}, once for each pass of each model that learns",
+    "train": f"{_POSITIONS}, supervised or not",
+}
+"""What counts as a token in a phase."""
+
 _RESOURCES = {
     "time/iteration_s": Metric("s", "wall time since the clock was last read", "rank 0"),
     "memory/peak_bytes": Metric(
@@ -150,7 +159,7 @@ _RESOURCES = {
     **{f"time/{phase}_s": Metric("s", f"wall time inside the {phase} phase", "rank 0") for phase in PHASES},
     **{
         f"throughput/{phase}_tokens_per_s": Metric(
-            "tokens/s", f"tokens of the {phase} phase / its seconds", "all ranks"
+            "tokens/s", f"{_TOKENS_OF.get(phase, 'tokens')} / seconds", "all ranks"
         )
         for phase in PHASES
     },

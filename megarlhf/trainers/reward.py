@@ -226,9 +226,9 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
                 labelled.batch(next(point_loader)) if labelled and point_loader else None,
                 cfg.pointwise_weight,
             )
-            batch = own_rows(batch, mesh).to(mesh.device)
-            update = role.update(batch, judgement_loss(role, cfg))
+            update = role.update(own_rows(batch, mesh).to(mesh.device), judgement_loss(role, cfg))
         guard.check(role, update, index)
+        clock.add("train", tokens=int(batch.lengths.sum()) - len(batch.lengths))
         return {
             "reward/loss": update.means.loss,
             **{f"reward/{name}": value for name, value in update.means.metrics.items()},
@@ -241,9 +241,10 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
     with open_run(cfg, argv, mesh) as writer:
         metrics = run_steps(inputs.steps, "reward model", step, "reward/loss", run=run, writer=writer)
         if inputs.heldout is not None:
-            metrics = {**metrics, **measure(role, inputs.heldout)}
+            measured = measure(role, inputs.heldout)
+            metrics = {**metrics, **measured}
             if writer is not None:
-                writer.log(metrics, inputs.steps)
+                writer.log(measured, inputs.steps)
     offset = 0.0 if cfg.normalise == "none" else metrics.get("reward/centre", 0.0)
     scale = metrics.get("reward/score_std", 1.0) if cfg.normalise == "standardise" else 1.0
     save_model(role, cfg.model_dir, inputs.tokenizer, score_offset=offset, score_scale=scale)

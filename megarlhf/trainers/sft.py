@@ -105,10 +105,10 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
 
     def step(index: int) -> Metrics:
         with clock("train"):
-            batch = own_rows(inputs.rows.batch(next(loader)), mesh).to(mesh.device)
-            update = role.update(batch, next_token_loss(role))
+            batch = inputs.rows.batch(next(loader))
+            update = role.update(own_rows(batch, mesh).to(mesh.device), next_token_loss(role))
         guard.check(role, update, index)
-        clock.add("train", tokens=update.means.count)
+        clock.add("train", tokens=int(batch.lengths.sum()) - len(batch))
         return {
             "sft/loss": update.means.loss,
             "sft/tokens": update.means.count,
