@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megarlhf.checkpoint.sharded import describe_model
 from megarlhf.config import load_config
+from megarlhf.data.sft import load_sft
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.sft import SftConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -73,6 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.stdout == ""
         assert "Warning" not in done.stderr
         assert done.stderr.count("what this run uses") == 1
+        (directory / f"{command}.txt").write_text(done.stderr)
     done = megarlhf(*GENERATE, directory=directory)
     assert done.returncode == 0, done.stderr
     return directory
@@ -91,6 +95,41 @@ def test_a_run_leaves_its_metrics_and_its_provenance(stage: str, steps: int, run
     assert (run / "command.txt").read_text().startswith(f"megarlhf {stage} --config ")
     assert json.loads((run / "versions.json").read_text()).keys() >= {"torch", "megatron-core", "python", "commit"}
     assert list((run / "tensorboard").iterdir())
+
+
+NEXT = {
+    "sft": "generate model=MODEL prompt='...', or megarlhf reward model=MODEL pairs.source=FILE",
+    "reward": "ppo actor.init=runs/tiny/sft/model reward.init=MODEL prompts.source=FILE",
+    "ppo": "eval model=MODEL prompts.source=FILE, or python tools/convert_hf.py to-hf MODEL OUT --verify",
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "number"), [("sft", "sft/loss"), ("reward", "reward/auc"), ("ppo", "rollout/score_mean")]
+)
+def test_a_run_ends_with_its_page_and_says_where_the_model_is_and_what_is_next(
+    stage: str, number: str, runs: Path
+) -> None:
+    run = f"runs/tiny/{stage}"
+    *_, model, following = (runs / f"{stage}.txt").read_text().splitlines()
+    value = next(row[number] for row in reversed(metrics(runs / run)) if number in row)
+    assert model.startswith(f"the model is in {run}/model; last step: ")
+    assert f"{number} {value:.4g}" in model
+    assert model.endswith(f"; the page is {run}/report.html")
+    assert following == f"next: megarlhf {NEXT[stage].replace('MODEL', f'{run}/model')}"
+    page = (runs / run / "report.html").read_text(encoding="utf-8")
+    assert "Finished after " in page
+    assert (page.count("<article class='sample card'>") > 0) == (stage == "ppo")
+
+
+def test_throughput_counts_every_token_that_goes_through_the_model(runs: Path) -> None:
+    """One epoch reads every row once: its tokens but the last, supervised or not."""
+    run = runs / "runs" / "tiny" / "sft"
+    cfg = load_config(SftConfig, run / "config.yaml", [])
+    every = load_sft(cfg.data, load_tokenizer(run / "model" / "tokenizer")).batch(torch.arange(192))
+    counted = sum(row["throughput/train_tokens_per_s"] * row["time/train_s"] for row in metrics(run))
+    assert counted == pytest.approx(int(every.lengths.sum()) - 192)
+    assert counted > 1.5 * sum(row["sft/tokens"] for row in metrics(run))
 
 
 def test_ppo_starts_on_policy_and_samples_what_it_trains(runs: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import occurrence
 from megarlhf.runtime.gates import cheap_gates, check_gates, gate_prompts
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
+from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, prepare
 from megarlhf.trainers.ppo_metrics import (
@@ -261,4 +263,11 @@ def main(cfg: PPOConfig, argv: Sequence[str]) -> int:
 
 
 def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str]) -> None:
-    train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    metrics = train(cfg, inputs, argv, mesh=mesh)
+    model = shlex.quote(str(cfg.model_dir))
+    following = (
+        f"megarlhf eval model={model} prompts.source=FILE",
+        f"python tools/convert_hf.py to-hf {model} OUT --verify",
+    )
+    conclude(cfg.run_dir, metrics, ("rollout/score_mean", "rollout/accuracy"), following, mesh)

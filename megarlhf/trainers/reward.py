@@ -9,6 +9,7 @@ weights that make the mean over couples the formula above.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ from megarlhf.runtime.checks import (
     resolve_tokenizer,
 )
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
+from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
 from megarlhf.trainers.settings import RunConfig
 
@@ -202,7 +204,11 @@ def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
 
 
 def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> None:
-    train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    metrics = train(cfg, inputs, argv, mesh=mesh)
+    model = shlex.quote(str(cfg.model_dir))
+    following = (f"megarlhf ppo actor.init={shlex.quote(cfg.model)} reward.init={model} prompts.source=FILE",)
+    conclude(cfg.run_dir, metrics, ("reward/loss", "reward/pair_accuracy", "reward/auc"), following, mesh)
 
 
 def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from megarlhf.runtime.checks import (
     resolve_tokenizer,
 )
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
+from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
 from megarlhf.trainers.settings import RunConfig
 
@@ -91,7 +93,11 @@ def main(cfg: SftConfig, argv: Sequence[str]) -> int:
 
 
 def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> None:
-    train(cfg, inputs, argv, mesh=start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    metrics = train(cfg, inputs, argv, mesh=mesh)
+    model = shlex.quote(str(cfg.model_dir))
+    following = (f"megarlhf generate model={model} prompt='...'", f"megarlhf reward model={model} pairs.source=FILE")
+    conclude(cfg.run_dir, metrics, ("sft/loss",), following, mesh)
 
 
 def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
