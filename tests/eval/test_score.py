@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -360,30 +359,6 @@ def test_settings_that_are_none_are_not_gone_on_with(
     write(tmp_path / "out.jsonl", [GOOD])
     (tmp_path / "out.jsonl.settings.json").write_text(text)
     assert_matches(refused(), f"out.jsonl.settings.json: {what}; remove it and out.jsonl to score anew")
-
-
-@pytest.mark.parametrize("setting", ["model", "tokenizer"])
-def test_a_directory_that_was_made_anew_in_its_place_is_not_gone_on_with(
-    setting: str, oracle: Oracle, tmp_path: Path, refused: Callable[..., str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Same path, same shapes and sizes; other weights, or another vocabulary."""
-    place = tmp_path / "place"
-    shutil.copytree(oracle.folder / "speaker", place)
-    write(tmp_path / "rows.jsonl", [GOOD, GOOD])
-    language_model(tmp_path / "other", seed=3, vocab_size=161, max_position_embeddings=128)
-    given = {"model": "tiny-xs", "tokenizer": "arithmetic", setting: str(place)}
-    begun = ScoreConfig.model_validate({**given, "input": Path("rows.jsonl"), "output": Path("out.jsonl")})
-    write(tmp_path / "out.jsonl", [{**GOOD, "logprobs": [-1.0], "logprob_sum": -1.0}])
-    (tmp_path / "out.jsonl.settings.json").write_text(json.dumps(begun.decisive()))
-    assert score.prepare(begun).done.rows == 1, "the same directory is gone on with"
-    if setting == "model":
-        shutil.copy(tmp_path / "other" / "model.safetensors", place)
-    else:
-        build_tiny_tokenizer([*words()[:-1], "zebra"]).save(place)
-    capfd.readouterr()  # the bar of transformers
-    assert_matches(
-        refused(*(f"{name}={value}" for name, value in given.items())), f"({setting}'s content '.*' -> '.*');"
-    )
 
 
 def again(command: list[str]) -> tuple[int, str]:
