@@ -21,12 +21,18 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def leave_checksums(directory: Path, rank: int) -> None:
+    """Sum the files that Megatron wrote to `directory` on this rank, and leave the sums for `write_checksums`."""
+    sums = {path.name: checksum(path) for path in sorted(directory.glob(f"__{rank}_*.distcp"))}
+    (directory / f"{CHECKSUMS}.{rank}").write_text(json.dumps(sums), encoding="utf-8")
+
+
 def write_checksums(directory: Path) -> None:
-    """Gather what the ranks have left in `directory`, sum the rest, and write it all to one file."""
+    """Gather what the ranks have left in `directory` and below, sum the rest, and write it all to one file."""
     sums: dict[str, str] = {}
-    for part in sorted(directory.glob(f"*/{CHECKSUMS}.*")):
+    for part in sorted(directory.rglob(f"{CHECKSUMS}.*")):
         of_rank = json.loads(part.read_text(encoding="utf-8"))
-        sums |= {f"{part.parent.name}/{name}": value for name, value in of_rank.items()}
+        sums |= {(part.parent.relative_to(directory) / name).as_posix(): value for name, value in of_rank.items()}
         part.unlink()
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

@@ -19,7 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, write_checksums
+from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, leave_checksums, write_checksums
 from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
 from megarlhf.checkpoint.hf_names import normalisation
 from megarlhf.checkpoint.plain_metadata import PlainLoad
@@ -132,6 +132,9 @@ def save_weights(role: Role, directory: Path) -> None:
     barrier(role.mesh)
     with role.resident("weights"):
         dist_checkpointing.save(sharded_weights(role), str(directory), content_metadata={})
+    # Each rank its own: the largest model would take one of them longer than the others may wait.
+    leave_checksums(directory, role.mesh.rank)
+    barrier(role.mesh)
     if role.mesh.is_main:
         write_checksums(directory)
     barrier(role.mesh)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megarlhf.checkpoint.checksums import CHECKSUMS, checksum, write_checksums
+from megarlhf.checkpoint.checksums import leave_checksums, write_checksums
 from megarlhf.checkpoint.training_state import BEST, LATEST, STATE, Position, random_file, role_state, state_name
 from megarlhf.errors import CheckpointError
 from megarlhf.models.role import TrainableRole
@@ -219,5 +219,4 @@ def _write(write: Any, arguments: list[Any], directory: Path, rank: int, before:
     if before:
         wait(before)
     write(*arguments)
-    sums = {path.name: checksum(path) for path in sorted(directory.glob(f"__{rank}_*.distcp"))}
-    (directory / f"{CHECKSUMS}.{rank}").write_text(json.dumps(sums), encoding="utf-8")
+    leave_checksums(directory, rank)

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from megarlhf.checkpoint import checksums
 from megarlhf.checkpoint.hf_names import tensor_names
-from megarlhf.checkpoint.sharded import describe_model, load_model, save_model
+from megarlhf.checkpoint.sharded import describe_model, load_model, save_model, save_weights
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError
@@ -108,6 +109,33 @@ def test_saving_again_replaces_and_a_failed_save_changes_nothing(originals: Path
     again = run_ranks(hand_on, 1, ONE, target, {})[0]
     assert same(rank["untied"], again["untied"])
     assert same(again["untied"], {name: tensor.detach() for name, tensor in model.state_dict().items()})
+
+
+def summed_while_saving(source: str, target: str) -> list[str]:
+    """The files whose bytes this rank read to sum them."""
+    role = blank(describe_model(source).spec, "language", start(TENSOR, seed=1))
+    summed: list[str] = []
+    checksum = checksums.checksum
+
+    def noted(path: Path) -> str:
+        summed.append(path.name)
+        return checksum(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksums, "checksum", noted)
+        save_weights(role, Path(target))
+    return summed
+
+
+def test_every_rank_sums_what_it_wrote(originals: Path, tmp_path: Path) -> None:
+    """Rank 0 alone would sum the 810 GB of Llama 3.1 405B for longer than the others wait in a barrier."""
+    ranks = run_ranks(summed_while_saving, 2, str(originals / "untied"), str(tmp_path / "weights"))
+    for rank, summed in enumerate(ranks):
+        weights = [name for name in summed if name.endswith(".distcp")]
+        assert weights
+        assert all(name.startswith(f"__{rank}_") for name in weights)
+    files = {path.name for path in (tmp_path / "weights").iterdir()}
+    assert files - set(json.loads((tmp_path / "weights" / "checksums.json").read_text())) == {"checksums.json"}
 
 
 def heads(layout: ParallelLayout, language: str, saved: str) -> dict[str, Any]:
