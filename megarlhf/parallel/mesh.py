@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from megarlhf.errors import LayoutError
 from megarlhf.observe.trail import Trail
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.rng import seed_model_parallel
@@ -85,10 +86,21 @@ class Mesh:
 
 
 def local_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """This rank's GPU, or the CPU where there is none.
+
+    Raises:   LayoutError when this machine shows several GPUs, and fewer than it has ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if gpus == 1:  # as Slurm's --gpus-per-task=1 shows it: each rank's own GPU is its number 0
+        return torch.device("cuda", 0)
+    if rank >= gpus:
+        raise LayoutError(
+            f"LOCAL_RANK={rank} but {gpus} GPUs are visible; start at most {gpus} ranks on this machine, or show each "
+            "rank its own GPU alone (CUDA_VISIBLE_DEVICES)."
+        )
+    return torch.device("cuda", rank)
 
 
 def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mesh:
@@ -122,10 +134,10 @@ def stop() -> None:
 
 
 def _init_process_group(device: torch.device, timeout_s: float) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_s)
+    gpu = device if device.type == "cuda" else None
+    options: Any = {"backend": "nccl" if gpu else "gloo", "timeout": timedelta(seconds=timeout_s), "device_id": gpu}
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(**options)
     else:
         # A world of one needs no address and no port.
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(store=HashStore(), rank=0, world_size=1, **options)

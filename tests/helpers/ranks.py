@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -30,17 +31,17 @@ class RankFailedError(AssertionError):
 class Rank:
     """One process that waits for functions to call as some rank."""
 
-    def __init__(self, with_engine: bool) -> None:
+    def __init__(self, with_engine: bool, on_cpu: bool) -> None:
         context = mp.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         # Not a daemon: those may not have children, and saving a checkpoint starts some.
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, with_engine))
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, with_engine, on_cpu))
         self.process.start()
         theirs.close()  # so that a dead process reads as end of file
 
 
-_ranks: dict[bool, list[Rank]] = {False: [], True: []}
-"""Without and with the stand-in for Transformer Engine."""
+_ranks: defaultdict[tuple[bool, bool], list[Rank]] = defaultdict(list)
+"""By whether they have the stand-in for Transformer Engine, and whether GPUs are hidden from them."""
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
@@ -49,19 +50,18 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]
     A function builds its own mesh (`parallel.mesh.start`); it is taken down after the call. The first rank that fails
     raises here with its traceback. Results cross a pipe: numbers, strings, CPU tensors.
     """
-    return _run(_ranks[False], False, function, ranks, args)
+    return _run(False, ranks > torch.cuda.device_count(), function, ranks, args)
 
 
 def run_with_engine(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """As `run_ranks`, where `tests/helpers/engine_stand_in.py` stands for Transformer Engine."""
-    return _run(_ranks[True], True, function, ranks, args)
+    return _run(True, True, function, ranks, args)
 
 
-def _run(
-    pool: list[Rank], with_engine: bool, function: Callable[..., Any], ranks: int, args: tuple[Any, ...]
-) -> list[Any]:
+def _run(with_engine: bool, on_cpu: bool, function: Callable[..., Any], ranks: int, args: tuple[Any, ...]) -> list[Any]:
+    pool = _ranks[with_engine, on_cpu]
     while len(pool) < ranks:
-        pool.append(Rank(with_engine))
+        pool.append(Rank(with_engine, on_cpu))
     port = _free_port()
     members = pool[:ranks]
     for rank, member in enumerate(members):
@@ -81,8 +81,7 @@ def stop_ranks() -> None:
     for rank in every:
         rank.process.join(timeout=GRACE_S)
         rank.process.kill()
-    for pool in _ranks.values():
-        pool.clear()
+    _ranks.clear()
 
 
 atexit.register(stop_ranks)
@@ -111,8 +110,10 @@ def _receive(rank: int, pipe: Connection) -> Any:
     return value
 
 
-def _serve(pipe: Connection, with_engine: bool) -> None:
+def _serve(pipe: Connection, with_engine: bool, on_cpu: bool) -> None:
     torch.set_num_threads(1)
+    if on_cpu:  # before anything asks for GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if with_engine:
         from tests.helpers import engine_stand_in
 
@@ -125,6 +126,8 @@ def _serve(pipe: Connection, with_engine: bool) -> None:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
+        for name in [name for name in os.environ if name.startswith("NVTE_")]:
+            del os.environ[name]  # Megatron set them for the layers of the call before
         try:
             pipe.send((True, function(*args)))
             _leave()
