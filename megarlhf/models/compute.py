@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +11,12 @@ import torch
 
 from megarlhf.config import Config
 from megarlhf.errors import ConfigError
-from megarlhf.parallel.cpu import has_flash_attention
+from megarlhf.parallel.cpu import OLDEST_FLASH_ATTENTION, has_flash_attention
 from megarlhf_kernels.dispatch import OVERRIDE, missing, use_triton
+
+FP8_CAPABILITY = (8, 9)
+ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+"""By these Transformer Engine chooses its attention; Megatron-Core sets all to 1 for its layers, to 0 for others."""
 
 
 class ComputeConfig(Config):
@@ -22,11 +27,12 @@ class ComputeConfig(Config):
     layers: Literal["auto", "transformer_engine", "local"] = "auto"
     """Transformer layers: NVIDIA Transformer Engine's, or Megatron-Core's plain torch ones with SDPA attention."""
     fp8: Literal["off", "hybrid", "e4m3"] = "off"
-    """Transformer Engine FP8 format of the matrix multiplications; needs transformer_engine layers and an H100."""
+    """Transformer Engine FP8 format of the matrix multiplications, one scale a tensor; needs transformer_engine layers
+    and a GPU of compute capability 8.9 (an H100 has 9.0)."""
     recompute: Literal["none", "full"] = "none"
     """`full` keeps one activation a layer and recomputes the rest in backward: less memory, a third more work."""
     cuda_graphs: bool = False
-    """Capture decode steps of rollouts as CUDA graphs; needs a GPU."""
+    """Capture the decode steps of rollouts, and nothing else, as CUDA graphs; needs a GPU."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,12 @@ def resolve(config: ComputeConfig, device: torch.device) -> Compute:
     use_engine = engine and config.layers != "local"
     if config.fp8 != "off" and not use_engine:
         raise ConfigError(f"compute.fp8={config.fp8} needs Transformer Engine layers; set compute.fp8=off.")
+    if config.fp8 != "off" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise ConfigError(
+            f"compute.fp8={config.fp8} needs a GPU of compute capability 8.9 or more, but this one has "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; set compute.fp8=off."
+        )
+    _check_attention_variables("1" if use_engine else "0")
     if config.cuda_graphs and not gpu:
         raise ConfigError("compute.cuda_graphs=true needs a GPU; set compute.cuda_graphs=false.")
     dtype = _dtype(config, gpu)
@@ -76,6 +88,17 @@ def resolve(config: ComputeConfig, device: torch.device) -> Compute:
         cuda_graphs=config.cuda_graphs,
         choices=_choices(config, device, use_engine, dtype),
     )
+
+
+def _check_attention_variables(expected: str) -> None:
+    """Raise ConfigError where a variable that Megatron-Core sets for the layers has another value: it would assert."""
+    for name in ATTENTION_VARIABLES:
+        value = os.environ.get(name, expected)
+        if value != expected:
+            raise ConfigError(
+                f"the environment variable {name}={value} contradicts the run's layers, for which Megatron-Core wants "
+                f"{expected}; unset {name}."
+            )
 
 
 def _dtype(config: ComputeConfig, gpu: bool) -> torch.dtype:
@@ -113,7 +136,7 @@ def _rollout_attention(device: torch.device) -> Choice:
     part, gpu = "rollout attention", device.type == "cuda"
     if has_flash_attention():
         return Choice(part, "flash-attn, paged", "installed")
-    why = _missing("flash-attn", gpu)
+    why = _missing(f"flash-attn (3, or 2 from {OLDEST_FLASH_ATTENTION})" if gpu else "flash-attn", gpu)
     if use_triton(part, "auto", torch.empty(0, device=device)):
         return Choice(part, "Triton, paged", why)
     if gpu:

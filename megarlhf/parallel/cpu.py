@@ -20,8 +20,8 @@ from torch.utils._device import _device_constructors
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
 LIKE_FACTORIES = ("empty_like", "zeros_like", "ones_like", "full_like")
-FLASH_ATTENTION = ("flash_attn", "flash_attn_3", "flashattn_hopper")
-"""Import names of flash-attn 2 and of the two releases of 3."""
+OLDEST_FLASH_ATTENTION = "2.7.3"
+"""Of flash-attn 2. Source: Megatron-Core's check before a rollout."""
 
 
 class HostEvent:
@@ -192,8 +192,19 @@ def _install_paged_attention() -> None:
 
 
 def has_flash_attention() -> bool:
-    """Whether one of the packages with flash-attn that Megatron-Core knows is installed; its kernels need CUDA."""
-    return torch.cuda.is_available() and any(importlib.util.find_spec(name) for name in FLASH_ATTENTION)
+    """Whether Megatron-Core has the functions of flash-attn 3, or of 2 in a release that it takes; they need CUDA.
+
+    A package of that name says little: it may be flash-attn 4, which has other functions, or built for another torch.
+    """
+    if not torch.cuda.is_available():
+        return False
+    import megatron.core.transformer.attention as attention
+
+    from megarlhf_kernels import paged_attention
+
+    prefill: Any = attention.flash_attn_varlen_func
+    theirs = prefill is not None and prefill is not paged_attention.paged_prefill
+    return attention.HAVE_FA3 or (theirs and attention.is_fa_min_version(OLDEST_FLASH_ATTENTION))
 
 
 @functools.cache

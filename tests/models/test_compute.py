@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megarlhf.models.compute import Choice, ComputeConfig, resolve
+from megarlhf.errors import ConfigError
+from megarlhf.models import compute
+from megarlhf.models.compute import ATTENTION_VARIABLES, Choice, ComputeConfig, resolve
 from megarlhf_kernels._triton import interpreted
 
 CPU = torch.device("cpu")
@@ -24,3 +26,41 @@ def test_rollout_attention_says_which_implementation_runs(monkeypatch: pytest.Mo
     monkeypatch.setenv("MEGARLHF_KERNELS", "triton")
     assert choice_of("rollout attention").implementation == "Triton, paged"
     assert choice_of("log-probs, losses, GAE").implementation == "Triton"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """An H100 with Transformer Engine, as far as `resolve` asks."""
+    found = {"transformer_engine": object()}
+    monkeypatch.setattr(compute.importlib.util, "find_spec", found.get)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(compute, "_choices", lambda *_: ())
+    for name in ATTENTION_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("name", ATTENTION_VARIABLES)
+def test_a_variable_that_megatron_would_assert_on_is_named(
+    name: str, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve(ComputeConfig(), gpu).transformer_engine
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(ConfigError, match=rf"{name}=0 contradicts the run's layers, .* wants 1; unset {name}"):
+        resolve(ComputeConfig(), gpu)
+    assert not resolve(ComputeConfig(layers="local"), gpu).transformer_engine
+    monkeypatch.setenv(name, "1")
+    for device in (gpu, CPU):
+        with pytest.raises(ConfigError, match=rf"{name}=1 contradicts"):
+            resolve(ComputeConfig(layers="local" if device is gpu else "auto"), device)
+    assert resolve(ComputeConfig(), gpu).transformer_engine
+
+
+def test_fp8_needs_a_gpu_that_has_it(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve(ComputeConfig(fp8="hybrid"), gpu).fp8 == "hybrid"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+    with pytest.raises(
+        ConfigError, match=r"compute.fp8=e4m3 needs a GPU of compute capability 8.9 .* this one has 8.0"
+    ):
+        resolve(ComputeConfig(fp8="e4m3"), gpu)
+    assert resolve(ComputeConfig(), gpu).fp8 is None

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
+from megarlhf.parallel.cpu import has_flash_attention
+from megarlhf_kernels import paged_attention
 from tests.models.worlds import language_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,3 +43,34 @@ def test_models_of_transformers_are_built_on_the_meta_device_and_filled(tmp_path
     assert done.returncode == 0, done.stderr
     expected = model.model.rotary_emb.inv_freq.tolist()
     assert done.stdout.splitlines()[-1] == str(expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own packages would be asked")
+@pytest.mark.parametrize(
+    ("prefill", "version", "third", "expected"),
+    [
+        ("theirs", "2.8.3", False, True),
+        ("theirs", "2.7.2", False, False),  # Megatron-Core asserts 2.7.3 in the middle of a rollout
+        (None, None, False, False),  # flash-attn 4 alone, or a build for another torch
+        (None, None, True, True),
+        ("ours", "2.8.3", False, False),  # what `install` put there is not found again as theirs
+    ],
+)
+def test_flash_attention_is_known_by_its_functions(
+    prefill: str | None,
+    version: str | None,
+    third: bool,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    import megatron.core.transformer.attention as attention
+
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)  # found by name in every case
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "HAVE_FA3", third)
+    functions = {"theirs": lambda: None, "ours": paged_attention.paged_prefill}
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", functions[prefill] if prefill else None)
+    monkeypatch.setattr(attention, "is_fa_min_version", lambda least: Version(version or "0") >= Version(least))
+    assert has_flash_attention() is expected
