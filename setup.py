@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 # Megatron-Core declares neither einops nor psutil, and fails late and obscurely without them (a checkpoint save hangs
 # without psutil), so both are named here.
 REQUIRES = [
-    "torch>=2.13",
+    "torch>=2.10",
     "megatron-core>=0.16.1,<0.17",
     "einops>=0.8",
     "psutil>=6",
