@@ -26,6 +26,7 @@ from megarlhf.checkpoint.hf_config import hf_config
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory, SafetensorsWriter
 from megarlhf.checkpoint.hf_names import normalisation, shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
+from megarlhf.checkpoint.nearby import check_place
 from megarlhf.checkpoint.sharded import MODEL, TOKENIZER, WEIGHTS, ModelDescription, describe_model
 from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import ModelSpec
@@ -104,6 +105,7 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
     options = options or Options()
     if (source / MODEL).is_file():
         raise CheckpointError(f"{source} is a megarlhf model directory already; to-hf converts those.")
+    check_place(str(source), CONFIG)
     config = _read_config(source)
     files = SafetensorsDirectory(source)
     # A relative name could be a preset's; a path that begins with / is not.
@@ -140,6 +142,7 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
     Raises:   as `to_megatron`.
     """
     options = options or Options()
+    check_place(str(source), MODEL)
     if not (source / MODEL).is_file():
         raise CheckpointError(f"{source}: {MODEL} is missing; name a directory that training or to-megatron wrote.")
     described = describe_model(str(source.absolute()))

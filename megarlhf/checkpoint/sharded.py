@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, leave_checksums, write_checksums
 from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
 from megarlhf.checkpoint.hf_names import normalisation
+from megarlhf.checkpoint.nearby import check_place
 from megarlhf.checkpoint.plain_metadata import PlainLoad
 from megarlhf.config import Config
 from megarlhf.data.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ def describe_model(init: str) -> ModelDescription:
             return ModelDescription.model_validate_json((directory / MODEL).read_text())
         except pydantic.ValidationError as error:
             raise CheckpointError(f"{directory / MODEL}: {error.errors()[0]['msg']}; save the model again.") from None
+    check_place(init, MODEL, "config.json")
     if not directory.is_dir():
         raise CheckpointError(
             f"model {init!r} is neither a directory nor a preset; name a Hugging Face or megarlhf model directory, or "
