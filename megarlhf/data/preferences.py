@@ -78,6 +78,7 @@ def load_preferences(config: DataConfig, tokenizer: Tokenizer) -> PreferenceSet:
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
     rows = load_rows(config, preference_rows)
+    tokenizer = tokenizer.taking(config.control_tokens)
     margins = [_margin(row) for row in rows]
     chosen = [_encode(row, "chosen", tokenizer, config.template) for row in rows]
     rejected = [_encode(row, "rejected", tokenizer, config.template) for row in rows]
@@ -95,6 +96,7 @@ def load_labelled(config: DataConfig, tokenizer: Tokenizer) -> LabelledSet:
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
     rows = load_rows(config, labelled_rows)
+    tokenizer = tokenizer.taking(config.control_tokens)
     correct = [row.number_in("correct", 0, 1) for row in rows]
     tokens = [_encode(row, "response", tokenizer, config.template) for row in rows]
     kept = within_limit(config, rows, [len(ids) for ids in tokens])

@@ -55,6 +55,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or prompts over the limit.
     """
     rows = load_rows(config, prompt_rows)
+    tokenizer = tokenizer.taking(config.control_tokens)
     tokens = [row.prompt_ids(tokenizer, config.template) for row in rows]
     answers = ["" if row.columns.get("answer") is None else row.text("answer") for row in rows]
     kept = within_limit(config, rows, [len(ids) for ids in tokens])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,15 @@ from torch import Tensor
 
 from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig, Split
-from megarlhf.data.tokenizer import Message, Template, Tokenizer
+from megarlhf.data.inside import check_inside
+from megarlhf.data.tokenizer import ControlTokens, Message, Template, Tokenizer
 from megarlhf.errors import ConfigError, DataError
 
 BUILT_IN = "arithmetic"
+_FILE_ENDINGS = frozenset(
+    (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".md", ".arrow", ".gz", ".zip", ".zst", ".xz")
+)
+"""No hub name ends so."""
 _NAMED = 5
 """How many row numbers an error lists."""
 
@@ -29,12 +36,16 @@ class DataConfig(Config):
     """`arithmetic` (the built-in task), a .jsonl or .parquet file, or a directory or hub name that `datasets` loads."""
     subset: str = ""
     """Configuration of a hub data set; empty for its default."""
-    split: str = "train"
-    """Split: `train` or `heldout` of the built-in task, or a split of the hub data set; files have `train` alone."""
+    split: str = ""
+    """Split: `train` or `heldout` of the built-in task, or one of the hub data set; empty for `train`, in `eval` for
+    `heldout` of the built-in task. A file is one split and needs none."""
     template: Template = "chat"
     """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models)."""
     max_tokens: int = pydantic.Field(default=1024, ge=2)
     """Longest row allowed, in tokens: the prompt of prompt sets, prompt and response with EOS of every other kind."""
+    control_tokens: ControlTokens = "refuse"
+    """What a control token in a text, such as <|eot_id|>, is: an error that names the row (`refuse`), its letters
+    (`text`), or what ends turns and responses (`control`), for prompts in which the template is written out."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with longer rows: stop and list them, or drop and count them. Rows are never cut."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
@@ -65,7 +76,7 @@ class Row:
             raise self.fault(column, f"{_shown(value)} is not text; put it in quotes")
         if not value.strip():
             raise self.fault(column, "empty; write some text or remove the row")
-        return value
+        return self._whole(column, value)
 
     def number_in(self, column: str, low: float, high: float) -> float:
         """The column as a number in low..high; true and false are 1 and 0."""
@@ -104,7 +115,17 @@ class Row:
         for turn in turns:
             if not isinstance(turn, dict) or any(not isinstance(turn.get(key), str) for key in ("role", "content")):
                 raise self.fault(column, f"turn {_shown(turn)} needs a role and a content, both text")
+            self._whole(column, turn["role"] + turn["content"])
         return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+    def _whole(self, column: str, text: str) -> str:
+        """`text`, unless it has half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{text[error.start]!r} is half a character, at {error.start + 1}; remove it"
+            raise self.fault(column, half) from error
+        return text
 
 
 def load_rows(config: DataConfig, generate: Callable[[ArithmeticConfig, Split], list[dict]]) -> list[Row]:
@@ -115,21 +136,20 @@ def load_rows(config: DataConfig, generate: Callable[[ArithmeticConfig, Split], 
 
     Raises:   DataError if the source is missing, empty or unreadable; ConfigError for an unknown split.
     """
+    source = Path(config.source)
     if config.source == BUILT_IN:
-        if config.split not in ("train", "heldout"):
+        if config.split not in ("", "train", "heldout"):
             raise ConfigError(f"split: the built-in task has no {config.split!r}; choose train or heldout.")
-        rows: Iterable[Any] = generate(config.arithmetic, config.split)
-    elif config.source.endswith((".jsonl", ".parquet")):
-        if not Path(config.source).is_file():
-            raise DataError(f"data file does not exist: {config.source}; check the path.")
-        if config.split != "train":
-            raise ConfigError(f"split: {config.split!r} of {config.source}; a file is one split, leave it at train.")
-        rows = _json_lines(Path(config.source)) if config.source.endswith(".jsonl") else _datasets(config)
-    else:
+        rows: Iterable[Any] = generate(config.arithmetic, "heldout" if config.split == "heldout" else "train")
+    elif is_there(source, Path.is_dir) or not (_is_path(config.source) or is_there(source, Path.exists)):
         rows = _datasets(config)
+    else:
+        _check_file(config.source, config.split)
+        rows = _json_lines(source) if source.suffix == ".jsonl" else _datasets(config)
     found = [Row(config.source, number, columns) for number, columns in enumerate(rows, start=1)]
     if not found:
-        raise DataError(f"data is empty: {config.source}, split {config.split}; it needs at least one row.")
+        split = f", split {config.split}" if config.split else ""
+        raise DataError(f"data is empty: {config.source}{split}; it needs at least one row.")
     return found
 
 
@@ -167,44 +187,99 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tenso
     return tokens, lengths
 
 
+def is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """`kind(path)`, and False for what cannot be looked at: a name that no file system takes, a forbidden directory."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _check_file(source: str, split: str) -> None:
+    path = Path(source)
+    if not is_there(path, Path.exists):
+        local = len(path.parts) == 2 and is_there(path.parent, Path.is_dir)
+        hint = f", or start elsewhere if it is the hub's: a directory {path.parent} is here" if local else ""
+        raise DataError(f"data file does not exist: {source}; check the path{hint}.")
+    if path.suffix not in (".jsonl", ".parquet") or not path.is_file():
+        raise DataError(
+            f"data file has another form: {source}; give JSON lines (.jsonl: one object a line, where a .json list has "
+            "them in brackets) or .parquet."
+        )
+    if split not in ("", "train"):
+        raise ConfigError(f"split: {split!r} of {source}; a file is one split, leave it empty.")
+
+
 def _json_lines(path: Path) -> Iterator[dict]:
-    with path.open("rb") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise DataError(f"data file cannot be read: {path}: {error.strerror}; check it.") from error
+    with lines:
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line.rstrip())
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"bad row: {path}, row {number}, character {error.pos + 1}: not JSON ({error.msg}); every line "
-                    "must be one object."
-                ) from error
-            except UnicodeDecodeError as error:
-                raise DataError(f"bad row: {path}, row {number}: not UTF-8 ({error.reason}); re-encode it.") from error
-            if not isinstance(row, dict):
-                raise DataError(f"bad row: {path}, row {number}: {_shown(row)}; every line must be one JSON object.")
-            yield row
+                yield _json_object(line.removeprefix(BOM_UTF8) if number == 1 else line)
+            except _BadLineError as error:
+                raise DataError(f"bad row: {path}, row {number}{error}") from error.__cause__
+
+
+class _BadLineError(Exception):
+    """What to say after file and row."""
+
+
+def _json_object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode().rstrip(), object_pairs_hook=_columns)
+    except json.JSONDecodeError as error:
+        where = f", character {error.pos + 1}: not JSON ({error.msg}); every line must be one object."
+        raise _BadLineError(where) from error
+    except UnicodeDecodeError as error:
+        raise _BadLineError(f": not UTF-8 ({error.reason} at byte {error.start + 1}); re-encode it.") from error
+    except RecursionError as error:
+        raise _BadLineError(": lists or objects nested too deep; every line must be one object of columns.") from error
+    except ValueError as error:
+        raise _BadLineError(f": {error}; mend or remove the row.") from error
+    if not isinstance(row, dict):
+        raise _BadLineError(f": {_shown(row)}; every line must be one JSON object.")
+    return row
+
+
+def _columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    columns = dict(pairs)
+    if len(columns) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return columns
 
 
 def _datasets(config: DataConfig) -> Iterable[Any]:
     """Rows through `datasets`, which since version 4 runs no code from the hub."""
     import datasets
 
-    if _is_path(config.source) and not Path(config.source).exists():
-        raise DataError(f"data does not exist: {config.source}; check the path.")
+    directory = Path(config.source) if is_there(Path(config.source), Path.is_dir) else None
+    split = config.split or "train"
     try:
         if config.source.endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files=config.source, split="train")
-        return datasets.load_dataset(config.source, config.subset or None, split=config.split)
+        if directory is not None:
+            check_inside(directory)
+        return datasets.load_dataset(config.source, config.subset or None, split=split)
+    except DataError:
+        raise
     except Exception as error:  # hub, cache and format errors share no base class
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise DataError(
-            f"data cannot be read: {config.source}, split {config.split}: {reason}; give a .jsonl or .parquet file, or "
+            f"data cannot be read: {config.source}, split {split}: {reason}; give a .jsonl or .parquet file, or "
             "a directory or hub name that `datasets` can load."
         ) from error
 
 
 def _is_path(source: str) -> bool:
     """Whether `source` cannot be a hub name (name or owner/name): asking the hub for it would only waste retries."""
-    return source.startswith(("/", ".", "~")) or source.count("/") > 1
+    owner, slash, _ = source.partition("/")
+    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source, re.ASCII) is not None and len(source) <= 96
+    is_local = bool(slash) and is_there(Path(owner), Path.is_dir)
+    return not is_name or is_local or Path(source).suffix.lower() in _FILE_ENDINGS
 
 
 def _shown(value: object) -> str:

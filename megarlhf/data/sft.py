@@ -51,6 +51,7 @@ def load_sft(config: DataConfig, tokenizer: Tokenizer) -> SftSet:
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
     rows = load_rows(config, sft_rows)
+    tokenizer = tokenizer.taking(config.control_tokens)
     encoded = [encode_demonstration(row, tokenizer, config.template) for row in rows]
     kept = within_limit(config, rows, [len(prompt) + len(response) for prompt, response in encoded])
     prompts, responses = zip(*(encoded[i] for i in kept), strict=True)

@@ -5,6 +5,8 @@ Files only: nothing is downloaded, and code that a tokenizer directory brings al
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
@@ -35,6 +37,7 @@ _PAD_FALLBACKS = (PAD, "<|reserved_special_token_0|>")
 """Llama 3.1 and later, and Llama 3: neither sets a padding token of its own."""
 
 Template = Literal["chat", "plain"]
+ControlTokens = Literal["refuse", "text", "control"]
 
 
 class Message(TypedDict):
@@ -79,22 +82,59 @@ class Tokenizer:
         """Id of padding, never `eos_id`."""
         self.vocab_size: int = max(vocabulary.values()) + 1
         """Rows that an embedding needs: the largest id + 1."""
+        self.control_tokens: ControlTokens = "refuse"
+        """What control tokens inside of texts, such as <|eot_id|>, are."""
+        special = [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        # (?!) matches nothing.
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def taking(self, control_tokens: ControlTokens) -> Tokenizer:
+        """This tokenizer where control tokens inside of texts are refused, their letters, or what they control."""
+        told = copy.copy(self)
+        told.control_tokens = control_tokens
+        return told
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens added.
 
-        Raises:   DataError if a word-level vocabulary lacks a word.
+        Raises:   DataError if a word-level vocabulary lacks a word, or the tokenizer cannot read the text.
         """
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the Rust library raises plain Exception, told apart by its text
-            if "Missing [UNK]" not in str(error):
+        except BaseException as error:
+            # The Rust library raises plain Exception, told apart by its text, or panics, which is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
+            if "Missing [UNK]" not in str(error):
+                raise DataError(f"the tokenizer {self.source} cannot read the text: {error}.") from error
             unknown = ", ".join(repr(word) for word in self._unknown_words(text)[:5])
             raise DataError(
                 f"words outside the vocabulary of the tokenizer {self.source}: {unknown}; "
                 "use a tokenizer that was made for this data."
             ) from error
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text from outside, in which control tokens are what `control_tokens` says.
+
+        Raises:   DataError as `encode` does, and for a control token that is refused or has no other ids.
+        """
+        found = None if self.control_tokens == "control" else self._control.search(text)
+        if found is None:
+            return self.encode(text)
+        if self.control_tokens == "refuse":
+            raise DataError(
+                f"{found[0]!r} is a control token of the tokenizer {self.source}; remove it, or set "
+                "control_tokens=text (it is its letters) or control_tokens=control (it controls)."
+            )
+        self._backend.encode_special_tokens = True
+        try:
+            ids = self.encode(text)
+        finally:
+            self._backend.encode_special_tokens = False
+        if self._backend.token_to_id(found[0]) in ids:
+            raise DataError(f"the tokenizer {self.source} has no other ids for {found[0]!r}; remove it.")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text of `ids`; special tokens, padding among them, are left out."""
@@ -103,9 +143,24 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation in the tokenizer's own chat template, by default up to where the assistant speaks.
 
-        Raises:   ConfigError if the tokenizer has no chat template; DataError if the template refuses the turns.
+        Raises:   ConfigError if the tokenizer has no chat template; DataError if the template refuses the turns, writes
+                  nothing or does not end, or a turn has a control token that is refused.
         """
-        return self.encode(self.render_chat(messages, add_generation_prompt))
+        texts = "".join(message["role"] + message["content"] for message in messages)
+        if self.control_tokens == "control" or not self._control.search(texts):
+            return self.encode(self.render_chat(messages, add_generation_prompt))
+        # Control tokens of the turns, and of the template, are told apart by a mark that only the former get.
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in texts)
+
+        def marked(text: str) -> str:
+            return self._control.sub(lambda token: mark + token[0] + mark, text)
+
+        turns: list[Message] = [{"role": marked(m["role"]), "content": marked(m["content"])} for m in messages]
+        pieces = re.split(f"{mark}({self._control.pattern}){mark}", self.render_chat(turns, add_generation_prompt))
+        if any(mark in piece for piece in pieces):
+            raise DataError(f"the chat template of {self.source} cuts control tokens of a turn in two; remove them.")
+        encoders = (self.encode, self.encode_text)
+        return [number for at, piece in enumerate(pieces) for number in encoders[at % 2](piece)]
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text that `encode_chat` encodes."""
@@ -113,32 +168,44 @@ class Tokenizer:
             raise ConfigError(
                 f"tokenizer has no chat template: {self.source}; add chat_template.jinja, or set template=plain."
             )
-        from jinja2 import TemplateError
+        from megarlhf.data.chat_template import render
 
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        roles = [message["role"] for message in messages]
+        variables = {
+            **self._fast.special_tokens_map,
+            "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        template = self._fast.get_chat_template()
         try:
-            rendered = self._fast.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            roles = [message["role"] for message in messages]
+            return render(template, variables, trusted=template == LLAMA3_CHAT_TEMPLATE)
+        except DataError as error:
             raise DataError(f"the chat template of {self.source} refuses the roles {roles}: {error}.") from error
-        return cast(str, rendered)
 
     def encode_prompt(self, prompt: str | Sequence[Message], template: Template) -> list[int]:
         """Ids that a response follows: the chat template, or (plain, text only) BOS and the bare text.
 
         Plain saves the tiny models the 9 tokens of Llama 3's headers, a third of their sequence.
+        Raises:   DataError, also where that is no token at all.
         """
         if template == "chat":
-            return self.encode_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-        if not isinstance(prompt, str):
+            ids = self.encode_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        elif isinstance(prompt, str):
+            ids = [*([] if self.bos_id is None else [self.bos_id]), *self.encode_text(prompt)]
+        else:
             raise DataError("a conversation has no plain form: its turns would run together; set template=chat.")
-        return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(prompt)]
+        if not ids:
+            where = f"the chat template of {self.source} writes" if template == "chat" else "the tokenizer makes"
+            raise DataError(
+                f"{where} nothing of the prompt, but a response needs a token to follow; mend the template."
+            )
+        return ids
 
     def encode_response(self, response: str) -> list[int]:
         """Ids of a response with the EOS that ends it, as a sampler would produce them after `encode_prompt`."""
-        return [*self.encode(response), self.eos_id]
+        return [*self.encode_text(response), self.eos_id]
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, for `load_tokenizer` or transformers."""
@@ -169,7 +236,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
     try:
         fast = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_fast=True)
-    except Exception as error:  # a damaged file surfaces as almost any type
+    except BaseException as error:  # a damaged file surfaces as almost any type, or panics in the Rust library
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"tokenizer cannot be read: {directory}: {reason}; restore tokenizer.json and tokenizer_config.json "

@@ -24,7 +24,7 @@ from rich.console import Console
 from megarlhf.batch import TokenBatch
 from megarlhf.checkpoint.sharded import ModelDescription, load_model
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
-from megarlhf.data.tokenizer import Template, Tokenizer
+from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.eval.scored_file import Done, ScoredFile, content
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
@@ -59,6 +59,9 @@ class ScoreConfig(RanksConfig):
     there already, the same command goes on with it."""
     template: Template = "chat"
     """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models)."""
+    control_tokens: ControlTokens = "refuse"
+    """What a control token in a text, such as <|eot_id|>, is: an error that names the row (`refuse`), its letters
+    (`text`), or what ends turns and responses (`control`)."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of a language model before its log-probs; 1 is the model itself."""
 
@@ -70,6 +73,7 @@ class ScoreConfig(RanksConfig):
             "tokenizer": _place(self.tokenizer),
             "tokenizer's content": _content(self.tokenizer),
             "template": self.template,
+            "control_tokens": self.control_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
             "compute.dtype": self.compute.dtype,
@@ -99,7 +103,7 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
     def tokenizer() -> Tokenizer:
         found = resolve_tokenizer(cfg.tokenizer, cfg.model)
         check_tokenizer(found, model.spec, "model")
-        return found
+        return found.taking(cfg.control_tokens)
 
     rows = load_score_rows(cfg.input, tokenizer, cfg.template)
     rows.check(model.spec.vocab_size, model.spec.max_positions, output.added)
