@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megarlhf.checkpoint.hf_names import OURS
+from megarlhf.checkpoint.hf_names import OURS, Normalisation
 from megarlhf.checkpoint.sharded import ModelDescription
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.errors import CheckpointError
@@ -27,8 +27,9 @@ def hf_config(described: ModelDescription, dtype: str, original: Path, tokenizer
     if described.head == "scalar":
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     config.pop(OURS, None)
-    if (described.score_offset, described.score_scale) != (0.0, 1.0):
-        config[OURS] = {"score_offset": described.score_offset, "score_scale": described.score_scale}
+    scores = Normalisation(described.score_offset, described.score_scale, described.score_wrong)
+    if scores != Normalisation():
+        config[OURS] = scores._asdict()
     return config
 
 

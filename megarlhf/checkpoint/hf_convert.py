@@ -110,8 +110,8 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
     files = SafetensorsDirectory(source)
     # A relative name could be a preset's; a path that begins with / is not.
     found = describe_model(str(source.absolute()))
-    offset, scale = normalisation(config, source / CONFIG)
-    described = ModelDescription(spec=found.spec, head=found.head, score_offset=offset, score_scale=scale)
+    scores = normalisation(config, source / CONFIG)
+    described = ModelDescription(spec=found.spec, head=found.head, **scores._asdict())
     files.check(found.spec, found.head)
     groups = pieces_of(found.spec, found.head, layer_cuts=CUTS, vocabulary_cuts=CUTS)
     run = _Run(found.spec, found.head, groups, files.dtypes(), options, str(source))

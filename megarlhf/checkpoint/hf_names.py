@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ Cut = Literal["whole", "columns", "vocabulary", "query_groups", "gate_up"]
 key and value of each group together; rows of gate and of up, gate first."""
 
 OURS = "megarlhf"
-"""Key of what transformers has no place for: a reward model's score_offset and score_scale."""
+"""Key of what transformers has no place for: a reward model's score_offset, score_scale and score_wrong."""
 
 LAYER: dict[str, tuple[Cut, list[str]]] = {
     "input_layernorm.weight": ("whole", ["input_layernorm.weight"]),
@@ -119,18 +119,28 @@ def cut_for_rank(tensors: list[Tensor], cut: Cut, spec: ModelSpec, rank: int, ra
     return torch.cat(grouped, dim=1).chunk(ranks, dim=0)[rank].flatten(0, 1)
 
 
-def normalisation(config: dict[str, Any], path: Path) -> tuple[float, float]:
-    """Offset and scale of a reward model's scores that `hf_config` wrote into `config`; 0 and 1 if it did not.
+class Normalisation(NamedTuple):
+    """What is known of a reward model's scores, by the names of `ModelDescription`'s fields."""
 
-    Raises:   CheckpointError naming `path` when they are not numbers, or the scale not positive.
+    score_offset: float = 0.0
+    score_scale: float = 1.0
+    score_wrong: float | None = None
+
+
+def normalisation(config: dict[str, Any], path: Path) -> Normalisation:
+    """What `hf_config` wrote into `config` about a reward model's scores; offset 0 and scale 1 if it did not.
+
+    Raises:   CheckpointError naming `path` when they are not finite numbers, or the scale is not positive.
     """
     ours = config.get(OURS, {})
     try:
         offset, scale = float(ours.get("score_offset", 0.0)), float(ours.get("score_scale", 1.0))
+        wrong = None if ours.get("score_wrong") is None else float(ours["score_wrong"])
     except (AttributeError, TypeError, ValueError):
-        offset, scale = math.nan, math.nan
-    if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0):
+        offset, scale, wrong = math.nan, math.nan, None
+    if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0 and math.isfinite(wrong or 0.0)):
         raise CheckpointError(
-            f"{path}: {OURS}={ours!r} should hold a score_offset and a positive score_scale; correct it."
+            f"{path}: {OURS}={ours!r} should hold a score_offset, a positive score_scale and, if known, score_wrong, "
+            "all finite; correct it."
         )
-    return offset, scale
+    return Normalisation(offset, scale, wrong)

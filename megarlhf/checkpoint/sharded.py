@@ -48,6 +48,8 @@ class ModelDescription(Config):
     """Subtracted from a reward model's scores, so that reference responses score 0 on average."""
     score_scale: float = pydantic.Field(default=1.0, gt=0)
     """What the centred scores are divided by."""
+    score_wrong: float | None = None
+    """Mean score, so normalised, of wrong or rejected responses; null where nobody measured it."""
 
 
 def describe_model(init: str) -> ModelDescription:
@@ -99,10 +101,17 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
 
 
 def save_model(
-    role: Role, directory: Path, tokenizer: Tokenizer, *, score_offset: float = 0.0, score_scale: float = 1.0
+    role: Role,
+    directory: Path,
+    tokenizer: Tokenizer,
+    *,
+    score_offset: float = 0.0,
+    score_scale: float = 1.0,
+    score_wrong: float | None = None,
 ) -> None:
     """Write `role` as a model directory, replacing an older one only once the new one is whole.
 
+    score_*: what `ModelDescription` keeps of a reward model.
     Ranks:    collective over the mesh; rank 0 renames.
     """
     partial = directory.with_name(directory.name + ".partial")
@@ -111,7 +120,11 @@ def save_model(
     save_weights(role, partial / WEIGHTS)
     if role.mesh.is_main:
         description = ModelDescription(
-            spec=role.spec, head=role.head, score_offset=score_offset, score_scale=score_scale
+            spec=role.spec,
+            head=role.head,
+            score_offset=score_offset,
+            score_scale=score_scale,
+            score_wrong=score_wrong,
         )
         (partial / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
         tokenizer.save(partial / TOKENIZER)
@@ -159,8 +172,8 @@ def _describe_hf(directory: Path) -> ModelDescription:
         )
     # Opening it finds missing files and tensors now, before a model is built.
     HuggingFaceDirectory(directory, spec, heads[architectures[0]])
-    offset, scale = normalisation(config, directory / "config.json")
-    return ModelDescription(spec=spec, head=heads[architectures[0]], score_offset=offset, score_scale=scale)
+    scores = normalisation(config, directory / "config.json")
+    return ModelDescription(spec=spec, head=heads[architectures[0]], **scores._asdict())
 
 
 def sharded_weights(role: Role) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megarlhf.models.role import FrozenRole, TrainableRole
@@ -15,6 +16,8 @@ class Roles:
     critic: TrainableRole
     reference: FrozenRole
     reward: FrozenRole
+    wrong_score: float = math.inf
+    """Mean score that the reward model gives to wrong responses; inf where nobody measured it."""
 
     @property
     def every(self) -> tuple[TrainableRole | FrozenRole, ...]:

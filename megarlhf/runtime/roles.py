@@ -46,6 +46,12 @@ def print_dropped(name: str, dropped: int, kept: int, mesh: Mesh) -> None:
         _console(mesh).print(f"{name}: {dropped} of {dropped + kept} rows dropped, {limits}", highlight=False)
 
 
+def print_remark(remark: str, mesh: Mesh) -> None:
+    """Say, on rank 0, what a user should know about the settings; nothing where `remark` is empty."""
+    if remark:
+        _console(mesh).print(remark, highlight=False, markup=False, soft_wrap=True)
+
+
 def _console(mesh: Mesh) -> Console:
     return Console(stderr=True, quiet=not mesh.is_main)
 

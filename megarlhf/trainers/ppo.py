@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,10 @@ from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import occurrence
 from megarlhf.runtime.gates import cheap_gates, check_gates, gate_prompts
-from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
+from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
 from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
-from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, prepare
+from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
 from megarlhf.trainers.ppo_metrics import (
     accuracy_metric,
     count_work,
@@ -85,7 +86,7 @@ def ppo_iteration(
         unestimated = torch.zeros_like(values)
         experience = gather_rows(Experience(rollout, logprobs, ref_logprobs, values, unestimated, unestimated), mesh)
         scores = gather(scores, mesh, "data")
-        experience, estimate = estimated(experience, scores, cfg)
+        experience, estimate = estimated(experience, scores, cfg, wrong_score=roles.wrong_score)
 
     # 4. Optimise. Each learner sees the same mini-batches; one of them is resident at a time.
     with clock("optimise"):
@@ -102,15 +103,23 @@ def ppo_iteration(
     return Iteration(experience, scores, {**estimate, **learning, **clock.metrics()})
 
 
-def estimated(experience: Experience, scores: Tensor, cfg: PPOConfig) -> tuple[Experience, Metrics]:
-    """Token-level rewards, advantages and returns of the global batch.
+def estimated(
+    experience: Experience, scores: Tensor, cfg: PPOConfig, *, wrong_score: float = math.inf
+) -> tuple[Experience, Metrics]:
+    """Token-level rewards, advantages and returns of the global batch; wrong_score as in `shape_scores`.
 
     Shapes:   scores [B]. Returns the experience with advantages (whitened) and returns, and its metrics.
     """
     rollout = experience.rollout
     mask = rollout.response_mask
     kl = kl_k1(experience.logprobs, experience.ref_logprobs)
-    shaped = shape_scores(scores, rollout.terminated, missing_eos_score=cfg.missing_eos_score, clip=cfg.score_clip)
+    shaped = shape_scores(
+        scores,
+        rollout.terminated,
+        missing_eos_score=cfg.missing_eos_score,
+        wrong_score=wrong_score,
+        clip=cfg.score_clip,
+    )
     token_level_rewards = add_kl_penalty(shaped, kl, mask, kl_coef=cfg.kl_coef)
     advantages, returns = gae(
         token_level_rewards, experience.values, mask, rollout.terminated, gamma=cfg.gamma, lam=cfg.gae_lambda
@@ -202,7 +211,8 @@ def build_roles(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> Roles:
     reward = FrozenRole("reward", inputs.reward.spec, "scalar", scores, settings, mesh)
     load_model(reward, cfg.reward.init, seed=cfg.seed)
     reward.leave()
-    return Roles(actor, critic, reference, reward)
+    wrong_score = inputs.reward.score_wrong
+    return Roles(actor, critic, reference, reward, math.inf if wrong_score is None else wrong_score)
 
 
 def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> RolloutEngine:
@@ -223,6 +233,7 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
     print_choices([*roles.actor.settings.compute.choices, cfg.policy_loss_choice], mesh)
     print_memory_plan(roles.every, mesh)
     print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
+    print_remark(cut_score_remark(cfg, inputs.reward), mesh)
     engine = build_engine(cfg, inputs, roles.actor)
     per_rank = {"data_rank": mesh.data_rank, "data_size": mesh.size("data")}
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed, **per_rank)

@@ -92,8 +92,10 @@ class PPOConfig(RunConfig):
     value_clip_range: float = Field(default=0.2, gt=0)
     """Values move at most this far from the old ones, in reward, before the loss ignores them.
     Source: 0.2 in Huang et al. 2024."""
-    missing_eos_score: float | None = -1.0
-    """Score of a response cut at the token limit; null keeps the reward model's. Source: Huang et al. 2024."""
+    missing_eos_score: float | Literal["auto"] | None = "auto"
+    """Score of a response cut at the token limit. `auto`: the reward model's, but never more than a wrong response gets
+    (its model directory says how much that is) nor than any that ended in the batch; null keeps the reward model's.
+    Source: Huang et al. 2024 give -1, which is low only if wrong responses score higher."""
     score_clip: float | None = Field(default=None, gt=0)
     """Scores are clipped to +- this, in reward, before the KL penalty; null clips nothing."""
 
@@ -177,6 +179,17 @@ def prepare(cfg: PPOConfig) -> PPOInputs:
     cfg.actor.optim.check(actor_iterations * cfg.steps_per_iteration, "actor.optim")
     cfg.critic.optim.check(cfg.iterations * cfg.steps_per_iteration, "critic.optim")
     return PPOInputs(**models, tokenizer=tokenizer, prompts=prompts)
+
+
+def cut_score_remark(cfg: PPOConfig, reward: ModelDescription) -> str:
+    """Whether the score that was set for cut responses is above the mean score of wrong ones; empty where it is not."""
+    score, wrong = cfg.missing_eos_score, reward.score_wrong
+    if score is None or score == "auto" or wrong is None or score <= wrong:
+        return ""
+    return (
+        f"missing_eos_score={score:g} is more than {wrong:.2f}, what {cfg.reward.init} gives wrong responses on "
+        "average: being cut will pay more than being wrong; leave it at auto, or set it lower."
+    )
 
 
 def _check_batches(cfg: PPOConfig) -> None:

@@ -44,10 +44,13 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
-from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
+from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
 from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
 from megarlhf.trainers.settings import RunConfig
+
+MEASURED = 1024
+"""Training responses of a kind that stand in for held-out ones."""
 
 
 class RewardConfig(RunConfig):
@@ -62,7 +65,7 @@ class RewardConfig(RunConfig):
     labelled: DataConfig | None = None
     """Judged responses: columns prompt, response, correct (0 to 1)."""
     heldout: DataConfig | None = None
-    """Judged responses to measure AUC on, and to centre the scores on."""
+    """Judged responses to measure AUC on, and to normalise the scores by; without them it is done by training rows."""
     pointwise_weight: float = Field(default=1.0, gt=0)
     """Weight of the pointwise term. Source: the paper gives none; 1 weighs the terms equally."""
     pairs_batch: int = Field(default=64, ge=1)
@@ -70,7 +73,8 @@ class RewardConfig(RunConfig):
     labelled_batch: int = Field(default=128, ge=2)
     """Judged responses per optimiser step, an even number; used where `labelled` is set."""
     normalise: Literal["none", "centre", "standardise"] = "centre"
-    """What is done to scores, by held-out responses: shift their mean to 0, and divide by their spread too.
+    """What is done to scores: shift their mean to 0, and divide by their spread too. Both are measured on `heldout`,
+    and where that is unset on up to 1024 responses of the training data (a pair has two).
     Source: centre is Huang et al. 2024; standardise is Ziegler et al. 2019."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
     """Optimiser."""
@@ -212,12 +216,16 @@ def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> None:
 
 
 def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
-    """Train, measure on held-out responses, centre and save. Collective; returns the last metrics."""
+    """Train, measure, normalise and save. Collective; returns the last metrics."""
+    measured = responses_to_measure(inputs)
     role = build_role(cfg, inputs, mesh)
     pairs, labelled = inputs.pairs, inputs.labelled
     for name, rows in (("pairs", pairs), ("labelled", labelled), ("heldout", inputs.heldout)):
         if rows is not None:
             print_dropped(name, rows.dropped, len(rows), mesh)
+    if inputs.heldout is None and cfg.normalise != "none":
+        used = f"{len(measured)} training responses"
+        print_remark(f"heldout is unset: normalise={cfg.normalise} measures the scores of {used}", mesh)
     pair_loader = Loader(len(pairs), cfg.pairs_batch, seed=cfg.seed) if pairs else None
     point_loader = Loader(len(labelled), cfg.labelled_batch, seed=cfg.seed) if labelled else None
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
@@ -246,14 +254,21 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
 
     with open_run(cfg, argv, mesh) as writer:
         metrics = run_steps(inputs.steps, "reward model", step, "reward/loss", run=run, writer=writer)
-        if inputs.heldout is not None:
-            measured = measure(role, inputs.heldout)
-            metrics = {**metrics, **measured}
-            if writer is not None:
-                writer.log(measured, inputs.steps)
-    offset = 0.0 if cfg.normalise == "none" else metrics.get("reward/centre", 0.0)
-    scale = metrics.get("reward/score_std", 1.0) if cfg.normalise == "standardise" else 1.0
-    save_model(role, cfg.model_dir, inputs.tokenizer, score_offset=offset, score_scale=scale)
+        found = measure(role, measured, heldout=inputs.heldout is not None)
+        metrics = {**metrics, **found}
+        if writer is not None:
+            writer.log(found, inputs.steps)
+    offset = 0.0 if cfg.normalise == "none" else metrics["reward/centre"]
+    scale = metrics["reward/score_std"] if cfg.normalise == "standardise" else 1.0
+    wrong = metrics.get("reward/score_wrong_mean")
+    save_model(
+        role,
+        cfg.model_dir,
+        inputs.tokenizer,
+        score_offset=offset,
+        score_scale=scale,
+        score_wrong=None if wrong is None else (wrong - offset) / scale,
+    )
     return metrics
 
 
@@ -268,26 +283,42 @@ def build_role(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> Trainable
     return role
 
 
-def measure(role: TrainableRole, heldout: LabelledSet) -> Metrics:
-    """Separation of right from wrong held-out responses, and the mean score that references are centred on.
+def responses_to_measure(inputs: RewardInputs) -> LabelledResponses:
+    """All held-out responses; without any, training responses evenly from the data, a chosen one right, its twin wrong.
+
+    Without held-out ones the mean is still that of the responses the scores are for, while the spread is flattered.
+    """
+    if inputs.heldout is not None:
+        return inputs.heldout.batch(torch.arange(len(inputs.heldout)))
+    parts = []
+    if inputs.pairs is not None:
+        pairs = inputs.pairs.batch(_evenly(len(inputs.pairs), MEASURED // 2))
+        right = torch.tensor([1.0, 0.0]).repeat(len(pairs))
+        parts.append(LabelledResponses(pairs.tokens, pairs.lengths, right, torch.ones_like(right)))
+    if inputs.labelled is not None:
+        parts.append(inputs.labelled.batch(_evenly(len(inputs.labelled), MEASURED)))
+    return cat(parts)
+
+
+def _evenly(rows: int, most: int) -> Tensor:
+    return torch.arange(rows)[:: -(-rows // most)]
+
+
+def measure(role: TrainableRole, responses: LabelledResponses, *, heldout: bool) -> Metrics:
+    """The mean score to centre on, the spread, and the mean scores of right and wrong; AUC where `heldout`.
 
     Ranks:    collective; equal on every rank. Source of the centring: Huang et al. 2024, SFT references score 0.
     """
     mesh = role.mesh
-    every = heldout.batch(torch.arange(len(heldout)))
-    scores = gather(
-        role.score(
-            every.rows(torch.arange(len(heldout)).tensor_split(mesh.size("data"))[mesh.data_rank]).to(mesh.device)
-        ),
-        mesh,
-        "data",
-    ).cpu()
-    right = every.correct > 0.5
+    mine = torch.arange(len(responses)).tensor_split(mesh.size("data"))[mesh.data_rank]
+    scores = gather(role.score(responses.rows(mine).to(mesh.device)), mesh, "data").cpu()
+    right = responses.correct > 0.5
     metrics = {"reward/score_mean": float(scores.mean()), "reward/score_std": float(scores.std())}
     if 0 < int(right.sum()) < len(right):
-        # AUC is the Mann-Whitney statistic over all right-wrong couples.
-        statistic = scipy.stats.mannwhitneyu(scores[right].numpy(), scores[~right].numpy()).statistic
-        metrics["reward/auc"] = float(statistic) / (int(right.sum()) * int((~right).sum()))
         metrics["reward/score_right_mean"] = float(scores[right].mean())
         metrics["reward/score_wrong_mean"] = float(scores[~right].mean())
+        if heldout:
+            # AUC is the Mann-Whitney statistic over all right-wrong couples.
+            statistic = scipy.stats.mannwhitneyu(scores[right].numpy(), scores[~right].numpy()).statistic
+            metrics["reward/auc"] = float(statistic) / (int(right.sum()) * int((~right).sum()))
     return {**metrics, "reward/centre": metrics["reward/score_mean"]}

@@ -87,7 +87,7 @@ def hand_on(layout: ParallelLayout, directories: dict[str, str], targets: dict[s
         original = load_file(Path(targets["originals"], name, "model.safetensors"))
         equal.append(same(whole_weights(role), {key: tensor.float() for key, tensor in original.items()}))
         target = Path(targets["saved"], name)
-        save_model(role, target, build_tiny_tokenizer(words()), score_offset=0.25, score_scale=2.0)
+        save_model(role, target, build_tiny_tokenizer(words()), score_offset=0.25, score_scale=2.0, score_wrong=-1.5)
     return equal
 
 
@@ -158,6 +158,7 @@ def test_every_layout_reads_it_and_what_a_layout_saves_goes_back(
     to_megatron(tmp_path / "pp2 reward", tmp_path / "again", QUIET)
     assert describe_model(str(tmp_path / "again")) == describe_model(str(tmp_path / "pp2" / "reward"))
     assert describe_model(str(tmp_path / "again")).score_offset == 0.25
+    assert describe_model(str(tmp_path / "again")).score_wrong == -1.5
     assert describe_model(str(tmp_path / "pp2 reward")).score_offset == 0.25  # also without conversion
 
 

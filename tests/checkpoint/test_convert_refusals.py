@@ -182,6 +182,7 @@ HF_DAMAGE: dict[str, Damage] = {
     "config of a reward model": Damage("hf", config(architectures=["LlamaForSequenceClassification"]), "score.weight"),
     "config of another family": Damage("hf", config(model_type="mistral"), "model_type='mistral'"),
     "normalisation by 0": Damage("hf", config(megarlhf={"score_scale": 0}), "a positive score_scale"),
+    "no score of wrong": Damage("hf", config(megarlhf={"score_wrong": "low"}), "if known, score_wrong, all finite"),
 }
 
 
