@@ -42,6 +42,7 @@ _ROLLOUT = {
     "rollout/score_max": Metric("reward", "max(scores)", "over the rollouts of the iteration"),
     "rollout/gold_score_mean": Metric("reward", "score by the judge we trust (verifier or gold model)", _ROLLOUTS),
     "rollout/accuracy": Metric("fraction", "[response verified as correct]", _ROLLOUTS),
+    "rollout/verified": Metric("rollouts", "rollouts whose prompt has an answer", "count over the iteration"),
     "rollout/reward_mean": Metric("reward", "sum over t of token_level_rewards", _ROLLOUTS),
     "rollout/response_length_mean": Metric("tokens", "response tokens, EOS included", _ROLLOUTS),
     "rollout/response_length_max": Metric("tokens", "longest response", "over the rollouts of the iteration"),
@@ -149,6 +150,14 @@ _TOKENS_OF = {
     "train": f"{_POSITIONS}, supervised or not",
 }
 """What counts as a token in a phase."""
+_WARNING = {
+    "warning/over_optimised": Metric(
+        "1",
+        "[score above, accuracy below the best 256 verified prompts so far, each beyond its interval]",
+        "256 prompts",
+    ),
+    "warning/kl_over_bound": Metric("1", "[kl/reference_mean > kl_bound]", "of the iteration"),
+}
 
 _RESOURCES = {
     "time/iteration_s": Metric("s", "wall time since the clock was last read", "rank 0"),
@@ -184,6 +193,7 @@ GLOSSARY: dict[str, Metric] = {
     **_REWARD,
     **_EVAL,
     **_TRAIN,
+    **_WARNING,
     **_RESOURCES,
 }
 

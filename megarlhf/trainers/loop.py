@@ -168,6 +168,11 @@ class Run:
             )
         self._stop.save_ended(time.monotonic() - began)
 
+    def end_early(self, step: int, metrics: Metrics) -> None:
+        """Save the state after `step` steps, unless `step_ended` has."""
+        if not self._cfg.save_every or step % self._cfg.save_every:
+            self.save(step, metrics)
+
     def save(self, step: int, metrics: Metrics) -> None:
         """Begin to save the state after `step` steps."""
         self._best = better(self._best, self._cfg.keep_best, step, metrics)
@@ -205,15 +210,17 @@ def run_steps(
     count: int,
     description: str,
     step: Callable[[int], Metrics],
-    note: str,
+    notes: Sequence[str],
     *,
     run: Run,
     writer: RunWriter | None,
     ready: Callable[[int], object] = int,
+    enough: Callable[[Metrics], bool] = lambda _: False,
 ) -> Metrics:
     """Call `step(0)` to `step(count - 1)`, or from where the run was, log what each returns, and return the last.
 
-    note: name of the metric shown beside the progress bar. ready: called before the first step, with its number.
+    notes: names of the metrics shown beside the progress bar, where the run logs them. ready: called before the first
+    step, with its number. enough: whether the run ends after a step that logged these metrics; its state is saved.
     Ranks:    rank 0 has the writer and shows the bar.
     """
     metrics: Metrics = {}
@@ -229,7 +236,11 @@ def run_steps(
             if writer is not None:
                 writer.log(metrics, index + 1)
             run.step_ended(index + 1, metrics)
-            bar.advance(note=f"{note.partition('/')[2]} {metrics[note]:.3f}")
+            shown = [f"{name.partition('/')[2]} {metrics[name]:.3f}" for name in notes if name in metrics]
+            bar.advance(note=", ".join(shown))
+            if enough(metrics):
+                run.end_early(index + 1, metrics)
+                break
     return metrics
 
 

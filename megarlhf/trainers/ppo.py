@@ -17,7 +17,7 @@ from megarlhf.models.role import FrozenRole, LabelLogprobs, PositionValues, Sequ
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
-from megarlhf.observe.writers import RunWriter
+from megarlhf.observe.writers import RunWriter, read_metrics
 from megarlhf.ops.advantages import gae
 from megarlhf.ops.kl import kl_k1
 from megarlhf.ops.masked import masked_sum, masked_whiten
@@ -25,7 +25,7 @@ from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.rewards import add_kl_penalty, shape_scores
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import gather, gather_rows, own_rows
+from megarlhf.parallel.collectives import broadcast_object, gather, gather_rows, own_rows
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.parallel.rng import derive_seed, generator
@@ -43,6 +43,7 @@ from megarlhf.trainers.ppo_metrics import (
     judged_rollouts,
     learner_metrics,
 )
+from megarlhf.trainers.watch import Watch
 from megarlhf_kernels import PolicyTerms
 
 __all__ = ["PPOConfig", "main", "ppo_iteration", "train"]
@@ -239,7 +240,7 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed, **per_rank)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     run = Run(cfg, {"actor": roles.actor, "critic": roles.critic}, {"prompts": loader}, guard, mesh)
-    clock = Clock(mesh.device, mesh.trail)
+    clock, watch = Clock(mesh.device, mesh.trail), Watch(cfg)
 
     def step(iteration: int, writer: RunWriter | None) -> Metrics:
         rows = next(loader)
@@ -249,9 +250,13 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
         judged = judged_rollouts(done.experience.rollout, done.scores, inputs.tokenizer, cfg.verifier)
         if writer is not None and iteration % cfg.samples_every == 0:
             writer.samples(judged[: cfg.samples], iteration + 1)
-        return {**done.metrics, **accuracy_metric(judged)}
+        metrics = {**done.metrics, **accuracy_metric(judged)}
+        warnings, said = watch.look(metrics)
+        print_remark("\n".join(said), mesh)
+        return {**metrics, **warnings}
 
     def ready(first: int) -> None:
+        watch.restore(broadcast_object(read_metrics(cfg.run_dir)[:first] if mesh.is_main else [], mesh, "world"))
         if cfg.gates == "on":
             prompts, loss = gate_prompts(inputs.prompts, mesh), policy_loss(roles.actor, cfg)
             same = cfg.reference_init == cfg.actor.init and first <= cfg.value_warmup_iterations
@@ -259,11 +264,14 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
 
     with open_run(cfg, argv, mesh) as writer:
         metrics = run_steps(
-            *(cfg.iterations, "PPO", lambda i: step(i, writer), "rollout/score_mean"),
+            *(cfg.iterations, "PPO", lambda i: step(i, writer), ("rollout/score_mean", "rollout/accuracy")),
             run=run,
             writer=writer,
             ready=ready,
+            enough=watch.ends,
         )
+    if watch.ends(metrics):
+        print_remark(watch.conclusion(), mesh)
     save_model(roles.actor, cfg.model_dir, inputs.tokenizer)
     return metrics
 

@@ -101,6 +101,12 @@ class PPOConfig(RunConfig):
 
     verifier: Verifier = "arithmetic"
     """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's, or `maths`."""
+    kl_bound: float | None = Field(default=24.0, gt=0)
+    """Mean KL to the reference, in nats a response, beyond which the run warns; null never warns. Source: four times
+    the 6 nats that Ziegler et al. 2019 steer towards."""
+    stop_when_over_optimised: bool = False
+    """End the run, its state and its model saved, at the first warning: the score rises while accuracy falls, or the KL
+    passes kl_bound. Otherwise the run warns and goes on."""
     samples_every: int = Field(default=10, ge=1)
     """Iterations between two writings of sample rollouts to samples.jsonl."""
     samples: int = Field(default=8, ge=0)

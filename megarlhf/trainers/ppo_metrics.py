@@ -111,9 +111,11 @@ def judged_rollouts(
 
 
 def accuracy_metric(judged: Sequence[Mapping[str, object]]) -> Metrics:
-    """The share of verified rollouts; nothing where the data has no answers."""
+    """How many rollouts were verified, and which share of them is right; nothing where the data has no answers."""
     verdicts = [row["correct"] for row in judged if row["correct"] is not None]
-    return {"rollout/accuracy": verdicts.count(True) / len(verdicts)} if verdicts else {}
+    if not verdicts:
+        return {}
+    return {"rollout/accuracy": verdicts.count(True) / len(verdicts), "rollout/verified": len(verdicts)}
 
 
 def count_work(clock: Clock, roles: Roles, experience: Experience, cfg: PPOConfig, *, trained: bool) -> None:

@@ -253,7 +253,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
         }
 
     with open_run(cfg, argv, mesh) as writer:
-        metrics = run_steps(inputs.steps, "reward model", step, "reward/loss", run=run, writer=writer)
+        metrics = run_steps(inputs.steps, "reward model", step, ("reward/loss",), run=run, writer=writer)
         found = measure(role, measured, heldout=inputs.heldout is not None)
         metrics = {**metrics, **found}
         if writer is not None:

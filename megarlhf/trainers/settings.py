@@ -20,6 +20,7 @@ TRACES = ("metrics.jsonl", "config.yaml", "model")
 FREE_TO_CHANGE = (
     *("layout", "compute", "micro_batch", "offload", "timeout_s"),
     *("resume", "save_every", "keep_last", "keep_every", "keep_best", "save_before", "gates", "tensorboard", "wandb"),
+    *("kl_bound", "stop_when_over_optimised"),
 )
 """Settings, or groups of them, that may differ when a run goes on: they change no result, or only its rounding."""
 

@@ -126,7 +126,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
         }
 
     with open_run(cfg, argv, mesh) as writer:
-        metrics = run_steps(inputs.steps, "SFT", step, "sft/loss", run=run, writer=writer)
+        metrics = run_steps(inputs.steps, "SFT", step, ("sft/loss",), run=run, writer=writer)
     save_model(role, cfg.model_dir, inputs.tokenizer)
     return metrics
 
