@@ -111,6 +111,7 @@ def _page(directory: Path, report: Report) -> str:
     run_dir = directory / report.main
     log = read_metrics(run_dir)
     sections = [
+        _warnings(log.rows),
         f"<h1>{escape(report.title)}</h1><p class=sub>{escape(report.subtitle)}</p>",
         _summary(report.summary),
         _values(log.rows),
@@ -127,6 +128,31 @@ def _page(directory: Path, report: Report) -> str:
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
+
+
+WARNINGS = {
+    "warning/over_optimised": (
+        "The score rises while accuracy falls: the reward model is over-optimised",
+        ("rollout/score_mean", "rollout/accuracy"),
+    ),
+    "warning/kl_over_bound": ("The policy is farther from the reference than kl_bound", ("kl/reference_mean",)),
+}
+
+
+def _warnings(rows: Sequence[Mapping[str, float]]) -> str:
+    """What the run warned of, from which step to which, and what became of the quantities that it is about."""
+    lines = []
+    for name, (text, about) in WARNINGS.items():
+        held = [row for row in rows if row.get(name)]
+        if held:
+            values = "; ".join(
+                f"{quantity} {rows[0][quantity]:.3g} → {held[-1][quantity]:.3g}"
+                for quantity in about
+                if quantity in rows[0] and quantity in held[-1]
+            )
+            steps = f"steps {held[0]['step']:.0f} to {held[-1]['step']:.0f}"
+            lines.append(f"<p class=warning><b>{text}</b> ({steps}). {_minus(values)}</p>")
+    return "".join(lines)
 
 
 def _summary(rows: Sequence[SummaryRow]) -> str:

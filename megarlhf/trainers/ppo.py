@@ -256,7 +256,7 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
         return {**metrics, **warnings}
 
     def ready(first: int) -> None:
-        watch.restore(broadcast_object(read_metrics(cfg.run_dir)[:first] if mesh.is_main else [], mesh, "world"))
+        watch.restore(broadcast_object(read_metrics(cfg.run_dir).rows[:first] if mesh.is_main else [], mesh, "world"))
         if cfg.gates == "on":
             prompts, loss = gate_prompts(inputs.prompts, mesh), policy_loss(roles.actor, cfg)
             same = cfg.reference_init == cfg.actor.init and first <= cfg.value_warmup_iterations

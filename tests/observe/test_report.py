@@ -162,6 +162,22 @@ def test_a_run_without_anything_still_has_a_page(tmp_path: Path) -> None:
     assert "svg" not in page.tags
 
 
+def test_a_warning_of_the_run_is_the_pages_first_line(tmp_path: Path) -> None:
+    with RunWriter(tmp_path) as writer:
+        for step, flag in enumerate((0.0, 0.0, 1.0, 1.0, 0.0), start=1):
+            curves = {"rollout/score_mean": step - 2.5, "rollout/accuracy": 0.4 / step, "kl/reference_mean": 9.0 * step}
+            writer.log({**curves, "warning/over_optimised": flag, "warning/kl_over_bound": float(step == 5)}, step=step)
+    main = write_page(tmp_path).read_text(encoding="utf-8").split("<main>")[1]
+    said = re.findall(r"<p class=warning>(.*?)</p>", main)
+    over, far = said
+    assert over.startswith(
+        "<b>The score rises while accuracy falls: the reward model is over-optimised</b> (steps 3 to 4)"
+    )
+    assert over.endswith("rollout/score_mean −1.5 → 1.5; rollout/accuracy 0.4 → 0.1")
+    assert far.endswith("farther from the reference than kl_bound</b> (steps 5 to 5). kl/reference_mean 9 → 45")
+    assert main.strip().startswith("<p class=warning>")
+
+
 def judged(step: int, index: int) -> dict[str, object]:
     """A line of samples.jsonl."""
     verdict = {"score": 1.5 * index, "correct": index % 2 == 0}
