@@ -81,9 +81,10 @@ def accuracy_fall(history: Sequence[Seen]) -> Fall | None:
 
     Ranks:    none (pure). None where accuracy holds, or nothing can be said yet.
     """
-    *earlier, now = blocks(history) or [None]
-    if now is None or not earlier:
+    made = blocks(history)
+    if len(made) < 2:
         return None
+    *earlier, now = made
     best = max(earlier, key=lambda block: block.accuracy)
     k = len(earlier)
     low, high = _difference(best, now, _quantile((1 - CONFIDENCE) / (k * k * (k + 1))))
