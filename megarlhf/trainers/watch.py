@@ -45,7 +45,7 @@ class Watch:
 
     def ends(self, metrics: Mapping[str, float]) -> bool:
         """Whether the run is to end after an iteration that logged these metrics."""
-        return self._cfg.stop_when_over_optimised and any(metrics[name] for name in WARNINGS)
+        return self._cfg.stop_when_over_optimised and any(metrics.get(name) for name in WARNINGS)
 
     def conclusion(self) -> str:
         """What is said when it ends so."""
