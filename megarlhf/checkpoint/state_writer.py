@@ -1,7 +1,8 @@
 """Training states written in the background: training goes on while forked processes write.
 
 A rank's process forks at the moment of the save, so that the copy has the numbers of that moment whatever training does
-to its own; on a GPU they are brought to the host first. The state counts once every rank's file is written and summed:
+to its own; on a GPU they are brought to the host first. The copies outlive signals that ask a run to stop, which may
+reach every process of a group, but not the rank. The state counts once every rank's file is written and summed:
 
     written under DIR/step_00000120.XXXXXXXX.partial -> renamed to step_00000120 -> named by DIR/latest (and DIR/best)
 
@@ -10,19 +11,23 @@ A run killed anywhere between finds the state before.
 
 from __future__ import annotations
 
+import gc
 import json
+import queue
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from multiprocessing.connection import wait
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,6 +39,7 @@ from megarlhf.models.role import TrainableRole
 from megarlhf.observe.files import write_whole
 from megarlhf.parallel.collectives import all_reduce, broadcast_object
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.processes import start_helper
 from megarlhf.parallel.rng import random_states
 
 DONE, WRITING, FAILED = 0, 1, 2
@@ -58,12 +64,45 @@ class Retention:
         return {*ordered[-self.last :], *milestones, *({best} & set(ordered) if best is not None else ())}
 
 
+@dataclass
+class _Part:
+    """What this rank writes of one role."""
+
+    request: Any
+    """Megatron's; it completes the role's files once all ranks have written theirs."""
+    process: BaseProcess | None = None
+    """Writes; none where this rank has nothing to write."""
+    word: Connection | None = None
+    """Over which it says what it has written."""
+    written: list[Any] = field(default_factory=list)
+    """What it said, if it has."""
+
+    def status(self, *, block: bool) -> int:
+        """Whether it has said so; `block` waits until it has, or is gone."""
+        if self.word is None or self.process is None or self.written:
+            return DONE
+        if not block and not self.word.poll():
+            return WRITING
+        try:
+            self.written.append(self.word.recv())
+        except (EOFError, OSError):  # killed, maybe in the middle of a word
+            return FAILED
+        self.process.join()
+        return DONE
+
+    def complete(self) -> None:
+        """Collective over the mesh. Raises CheckpointException on every rank where one could not write."""
+        for written in self.written:
+            self.request.async_fn_args[2].put(written)  # where Megatron looks for it
+        for finalize in self.request.finalize_fns:
+            finalize()
+
+
 @dataclass(frozen=True)
 class _Pending:
     position: Position
     partial: Path
-    requests: list[Any]
-    processes: list[BaseProcess]
+    parts: list[_Part]
 
 
 class StateWriter:
@@ -87,7 +126,7 @@ class StateWriter:
         self._on_main(lambda: self._make(partial), f"{partial} cannot be made")
         mesh, states = self._mesh, random_states(self._mesh.device)
         self._everywhere(lambda: save_file(states, partial / random_file(mesh)), f"{partial} cannot be written")
-        requests, processes = [], []
+        parts = []
         for name, role in self._roles.items():
             with role.resident(*role.parts):
                 request: Any = dist_checkpointing.save(
@@ -96,30 +135,22 @@ class StateWriter:
                     content_metadata={},
                     async_sharded_save=True,
                 )
-                requests.append(request)
-                if request.async_fn is not None:
-                    processes.append(_fork(request, partial / name, self._mesh.rank, processes[-1:]))
-        self._pending = _Pending(position, partial, requests, processes)
+                parts.append(_started(request, partial / name, self._mesh.rank))
+        self._pending = _Pending(position, partial, parts)
 
     def poll(self) -> None:
         """Complete the state if every rank has written its part; otherwise leave it for later."""
         if self._pending is not None:
-            self._complete_unless_writing(self._pending)
+            self._complete_unless_writing(self._pending, block=False)
 
     def finish(self) -> None:
         """Wait until the state is whole."""
         if self._pending is not None:
-            for process in self._pending.processes:
-                process.join()
-            self._complete_unless_writing(self._pending)
+            self._complete_unless_writing(self._pending, block=True)
 
-    def _status(self, pending: _Pending) -> int:
-        codes = [process.exitcode for process in pending.processes]
-        mine = FAILED if any(codes) else WRITING if None in codes else DONE
-        return int(all_reduce(torch.tensor(mine, device=self._mesh.device), self._mesh, "world", op="max"))
-
-    def _complete_unless_writing(self, pending: _Pending) -> None:
-        status = self._status(pending)
+    def _complete_unless_writing(self, pending: _Pending, *, block: bool) -> None:
+        mine = max((part.status(block=block) for part in pending.parts), default=DONE)
+        status = int(all_reduce(torch.tensor(mine, device=self._mesh.device), self._mesh, "world", op="max"))
         if status == WRITING:
             return
         self._pending = None
@@ -127,9 +158,8 @@ class StateWriter:
         if status == FAILED:
             raise CheckpointError(f"{where}: a process that wrote it was killed; the state before it stands.")
         try:
-            for request in pending.requests:
-                for finalize in request.finalize_fns:
-                    finalize()
+            for part in pending.parts:
+                part.complete()
         except CheckpointException as error:  # no Exception; holds those of the ranks that failed
             causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
             raise CheckpointError(
@@ -200,23 +230,43 @@ def saved_bytes(role: TrainableRole) -> int:
     return (weights + masters) // copies + (state if role.optim.distributed else state // copies)
 
 
-def _fork(request: Any, directory: Path, rank: int, before: list[BaseProcess]) -> BaseProcess:
-    """A process that writes this rank's part of one role and its checksums, after the process `before` it.
-
-    One after the other, since Megatron reads their results from one queue.
-    """
-    arguments = list(request.async_fn_args)
+def _started(request: Any, directory: Path, rank: int) -> _Part:
+    """A process has begun to write this rank's part of one role and its checksums."""
+    if request.async_fn is None:
+        return _Part(request)
+    buckets = request.async_fn_args[1]
     if request.preload_fn is not None:
-        arguments[1] = request.preload_fn()  # what a GPU holds, on the host
-    process: BaseProcess = mp.get_context("fork").Process(
-        target=_write, args=(request.async_fn, arguments, directory, rank, [one.sentinel for one in before])
-    )
-    process.start()
-    return process
+        buckets = request.preload_fn()  # what a GPU holds, on the host
+    word, theirs = Pipe(duplex=False)
+    process = start_helper(_write, request.async_fn.args[0], buckets, directory, rank, theirs)
+    theirs.close()  # so that a dead process reads as the end of the pipe
+    return _Part(request, process, word)
 
 
-def _write(write: Any, arguments: list[Any], directory: Path, rank: int, before: list[int]) -> None:
-    if before:
-        wait(before)
-    write(*arguments)
-    leave_checksums(directory, rank)
+def _write(transforms: list[Any], buckets: list[Any], directory: Path, rank: int, word: Connection) -> None:
+    gc.disable()  # it would take apart what the rank has on its GPU
+    written = write_buckets(transforms, buckets)
+    try:
+        leave_checksums(directory, rank)
+    except OSError as error:
+        written = error
+    word.send(written)
+
+
+def write_buckets(transforms: list[Any], buckets: list[Any]) -> dict[int, Any] | Exception:
+    """What Megatron's writer says of its files, one a bucket, or why one failed.
+
+    Written by threads of this process: Megatron's would start processes of their own and wait for ever for one that was
+    killed.
+    """
+    results: Any = queue.SimpleQueue()  # Megatron puts (index, what it wrote or why not)
+
+    def write(index: int) -> None:
+        counts: Any = queue.Queue()
+        counts.put(index)
+        FileSystemWriterAsync.write_preloaded_data(transforms, index, buckets[index], results, counts, True)
+
+    with ThreadPoolExecutor(len(buckets)) as pool:
+        list(pool.map(write, range(len(buckets))))
+    written = dict(results.get() for _ in buckets)
+    return next((result for result in written.values() if isinstance(result, Exception)), written)

@@ -2,13 +2,15 @@
 
 Megatron-Core 0.16.1 names the CUDA device in its factories, streams, events and generators. On a machine without one,
 `install()` points every such name at the CPU, so that the same models, schedules, optimisers and inference engine run
-over gloo. On a machine with CUDA nothing is patched except what flash-attn would have provided.
+over gloo. On a machine with CUDA nothing is patched except what flash-attn would have provided, and on any the queue
+for which Megatron's checkpoints start a process.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import queue
 import time
 import warnings
 from collections.abc import Callable
@@ -191,6 +193,18 @@ def _install_paged_attention() -> None:
     module.is_fa_min_version = lambda version: True
 
 
+def _install_results_queue() -> None:
+    """Give Megatron's checkpoint writers a queue of this process for what they say of their files.
+
+    Theirs lies in a process of its own, 268 MiB a rank, which outlives the rank and does not outlive a signal to the
+    process group. A state's writers send their word over pipes instead (`checkpoint/state_writer.py`).
+    """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
+    module: Any = filesystem_async
+    module._results_queue = queue.SimpleQueue()
+
+
 def has_flash_attention() -> bool:
     """Whether Megatron-Core has the functions of flash-attn 3, or of 2 in a release that it takes; they need CUDA.
 
@@ -228,3 +242,4 @@ def install() -> None:
         _install_megatron()
     if not has_flash_attention():
         _install_paged_attention()
+    _install_results_queue()

@@ -26,7 +26,9 @@ class StopRequest:
 
     def __init__(self, save_before: float, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._deadline = psutil.Process().create_time() + save_before if save_before else float("inf")
+        age = time.time() - psutil.Process().create_time()
+        # From here on the clock that nobody sets: a jump of the other would stop the run, or not stop it.
+        self._deadline = time.monotonic() - age + save_before if save_before else float("inf")
         self._caught = 0
         self._longest_step = self._longest_save = 0.0
         self.step_begins()
@@ -43,11 +45,11 @@ class StopRequest:
 
     def step_begins(self) -> None:
         """Time the next step from now, not from when the last one ended."""
-        self._step_began = time.time()
+        self._step_began = time.monotonic()
 
     def step_ended(self) -> str:
         """Note how long the step took; return why the run shall stop, or nothing. Collective over the mesh."""
-        now = time.time()
+        now = time.monotonic()
         self._longest_step, self._step_began = max(self._longest_step, now - self._step_began), now
         # Rank 0's clock decides, a signal to any rank does: the largest number is everybody's.
         late = self._mesh.is_main and now + self._longest_step + self._longest_save >= self._deadline
