@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megarlhf import __version__
-from megarlhf.errors import ConfigError, MegarlhfError
+from megarlhf.errors import ConfigError, MegarlhfError, complain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,17 +90,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except MegarlhfError as error:
-        # The ranks of a machine read the same settings: one of them says what is wrong.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"{_who()}{error}\n")
+        if _speaks():
+            complain(f"{_who()}{error}")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:
         # The reader (`| head`) has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _speaks() -> bool:
+    """Whether this process says for all ranks of its machine, which read the same settings, what is wrong."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _interrupted() -> int:
+    if _speaks():
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+    return INTERRUPTED
+
+
+@contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process, without an exception: modules that are being imported swallow or wrap it."""
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # ignored, or somebody else's
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_interrupted()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run(arguments: list[str]) -> int:
@@ -119,10 +147,12 @@ def _run(arguments: list[str]) -> int:
         _print_settings(name, _load(command.settings))
         return 0
     path, overrides = _split(name, rest)
-    from megarlhf.config import load_config
+    with _ending_at_once():
+        from megarlhf.config import load_config
 
-    cfg = load_config(_load(command.settings), path, overrides)
-    return _load(command.entry)(cfg, arguments)
+        cfg = load_config(_load(command.settings), path, overrides)
+        entry = _load(command.entry)
+    return entry(cfg, arguments)
 
 
 def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:

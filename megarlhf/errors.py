@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 class MegarlhfError(Exception):
     """Base of all errors that name their own remedy; the command line prints the message alone."""
@@ -37,3 +40,10 @@ class RunStopped(MegarlhfError):
 
     exit_code = 75
     """EX_TEMPFAIL of sysexits.h: try again. A batch script can requeue its job on it."""
+
+
+def complain(text: str) -> None:
+    """Print why this process ends to standard error; where torchrun started it, also who says what comes after."""
+    after = "what follows is torchrun's own report\n" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    sys.stderr.write(f"{text}\n{after}")
+    sys.stderr.flush()

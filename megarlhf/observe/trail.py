@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ class Trail:
     """Entered last, with its axis."""
     axis: Any = ""
     """Of that collective."""
+    moved: float = field(default_factory=time.monotonic)
+    """When it last entered a phase or a collective."""
     work: Any = field(default=None, repr=False)
     """The batch that the role works on."""
     attempt: str = ""
@@ -38,8 +41,12 @@ class Trail:
 
     def enter(self, phase: str) -> None:
         """Note the phase, and leave a sign of life."""
-        self.phase = phase
+        self.phase, self.moved = phase, time.monotonic()
         self.show()
+
+    def join(self, collective: str, axis: Any) -> None:
+        """Note the collective, over ranks along `axis`."""
+        self.collective, self.axis, self.moved = f"{collective} over {axis}", axis, time.monotonic()
 
     def show(self) -> None:
         """Write the sign of life, where there is a place for it."""

@@ -1,49 +1,36 @@
-"""Start a run on its ranks: those of torchrun or Slurm where they exist, else torch's elastic launcher on this machine.
-
-The first rank that fails is the one the user hears about. Each rank writes its failure, with the time, to a directory
-of the launcher; the ranks that fall over after it only because their peer is gone stay silent.
-"""
+"""Start a run on its ranks: those of torchrun or Slurm where they exist, else processes of our own on this machine."""
 
 from __future__ import annotations
 
-import json
-import logging
+import errno
+import hashlib
 import os
 import re
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn, TypeVar
 
-import psutil
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megarlhf.errors import LayoutError, MegarlhfError, RunStopped
-from megarlhf.observe.files import write_whole
+from megarlhf.errors import LayoutError, MegarlhfError, RunStopped, complain
+from megarlhf.parallel import local_ranks
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.local_ranks import COURTESY_S, FAILED, FAILURES, LAUNCHER, exit_code, is_echo
+from megarlhf.parallel.processes import end_children, end_with_parent
 
 T = TypeVar("T")
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 128 + signal.SIGINT
-"""Exit codes: the run failed, the input must be changed, the user stopped it."""
-FAILURES = "MEGARLHF_FAILURES"
-"""Environment variable: the directory in which a launched rank writes why it failed."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code: the user stopped it."""
 PROGRAM = ("-m", "megarlhf.cli")
 """What Python runs in each rank, before the command line."""
-SHUTDOWN_S = 5
-"""Seconds that ranks have to leave after one has failed; then they are killed."""
-COURTESY_S = 2.0
-"""Seconds that a rank which is probably not the cause waits before it speaks, to be stopped first (torchrun, Slurm)."""
+ONE_MACHINE = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "MASTER_PORT")
+"""Environment variables that the ranks of one run on one machine have in common, and no others."""
 
 
 def run(
@@ -51,25 +38,29 @@ def run(
     work: Callable[[T], object],
     layout: ParallelLayout,
     argv: Sequence[str],
-    *,
-    program: Sequence[str] = PROGRAM,
 ) -> int:
     """Run `work(prepare())` on every rank of `layout` and return the exit code.
 
-    In a process that torchrun, Slurm or this function started, both run here. Otherwise `program ARGV` is started once
-    a rank on this machine, after `prepare` has found no fault with the input here; a layout of one rank needs no other
+    In a process that torchrun, Slurm or this function started, both run here. Otherwise this program is started once a
+    rank on this machine, after `prepare` has found no fault with the input here; a layout of one rank needs no other
     process.
 
     Raises:   LayoutError when the ranks present, or the GPUs of this machine, are not those the layout needs.
               KeyboardInterrupt when the user stopped the ranks.
     """
+    if LAUNCHER in os.environ:
+        end_with_parent(int(os.environ[LAUNCHER]))
     layout.check()
     _adopt_slurm()
     if "RANK" in os.environ:
         layout.check_world(int(os.environ["WORLD_SIZE"]))
         return _run_rank(lambda: work(prepare()))
     if layout.world_size == 1:
-        work(prepare())
+        try:
+            work(prepare())
+        except BaseException:
+            end_children()  # nobody waits for what they write
+            raise
         return 0
     gpus = torch.cuda.device_count()
     if 0 < gpus < layout.world_size:
@@ -78,152 +69,58 @@ def run(
             "ranks on several machines with torchrun or srun."
         )
     prepare()
-    return _start_ranks(layout.world_size, [*program, *argv])
+    return local_ranks.start_ranks(layout.world_size, _program(argv))
 
 
-def _start_ranks(ranks: int, command: Sequence[str]) -> int:
-    with tempfile.TemporaryDirectory(prefix="megarlhf-") as directory, _surroundings(ranks, directory):
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=ranks,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-            monitor_interval=0.1,
-            shutdown_timeout=SHUTDOWN_S,
-            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # the others are forwarded
-            # Rank 0 speaks for all; what the others say is kept for the case that one of them crashes.
-            logs_specs=DefaultLogsSpecs(log_dir=directory, redirects=dict.fromkeys(range(1, ranks), Std.ALL)),
-        )
-        try:
-            with _forwarding(command) as caught:
-                elastic_launch(config, sys.executable)(*command)
-        except ChildFailedError as error:
-            for failure in error.failures.values():
-                _kill_session(failure.pid)
-            obeyed = bool(caught) and -caught[-1] in {failure.exitcode for failure in error.failures.values()}
-            # A rank that saved first has left a note of its own, and the launcher's SIGTERM may have hurried others.
-            if obeyed and not list(Path(directory).glob("rank_*.json")):
-                return _say_stopped(caught[-1])
-            return _report_first_failure(error, Path(directory))
-        except SignalException as stopped:
-            if stopped.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            return _say_stopped(stopped.sigval)
-    return 0
-
-
-def _say_stopped(number: int) -> int:
-    _say(f"stopped by {signal.Signals(number).name}.")
-    return 128 + number
-
-
-@contextmanager
-def _forwarding(command: Sequence[str]) -> Iterator[list[int]]:
-    """Pass SIGTERM and SIGUSR1 on to the ranks, which may first save their state; the list says which came."""
-    caught: list[int] = []
-
-    def forward(number: int, _: FrameType | None) -> None:
-        caught.append(number)
-        for child in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess):
-                if list(command) == child.cmdline()[1:]:
-                    child.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _surroundings(ranks: int, failures: str) -> Iterator[None]:
-    """The ranks' environment, and silence from the launcher, which would say in twenty lines that a rank has failed."""
-    before = dict(os.environ)
-    os.environ[FAILURES] = failures
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    # Below errors, torch's C++ tells mostly how the connections to a peer that left were closed.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _report_first_failure(error: ChildFailedError, directory: Path) -> int:
-    """Print why the first rank failed, alone, and return the exit code."""
-    began = min(failure.timestamp for failure in error.failures.values())
-    # The launcher's own signals are no causes: SIGTERM at once, SIGKILL to those that outlive their time to leave.
-    killed = {
-        rank: -failure.exitcode
-        for rank, failure in error.failures.items()
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp < began + SHUTDOWN_S - 1
-    }
-    if killed:
-        rank, number = min(killed.items())
-        hint = " (often the system is out of memory)" if number == signal.SIGKILL else ""
-        name = signal.Signals(number).name
-        _say(f"{_last_words(rank, directory)}rank {rank} was killed by {name}{hint}; the other ranks were stopped.")
-        return FAILED
-    notes = [json.loads(path.read_text()) for path in directory.glob("rank_*.json")]
-    if notes:
-        first = min(notes, key=lambda note: note["time"])
-        _say(first["text"])
-        return first["exit_code"]
-    rank, failure = error.get_first_failure()
-    code = failure.exitcode
-    _say(f"{_last_words(rank, directory)}rank {rank} ended with exit code {code}; the other ranks were stopped.")
-    return code if code in (BAD_INPUT, RunStopped.exit_code) else FAILED
-
-
-def _last_words(rank: int, directory: Path) -> str:
-    """The end of what a silent rank wrote to standard error; rank 0 has said it on the terminal."""
-    logs = directory.glob(f"*/attempt_0/{rank}/stderr.log")
-    return "".join(line for log in logs for line in log.read_text(errors="replace").splitlines(keepends=True)[-20:])
-
-
-def _kill_session(leader: int) -> None:
-    """End what a dead rank has left behind, such as the processes that write checkpoints: it led their session."""
-    with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+def _program(argv: Sequence[str]) -> list[str]:
+    """What Python runs in each rank: the command line, or the user's own program that was started with `argv`."""
+    own, rest = Path(sys.argv[0]).name not in ("megarlhf", "cli.py"), sys.argv[1:]
+    if own and (list(argv) == sys.argv or list(argv)[-len(rest) :] == rest):
+        return sys.orig_argv[1:]
+    return [*PROGRAM, *argv]
 
 
 def _run_rank(work: Callable[[], object]) -> int:
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by our own launcher
         work()
         return 0
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
+    except SystemExit as ended:
+        _leave(ended.code if isinstance(ended.code, int) else FAILED)
     except Exception as error:
-        expected = isinstance(error, MegarlhfError)
-        text = str(error) if expected else f"rank {os.environ['RANK']} failed:\n{traceback.format_exc()}"
-        code = error.exit_code if isinstance(error, MegarlhfError) else FAILED
-        if FAILURES in os.environ:
-            _note(text, code)
-        else:
-            # Every rank of a machine finds the same fault with the input; a broken connection is another rank's fault.
-            if _is_echo(error) or (expected and os.environ["LOCAL_RANK"] != "0"):
-                time.sleep(COURTESY_S)
-            _say(text)
-        _leave(code)
+        fail(error)
 
 
-def _note(text: str, code: int) -> None:
-    note = {"time": time.time(), "text": text, "exit_code": code}
-    write_whole(Path(os.environ[FAILURES], f"rank_{os.environ['RANK']}.json"), json.dumps(note))
+def fail(error: Exception) -> NoReturn:
+    """End this rank: the user hears why, from the rank that failed first, and from one of those that say the same."""
+    expected = isinstance(error, MegarlhfError)
+    trace = "".join(traceback.format_exception(error))
+    text = str(error) if expected else f"rank {os.environ.get('RANK', '0')} failed:\n{trace}"
+    if FAILURES in os.environ:
+        local_ranks.note(error, text, Path(os.environ[FAILURES]))
+    else:
+        if is_echo(error):
+            time.sleep(COURTESY_S)
+        # A stop is every rank's; with the input, the ranks of a machine find the same fault.
+        if not isinstance(error, RunStopped) or os.environ.get("RANK", "0") == "0":
+            _say_once(text)
+    _leave(exit_code(error))
 
 
-def _is_echo(error: Exception) -> bool:
-    """Whether this looks like what a rank sees when another one is gone."""
-    lost = re.search(r"connection (closed|reset|refused)|broken pipe|timed out", str(error), re.IGNORECASE)
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and lost is not None)
+def _say_once(text: str) -> None:
+    """Say what other ranks of this machine may have to say too: one does, and holds a name while the others look."""
+    job = [os.environ.get(name, "") for name in ONE_MACHINE]
+    name = hashlib.sha256("\n".join([*job, text]).encode()).hexdigest()
+    with socket.socket(socket.AF_UNIX) as held:
+        try:
+            held.bind(f"\0megarlhf-{name}")
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return
+        complain(text)
+        time.sleep(COURTESY_S if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0)
 
 
 def is_timeout(error: Exception) -> bool:
@@ -235,14 +132,8 @@ def _leave(code: int) -> NoReturn:
     """Exit without the interpreter's shutdown, which could wait for collectives that no peer will join."""
     sys.stdout.flush()
     sys.stderr.flush()
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
+    end_children()
     os._exit(code)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _adopt_slurm() -> None:

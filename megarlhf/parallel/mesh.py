@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 
 from megarlhf.errors import LayoutError
 from megarlhf.observe.trail import Trail
@@ -20,6 +20,12 @@ from megarlhf.parallel.rng import seed_model_parallel
 
 Axis = Literal["tensor", "pipeline", "data", "model", "world"]
 """`model` is tensor x pipeline: the ranks that hold one copy of a model."""
+
+
+NCCL_GRACE_S = 60.0
+"""Seconds that a run has to write down what it did when a GPU no longer answers."""
+STORE = "MEGARLHF_STORE"
+"""Environment variable: the file in which the ranks of one machine meet; without it they meet at MASTER_ADDR."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Mesh:
 
     def entering(self, collective: str, axis: Axis) -> dist.ProcessGroup:
         """The group along `axis`, once the trail says that this rank goes into a collective over it."""
-        self.trail.collective, self.trail.axis = f"{collective} over {axis}", axis
+        self.trail.join(collective, axis)
         return self.group(axis)
 
     def size(self, axis: Axis) -> int:
@@ -106,7 +112,8 @@ def local_device() -> torch.device:
 def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mesh:
     """Join the process group and build the mesh. Collective: every rank of the run calls it once.
 
-    Ranks:    reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a process without them is a world of its own.
+    Ranks:    reads RANK and WORLD_SIZE, and MASTER_ADDR and MASTER_PORT or STORE; a process without them is a world of
+              its own.
     Raises:   LayoutError when the ranks present are not those the layout needs.
     """
     layout.check()
@@ -114,17 +121,22 @@ def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mes
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _init_process_group(device, timeout_s)
+        _init_process_group(device, _patience(device, timeout_s))
     layout.check_world(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=timeout_s / 60,  # type: ignore[arg-type] (ends in a timedelta)
+        distributed_timeout_minutes=_patience(device, timeout_s) / 60,  # type: ignore[arg-type] (ends in a timedelta)
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_model_parallel(seed)
     return Mesh(layout=layout, device=device, rank=dist.get_rank(), groups=groups)
+
+
+def _patience(device: torch.device, timeout_s: float) -> float:
+    """Seconds until a collective gives up. Over NCCL the process ends with it, so the watchdog must come first."""
+    return 2 * timeout_s + NCCL_GRACE_S if device.type == "cuda" else timeout_s
 
 
 def stop() -> None:
@@ -136,8 +148,11 @@ def stop() -> None:
 def _init_process_group(device: torch.device, timeout_s: float) -> None:
     gpu = device if device.type == "cuda" else None
     options: Any = {"backend": "nccl" if gpu else "gloo", "timeout": timedelta(seconds=timeout_s), "device_id": gpu}
-    if "RANK" in os.environ:
-        dist.init_process_group(**options)
-    else:
+    if "RANK" not in os.environ:
         # A world of one needs no address and no port.
         dist.init_process_group(store=HashStore(), rank=0, world_size=1, **options)
+    elif STORE in os.environ:
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(store=FileStore(os.environ[STORE], ranks), rank=rank, world_size=ranks, **options)
+    else:
+        dist.init_process_group(**options)

@@ -36,9 +36,7 @@ def main(behaviour: str, ranks: int, directory: Path) -> int:
 
     arguments = [behaviour, str(ranks), str(directory)]
     try:
-        return launch.run(
-            prepare, work, ParallelLayout(data=ranks), arguments, program=("-m", "tests.helpers.launched")
-        )
+        return launch.run(prepare, work, ParallelLayout(data=ranks), arguments)
     except MegarlhfError as error:
         print(error, file=sys.stderr)
         return 2
@@ -72,6 +70,7 @@ def fail(behaviour: str) -> None:
         case "stops":
             raise TrainingError("10 steps were skipped; lower the rate.")
         case "exits":
+            os.write(2, b"last words\n")
             sys.exit(3)
         case "aborts":
             os.write(2, b"last words\n")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from megarlhf.parallel import launch
 from megarlhf.parallel.layout import ParallelLayout
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 MARK = "MEGARLHF_TEST_MARK"
 RANKED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -116,23 +117,53 @@ def test_a_killed_rank_is_named_and_what_it_started_ends_too(tmp_path: Path, mar
     assert "rank 0" not in err
 
 
-def test_a_crash_is_reported_with_the_last_words(tmp_path: Path, marked: dict[str, str]) -> None:
-    code, _, err = finished(started("aborts", tmp_path, marked))
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [("aborts", "rank 1 was killed by SIGABRT"), ("exits", "rank 1 ended with exit code 3")],
+)
+def test_a_crash_is_reported_with_the_last_words(
+    behaviour: str, said: str, tmp_path: Path, marked: dict[str, str]
+) -> None:
+    code, _, err = finished(started(behaviour, tmp_path, marked))
     assert code == 1
-    assert err.endswith("last words\nrank 1 was killed by SIGABRT; the other ranks were stopped.\n")
+    assert err.endswith(f"last words\n{said}; the other ranks were stopped.\n")
     assert "rank 0" not in err
 
 
 @pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "interrupted\n"), ("SIGTERM", 143, "stopped")])
 def test_a_stopped_run_ends_cleanly(number: str, code: int, said: str, tmp_path: Path, marked: dict[str, str]) -> None:
-    process = started("hangs", tmp_path, marked)
+    # As on a cluster, whose ranks are on many machines: it must not matter here.
+    process = started("hangs", tmp_path, {**marked, "GLOO_SOCKET_IFNAME": "eth0"})
     wait_for_ranks(tmp_path)
     time.sleep(0.5)  # let rank 0 enter the collective that rank 1 never joins
+    assert_on_loopback(marked[MARK])
     process.send_signal(signal.Signals[number])
     status, out, err = finished(process)
     assert (status, out) == (code, "")
     assert err.startswith(said)
     assert err.count("\n") == 1
+
+
+def assert_on_loopback(mark: str) -> None:
+    """No other machine reaches a run of this one, whatever interface the user named for runs on many."""
+    processes = list(marked_processes(mark))
+    assert len(processes) == 3  # the launcher and two ranks
+    sockets = [(p, s) for p in processes for s in p.net_connections("inet") if s.status == psutil.CONN_LISTEN]
+    assert sockets, "the ranks talk to each other over something"
+    assert {socket.laddr.ip for _, socket in sockets} == {"127.0.0.1"}
+    # The process that started the ranks, and may have other rights, hears nobody.
+    assert {process.environ().get("RANK") for process, _ in sockets} == {"0", "1"}
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Path, marked: dict[str, str]) -> None:
+    process = started("hangs", tmp_path, marked)
+    wait_for_ranks(tmp_path)
+    process.kill()
+    assert finished(process)[0] == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while any(marked_processes(marked[MARK])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # `marked` finds what is left
 
 
 def test_under_torchrun_the_cause_speaks_and_the_others_do_not(tmp_path: Path, marked: dict[str, str]) -> None:
@@ -143,6 +174,24 @@ def test_under_torchrun_the_cause_speaks_and_the_others_do_not(tmp_path: Path, m
     assert "rank 0 failed" not in err
 
 
+def test_ranks_of_one_machine_say_the_same_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Those of another machine of the job say it once more: each has a screen of its own."""
+    monkeypatch.setattr(launch, "COURTESY_S", 1.0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("SLURM_JOB_ID", uuid.uuid4().hex)
+    for node in ("0", "1"):
+        monkeypatch.setenv("SLURM_NODEID", node)
+        ranks = [threading.Thread(target=launch._say_once, args=["one fault; mend it."]) for _ in range(2)]
+        for rank in ranks:
+            rank.start()
+            time.sleep(0.2)  # their environment is this process's
+        for rank in ranks:
+            rank.join()
+    assert capfd.readouterr().err == "one fault; mend it.\n" * 2
+
+
 @pytest.mark.parametrize(("ranks", "layout"), [(3, ParallelLayout(data=2)), (2, ParallelLayout(tensor=2, data=2))])
 def test_ranks_that_do_not_match_the_layout_are_refused_before_anything_is_read(
     ranks: int, layout: ParallelLayout, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +200,24 @@ def test_ranks_that_do_not_match_the_layout_are_refused_before_anything_is_read(
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     with pytest.raises(LayoutError, match=rf"needs {layout.world_size} ranks .* but {ranks} were started; .* start"):
         launch.run(lambda: pytest.fail("prepared"), print, layout, ["ppo"])
+
+
+@pytest.mark.parametrize(
+    ("words", "argv", "command"),
+    [
+        (["/venv/bin/megarlhf", "ppo", "seed=2"], ["ppo", "seed=2"], ["-m", "megarlhf.cli", "ppo", "seed=2"]),
+        (["my_ppo.py", "seed=2"], ["ppo", "seed=2"], ["-W", "error", "my_ppo.py", "seed=2"]),
+        (["my_ppo.py"], ["my_ppo.py"], ["-W", "error", "my_ppo.py"]),
+        (["pytest", "-q"], ["ppo", "seed=2"], ["-m", "megarlhf.cli", "ppo", "seed=2"]),
+        (["pytest"], ["ppo", "seed=2"], ["-m", "megarlhf.cli", "ppo", "seed=2"]),
+    ],
+)
+def test_ranks_run_the_program_that_the_user_ran(
+    words: list[str], argv: list[str], command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-W", "error", *words])
+    assert launch._program(argv) == command
 
 
 def test_one_rank_needs_no_process() -> None:
