@@ -16,14 +16,15 @@ from megarlhf.checkpoint.sharded import save_weights
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Best, Position, latest_state, load_state
 from megarlhf.data.loader import Loader
-from megarlhf.errors import ConfigError, MegarlhfError, RunStopped, TrainingError
+from megarlhf.errors import CheckpointError, ConfigError, MegarlhfError, RunStopped, TrainingError
 from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.writers import RunWriter, write_provenance
 from megarlhf.parallel.collectives import broadcast_object
-from megarlhf.parallel.launch import is_timeout
+from megarlhf.parallel.launch import fail, is_timeout
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.watchdog import watched
 from megarlhf.trainers.capsule import last_seen, missing_ranks, sign_of_life, write_capsule
 from megarlhf.trainers.settings import RunConfig
 from megarlhf.trainers.stopping import StopRequest
@@ -109,7 +110,8 @@ class Run:
         trail.attempt = broadcast_object(time.strftime("%Y%m%dT%H%M%S"), self.mesh, "world")
         trail.sign = sign_of_life(run_dir, self.mesh.rank)
         trail.sign.parent.mkdir(parents=True, exist_ok=True)
-        with self._stop.listening() if self._cfg.save_every else nullcontext():
+        watch = watched(trail, self._cfg.timeout_s, self.mesh.device, self._give_up)
+        with watch, self._stop.listening() if self._cfg.save_every else nullcontext():
             try:
                 yield
                 self.states.finish()
@@ -122,6 +124,11 @@ class Run:
                 raise TrainingError(self._silence(directory)) from error
             finally:
                 trail.sign.unlink(missing_ok=True)
+
+    def _give_up(self) -> None:
+        """End this rank, whose GPU no longer answers, from a thread beside the one that waits for it."""
+        directory = write_capsule(self._cfg.run_dir, "the GPU no longer answers", self.mesh)
+        fail(TrainingError(self._silence(directory)))
 
     def _silence(self, directory: Path) -> str:
         trail, run_dir = self.mesh.trail, self._cfg.run_dir
@@ -149,23 +156,34 @@ class Run:
     def step_ended(self, step: int, metrics: Metrics) -> None:
         """Save the state after `step` steps if it is time, or if the run shall stop.
 
-        Raises:   RunStopped once the state is saved, when a signal or the time limit asked for it.
+        Raises:   RunStopped once the state is saved, when a signal or the time limit asked for it, TrainingError where
+                  it cannot be saved then; else CheckpointError where one cannot.
         """
-        every = self._cfg.save_every
-        if not every:
+        if not self._cfg.save_every:
             return
-        self.states.poll()
         reason = self._stop.step_ended()
-        if step % every and not reason:
-            return
-        began = time.monotonic()
-        self.save(step, metrics)
+        try:
+            self._save_if_due(step, metrics, bool(reason))
+        except CheckpointError as error:
+            if not reason:
+                raise
+            raise TrainingError(
+                f"stopped by {reason} after step {step}, whose state cannot be saved: {error}"
+            ) from None
         if reason:
-            self.states.finish()
             raise RunStopped(
                 f"stopped by {reason} after step {step}; its state is in {self._cfg.states_dir}, and the same command "
                 "goes on from there."
             )
+
+    def _save_if_due(self, step: int, metrics: Metrics, stopping: bool) -> None:
+        self.states.poll()
+        if step % self._cfg.save_every and not stopping:
+            return
+        began = time.monotonic()
+        self.save(step, metrics)
+        if stopping:
+            self.states.finish()
         self._stop.save_ended(time.monotonic() - began)
 
     def end_early(self, step: int, metrics: Metrics) -> None:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from megarlhf.checkpoint import state_writer
 from megarlhf.checkpoint.training_state import latest_state
-from megarlhf.errors import RunStopped
+from megarlhf.errors import RunStopped, TrainingError
 from megarlhf.models.role import LabelLogprobs
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import sft
 from megarlhf.trainers.sft import SftConfig
+from megarlhf.trainers.stopping import StopRequest
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import frozen, whole_weights
 from tests.trainers.test_resume import logged_lines
@@ -193,3 +199,153 @@ def test_the_time_limit_saves_before_it_is_over(tmp_path: Path) -> None:
     said = run_ranks(stop_in_time, 2, config(tmp_path, save_before=1.0, save_every=1000, keep_best=""))
     assert said[0].startswith("stopped by save_before after step 1;")
     assert latest_state(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000001"
+
+
+def stop_without_room(cfg: SftConfig, number: int) -> str:
+    """As `stop_softly`, but the disk is full."""
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        patch.setattr(sft, "next_token_loss", signalled(sft.next_token_loss, number))
+        with pytest.raises(TrainingError) as stopped:
+            train(cfg)
+    assert stopped.value.exit_code == 1
+    return str(stopped.value)
+
+
+def signalled(function: Callable[..., Any], number: int) -> Callable[..., Any]:
+    def wrapper(*args: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return function(*args)
+
+    return wrapper
+
+
+def test_a_stop_that_cannot_save_says_so(tmp_path: Path) -> None:
+    said = run_ranks(stop_without_room, 1, config(tmp_path, ParallelLayout(), save_every=50), signal.SIGUSR1)[0]
+    assert said.startswith("stopped by SIGUSR1 after step 1, whose state cannot be saved: ")
+    assert "MiB are free and a state takes" in said
+
+
+def stops_asked_for(clock_jumps_s: float) -> list[str]:
+    """What a run is asked after a step that was short, while somebody set the clock."""
+    mesh = start(ParallelLayout(), seed=1)
+    stop = StopRequest(3600 + time.time() - psutil.Process().create_time(), mesh)
+    wall = time.time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: wall() + clock_jumps_s)
+        return [stop.step_ended() for _ in range(3)]
+
+
+@pytest.mark.parametrize("clock_jumps_s", [7200.0, -7200.0])
+def test_a_clock_that_is_set_stops_nothing(clock_jumps_s: float) -> None:
+    """Two hours later the hour would be over, and the longest step would have taken two."""
+    assert run_ranks(stops_asked_for, 1, clock_jumps_s) == [["", "", ""]]
+
+
+def train_in_a_group(cfg: SftConfig, write_s: float) -> None:
+    """The only rank of a run, leader of a process group, whose states take a while to be written."""
+    os.setsid()
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    torch.set_num_threads(1)
+    leave_checksums = state_writer.leave_checksums
+
+    def slow_checksums(directory: Path, rank: int) -> None:
+        time.sleep(write_s)
+        leave_checksums(directory, rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_writer, "leave_checksums", slow_checksums)
+        try:
+            train(cfg)
+        except RunStopped as stopped:
+            sys.exit(stopped.exit_code)
+
+
+def begun(cfg: SftConfig, write_s: float) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megarlhf.trainers.sft", "tests.trainers.test_killed"])
+    process: BaseProcess = context.Process(target=train_in_a_group, args=(cfg, write_s))
+    process.start()
+    return process
+
+
+def left_of(group: int) -> list[str]:
+    """What is there of a process group 10 seconds later, if anything."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        members = [one for one in psutil.process_iter(["status"]) if is_member(one, group)]
+        if not members:
+            return []
+        time.sleep(0.05)
+    return [" ".join(one.cmdline()) for one in members]
+
+
+def is_member(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE
+    except ProcessLookupError:
+        return False
+
+
+def writing(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob("step_*.partial"))
+
+
+def saved(run_dir: Path) -> bool:
+    return (run_dir / "checkpoints" / "latest").exists()
+
+
+def signal_group(moment: str, number: int, run_dir: Path, process: BaseProcess) -> None:
+    """To every process of the group, as `timeout`, systemd and Slurm do, at a moment of the run's saves."""
+    before = lines(run_dir)
+    reached = {
+        "before": lambda: lines(run_dir) > before,
+        "during": lambda: lines(run_dir) > before and writing(run_dir),
+        "after": lambda: lines(run_dir) > before + 2 and saved(run_dir) and not writing(run_dir),
+    }[moment]
+    wait_until(reached, [process])
+    assert process.pid is not None
+    os.killpg(process.pid, number)
+    process.join(120)
+    assert process.exitcode == RunStopped.exit_code, moment
+    assert left_of(process.pid) == []
+
+
+def stopped_and_gone_on(moment: str, number: int, run_dir: Path, times: int) -> None:
+    """No step is lost or taken twice, however often the same command is stopped and started."""
+    every = {"before": 10_000, "during": 1, "after": 6}[moment]
+    rows = {"template": "plain", "arithmetic": {"level": 1, "rows": 8 * 1000}}
+    cfg = config(run_dir, ParallelLayout(), save_every=every, keep_best="", data=rows)
+    for _ in range(times):
+        signal_group(moment, number, run_dir, begun(cfg, write_s=0.05 if moment == "during" else 0))
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    state = latest_state(run_dir / "checkpoints")
+    assert state is not None
+    assert state.name == f"step_{len(steps):08}"
+
+
+@pytest.mark.parametrize(("moment", "number"), [("before", signal.SIGTERM), ("during", signal.SIGUSR1)])
+def test_a_signal_to_the_whole_group_saves(moment: str, number: int, tmp_path: Path) -> None:
+    stopped_and_gone_on(moment, number, tmp_path, times=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_ten_signals_to_the_whole_group_save(moment: str, number: int, tmp_path: Path) -> None:
+    stopped_and_gone_on(moment, number, tmp_path, times=10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_dead_rank_leaves_nobody_writing(number: int, tmp_path: Path) -> None:
+    process = begun(config(tmp_path, ParallelLayout()), write_s=600)
+    wait_until(lambda: writing(tmp_path), [process])
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == -number
+    assert left_of(process.pid) == []
