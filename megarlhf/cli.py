@@ -17,9 +17,8 @@ from megarlhf import __version__
 from megarlhf.errors import ConfigError, MegarlhfError, complain
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from megarlhf.config import Config
+    from megarlhf.observe.terminal import Terminal
 
 
 class Command(NamedTuple):
@@ -84,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, or 2 when the input must be changed, 1 when a run failed, 75 when it was stopped and has saved its state first,
     130 when it was interrupted.
     """
+    from megarlhf.observe.terminal import guard
+
+    guard()
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Megatron-Core says this four times while it is imported; a run says once, in a table, what it uses instead.
     warnings.filterwarnings("ignore", message="(Transformer Engine|Apex).* not installed", category=UserWarning)
@@ -133,7 +135,7 @@ def _run(arguments: list[str]) -> int:
         _print_commands()
         return 0 if arguments else ConfigError.exit_code
     if arguments[0] == "--version":
-        _console().print(f"megarlhf {__version__}", highlight=False)
+        _console().print(f"megarlhf {__version__}")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
@@ -185,11 +187,11 @@ def _who() -> str:
     return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
 
 
-def _console() -> Console:
-    from rich.console import Console
+def _console() -> Terminal:
+    from megarlhf.observe.terminal import Terminal
 
     # Piped to a file or a pager there is no width to respect, and a table squeezed to 80 columns is hard to read.
-    return Console() if sys.stdout.isatty() else Console(width=140)
+    return Terminal() if sys.stdout.isatty() else Terminal(width=140)
 
 
 def _print_commands() -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from megarlhf.checkpoint.sharded import MODEL, describe_model, load_model
@@ -33,6 +32,7 @@ from megarlhf.eval.intervals import Interval, mean, paired_difference, share
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
 from megarlhf.observe.report import JudgedResponse, Report, SampleRow, SummaryRow, write_report
+from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import barrier
 from megarlhf.parallel.layout import ParallelLayout
@@ -265,9 +265,9 @@ def _print_table(
         table.add_column(column, justify="right" if column else "left")
     for name, before, after, difference in rows:
         table.add_row(name, _spelled(before), _spelled(after), _spelled(difference, sign=True))
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = Terminal() if sys.stdout.isatty() else Terminal(width=110)
     console.print(table)
-    console.print(f"{wall_s:.0f} s on {cfg.layout.world_size} ranks, seed {cfg.seed}. Report: {page}", highlight=False)
+    console.print(f"{wall_s:.0f} s on {cfg.layout.world_size} ranks, seed {cfg.seed}. Report: {page}")
 
 
 def _spelled(interval: Interval, *, sign: bool = False) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 
@@ -45,5 +46,17 @@ class RunStopped(MegarlhfError):
 def complain(text: str) -> None:
     """Print why this process ends to standard error; where torchrun started it, also who says what comes after."""
     after = "what follows is torchrun's own report\n" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-    sys.stderr.write(f"{text}\n{after}")
+    sys.stderr.write(printable(f"{text}\n{after}"))
     sys.stderr.flush()
+
+
+_NOT_PRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and line feed, DEL, C1
+    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # turn the direction, or are not seen
+    "\ud800-\udfff]"  # half characters, which no stream takes
+)
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal, where it may come from anywhere: what would do something there is shown as its escape."""
+    return _NOT_PRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

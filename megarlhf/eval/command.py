@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from megarlhf.checkpoint.sharded import ModelDescription, load_model
@@ -19,6 +18,7 @@ from megarlhf.errors import DataError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
@@ -121,7 +121,7 @@ def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation],
             f"{float(result.lengths.float().mean()):.1f}",
             f"{float((~result.terminated).float().mean()):.3f}",
         )
-    Console().print(table)
+    Terminal().print(table)
     if cfg.output is not None:
         _write(cfg.output, inputs, results)
 

@@ -19,7 +19,7 @@ from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig, load_rows
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError, LayoutError
+from megarlhf.errors import ConfigError, LayoutError, printable
 from megarlhf.models.role import FrozenRole, LabelLogprobs
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel import launch
@@ -101,7 +101,9 @@ def _run(cfg: GenerateConfig, inputs: GenerateInputs) -> None:
     with _open(cfg, mesh) as file, Progress(len(inputs.prompts), "generate", enabled=mesh.is_main) as bar:
         for rollout in rollouts(policy, inputs, cfg):
             if mesh.is_main:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows_of(rollout, inputs))
+                file.writelines(
+                    printable(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows_of(rollout, inputs)
+                )
             bar.advance(len(rollout) // cfg.group_size)
 
 

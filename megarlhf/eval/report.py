@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megarlhf.config import Config
-from megarlhf.errors import ConfigError, DataError
+from megarlhf.errors import ConfigError, DataError, printable
 from megarlhf.observe.report import write_page
 
 TRACES = ("report.json", "metrics.jsonl")
@@ -32,7 +32,7 @@ def main(cfg: ReportConfig, argv: Sequence[str]) -> int:  # noqa: ARG001 (every 
         page = write_page(run_dir)
     except OSError as error:
         raise ConfigError(f"run_dir {run_dir}: {error.strerror} ({error.filename}); mend that.") from None
-    sys.stdout.write(f"{page}\n")
+    sys.stdout.write(printable(f"{page}\n"))
     return 0
 
 

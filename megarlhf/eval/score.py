@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from rich.console import Console
 
 from megarlhf.batch import TokenBatch
 from megarlhf.checkpoint.sharded import ModelDescription, load_model
@@ -29,6 +28,7 @@ from megarlhf.errors import ConfigError
 from megarlhf.eval.scored_file import Done, ScoredFile, content
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
 from megarlhf.observe.progress import Progress
+from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import broadcast_object, gather
 from megarlhf.parallel.mesh import Mesh, start
@@ -198,4 +198,4 @@ def _content(name: str) -> str:
 
 
 def _say(text: str, mesh: Mesh) -> None:
-    Console(stderr=True, quiet=not mesh.is_main, soft_wrap=True).print(text, highlight=False, markup=False)
+    Terminal(stderr=True, quiet=not mesh.is_main, soft_wrap=True).print(text)

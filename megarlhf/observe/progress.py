@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import TextIO, TypeVar
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+
+from megarlhf.observe.terminal import Terminal
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._done, self._said_done, self._note = 0, 0, ""
         self._start = self._said = now()
-        console = Console(file=self._stream)
+        console = Terminal(file=self._stream)
         self._bar = _bar(console) if enabled and console.is_terminal else None
         self._task = None if self._bar is None else self._bar.add_task(description, total=total, note="")
 
@@ -106,7 +107,7 @@ def progress(
             bar.advance()
 
 
-def _bar(console: Console) -> RichProgress:
+def _bar(console: Terminal) -> RichProgress:
     return RichProgress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),

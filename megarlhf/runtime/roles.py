@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from megarlhf.models.compute import Choice, resolve
 from megarlhf.models.role import Role, RoleSettings
+from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.runtime.settings import RanksConfig
 
@@ -43,17 +43,17 @@ def print_dropped(name: str, dropped: int, kept: int, mesh: Mesh) -> None:
     """Say, on rank 0, how many rows of the setting `name` were left out because they were too long; silent for none."""
     if dropped:
         limits = f"longer than {name}.max_tokens ({name}.overlong=drop)"
-        _console(mesh).print(f"{name}: {dropped} of {dropped + kept} rows dropped, {limits}", highlight=False)
+        _console(mesh).print(f"{name}: {dropped} of {dropped + kept} rows dropped, {limits}")
 
 
 def print_remark(remark: str, mesh: Mesh) -> None:
     """Say, on rank 0, what a user should know about the settings; nothing where `remark` is empty."""
     if remark:
-        _console(mesh).print(remark, highlight=False, markup=False, soft_wrap=True)
+        _console(mesh).print(remark, soft_wrap=True)
 
 
-def _console(mesh: Mesh) -> Console:
-    return Console(stderr=True, quiet=not mesh.is_main)
+def _console(mesh: Mesh) -> Terminal:
+    return Terminal(stderr=True, quiet=not mesh.is_main)
 
 
 def _mebibytes(size: int) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +25,7 @@ from megarlhf.data.rows import BUILT_IN
 from megarlhf.errors import TrainingError
 from megarlhf.models.compute import resolve
 from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.observe.terminal import Terminal
 from megarlhf.observe.writers import machine, versions
 from megarlhf.parallel import launch
 from megarlhf.parallel.alone import alone, is_first
@@ -105,7 +105,7 @@ def _prepare(cfg: DoctorConfig) -> PPOInputs:
 
 def _run(cfg: DoctorConfig, inputs: PPOInputs) -> None:
     # Piped to a file there is no width to respect.
-    console = Console(quiet=not is_first(), width=None if sys.stdout.isatty() else 140)
+    console = Terminal(quiet=not is_first(), width=None if sys.stdout.isatty() else 140)
     console.print(environment(cfg))
     alternative = one_rank(cfg, inputs) if is_first() else ""
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)

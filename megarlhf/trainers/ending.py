@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarlhf.errors import DataError
+from megarlhf.errors import DataError, printable
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.report import write_page
 from megarlhf.parallel.mesh import Mesh
@@ -22,4 +22,5 @@ def conclude(run_dir: Path, metrics: Metrics, names: Sequence[str], following: S
         page = f"no page was made ({error}); megarlhf report run_dir={run_dir} makes it"
     numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     ended = f"last step: {numbers}; " if numbers else ""
-    sys.stderr.write(f"the model is in {run_dir / 'model'}; {ended}{page}\nnext: {', or '.join(following)}\n")
+    text = f"the model is in {run_dir / 'model'}; {ended}{page}\nnext: {', or '.join(following)}\n"
+    sys.stderr.write(printable(text))

@@ -10,7 +10,6 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from megarlhf.checkpoint.training_state import LATEST, latest_state
 from megarlhf.config import Config, load_config
 from megarlhf.errors import DataError
 from megarlhf.models.role import TrainableRole, Update
+from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
@@ -158,15 +158,15 @@ def _print_notes(notes: Sequence[Note]) -> None:
     for note in notes:
         reason = note.reason.partition("\n")[0]
         table.add_row(str(note.rank), note.where, note.collective, reason[:80])
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _report(update: Update, origin: str, found: Sequence[str], rows: int) -> None:
     says = "finite here" if update.stepped else "not finite here either"
-    console = Console()
-    console.print(f"{rows} rows, weights {origin}: the step is {says}.", highlight=False)
-    console.print(f"loss {update.means.loss}, gradient norm {update.grad_norm}", highlight=False)
+    console = Terminal()
+    console.print(f"{rows} rows, weights {origin}: the step is {says}.")
+    console.print(f"loss {update.means.loss}, gradient norm {update.grad_norm}")
     if found:
-        console.print(f"first output that is not finite: {found[0]}", highlight=False)
+        console.print(f"first output that is not finite: {found[0]}")
     elif not update.stepped:
-        console.print("every module's output is finite: the loss or its gradient is not", highlight=False)
+        console.print("every module's output is finite: the loss or its gradient is not")
