@@ -101,6 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has seen enough. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        from megarlhf.observe.files import reason, refused, remedy
+
+        if not refused(error):
+            raise
+        place = Path(error.filename or ".")
+        sys.stderr.write(f"{_who()}{place}: {reason(error)}; {remedy(place)}.\n")
+        return FAILED
 
 
 def _speaks() -> bool:

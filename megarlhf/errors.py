@@ -36,6 +36,18 @@ class TrainingError(MegarlhfError):
     exit_code = 1
 
 
+class OutputError(MegarlhfError):
+    """A file could not be written: the disk is full, read-only or gone; the message says which, and what is left."""
+
+    exit_code = 1
+
+
+class RunFinished(MegarlhfError):
+    """There is nothing left to do: the run was finished before; the message says where its model is."""
+
+    exit_code = 0
+
+
 class RunStopped(MegarlhfError):
     """A run was asked to stop and has saved its state first; the same command goes on from there."""
 

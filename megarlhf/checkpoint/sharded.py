@@ -20,17 +20,19 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, leave_checksums, write_checksums
+from megarlhf.checkpoint.disk import check_room, saving
 from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
 from megarlhf.checkpoint.hf_names import normalisation
 from megarlhf.checkpoint.nearby import check_place
 from megarlhf.checkpoint.plain_metadata import PlainLoad
 from megarlhf.config import Config
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import CheckpointError
+from megarlhf.errors import CheckpointError, TrainingError
+from megarlhf.models.finite import not_finite
 from megarlhf.models.role import Role
 from megarlhf.models.spec import PRESETS, ModelSpec, preset
 from megarlhf.models.transformer import HeadKind
-from megarlhf.parallel.collectives import barrier
+from megarlhf.parallel.collectives import all_reduce, barrier, on_main
 
 MODEL = "model.json"
 WEIGHTS = "weights"
@@ -113,12 +115,19 @@ def save_model(
 
     score_*: what `ModelDescription` keeps of a reward model.
     Ranks:    collective over the mesh; rank 0 renames.
+    Raises:   TrainingError where the model gives numbers that are not finite, OutputError where the disk refuses.
     """
+    if fault := not_finite(role):
+        raise TrainingError(
+            f"the {role.name} is not saved to {directory}: {fault}; go on from a state before that, or train again, "
+            "with a lower learning rate."
+        )
     partial = directory.with_name(directory.name + ".partial")
     if role.mesh.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     save_weights(role, partial / WEIGHTS)
-    if role.mesh.is_main:
+
+    def complete() -> None:
         description = ModelDescription(
             spec=role.spec,
             head=role.head,
@@ -126,33 +135,49 @@ def save_model(
             score_scale=score_scale,
             score_wrong=score_wrong,
         )
-        (partial / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
-        tokenizer.save(partial / TOKENIZER)
         old = directory.with_name(directory.name + ".old")
-        if directory.exists():
-            directory.rename(old)
-        partial.rename(directory)
+        with saving(partial):
+            (partial / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
+            tokenizer.save(partial / TOKENIZER)
+            if directory.exists():
+                directory.rename(old)
+            partial.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
-    barrier(role.mesh)
+
+    on_main(complete, role.mesh)
 
 
 def save_weights(role: Role, directory: Path) -> None:
     """Write the weights alone, with checksums, to a new `directory`, whose parents are made; an old one is removed.
 
     Ranks:    collective over the mesh.
+    Raises:   OutputError where there is no room, or the disk refuses.
     """
-    if role.mesh.is_main:
+
+    def make() -> None:
         shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    barrier(role.mesh)
-    with role.resident("weights"):
+        with saving(directory):
+            directory.mkdir(parents=True)
+
+    def sum_up() -> None:
+        with saving(directory):
+            write_checksums(directory)
+
+    check_room(directory, weight_bytes(role), f"the weights of the {role.name}", role.mesh)
+    on_main(make, role.mesh)
+    with role.resident("weights"), saving(directory):
         dist_checkpointing.save(sharded_weights(role), str(directory), content_metadata={})
     # Each rank its own: the largest model would take one of them longer than the others may wait.
-    leave_checksums(directory, role.mesh.rank)
+    with saving(directory):
+        leave_checksums(directory, role.mesh.rank)
     barrier(role.mesh)
-    if role.mesh.is_main:
-        write_checksums(directory)
-    barrier(role.mesh)
+    on_main(sum_up, role.mesh)
+
+
+def weight_bytes(role: Role) -> int:
+    """Bytes of one copy of the weights, over all ranks. Collective."""
+    mine = torch.tensor(role.planned_bytes()[0], device=role.mesh.device)
+    return int(all_reduce(mine, role.mesh, "world")) // role.mesh.size("data")
 
 
 def tokenizer_directory(init: str) -> Path:

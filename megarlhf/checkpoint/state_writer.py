@@ -33,10 +33,11 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarlhf.checkpoint.checksums import leave_checksums, write_checksums
+from megarlhf.checkpoint.disk import causes, check_room, saving
 from megarlhf.checkpoint.training_state import BEST, LATEST, STATE, Position, random_file, role_state, state_name
-from megarlhf.errors import CheckpointError
+from megarlhf.errors import OutputError
 from megarlhf.models.role import TrainableRole
-from megarlhf.observe.files import write_whole
+from megarlhf.observe.files import remedy, write_whole
 from megarlhf.parallel.collectives import all_reduce, broadcast_object
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.processes import start_helper
@@ -44,8 +45,6 @@ from megarlhf.parallel.rng import random_states
 
 DONE, WRITING, FAILED = 0, 1, 2
 PARTIAL = ".partial"
-ROOM = 1.05
-"""Free disk space that a save needs, in multiples of its numbers: names, types and alignment come on top."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class StateWriter:
     """Saves training states of some roles, one at a time.
 
     Ranks:    every method is collective over the mesh.
-    Raises:   CheckpointError, on every rank, when a state cannot be written; those before it are untouched.
+    Raises:   OutputError, on every rank, when a state cannot be written; those before it are untouched.
     """
 
     def __init__(self, directory: Path, roles: Mapping[str, TrainableRole], retention: Retention, mesh: Mesh) -> None:
@@ -119,7 +118,7 @@ class StateWriter:
     def start(self, position: Position) -> None:
         """Begin to write a state, after the one before is whole. Returns when training may change its weights."""
         self.finish()
-        self._check_room()
+        check_room(self._directory, self.state_bytes(), "a state (those before it stand)", self._mesh)
         # A name of its own: what outlives a killed run may still be writing under the old one.
         attempt = broadcast_object(uuid.uuid4().hex[:8], self._mesh, "world")
         partial = self._directory / f"{state_name(position.step)}.{attempt}{PARTIAL}"
@@ -128,7 +127,7 @@ class StateWriter:
         self._everywhere(lambda: save_file(states, partial / random_file(mesh)), f"{partial} cannot be written")
         parts = []
         for name, role in self._roles.items():
-            with role.resident(*role.parts):
+            with role.resident(*role.parts), saving(partial):
                 request: Any = dist_checkpointing.save(
                     role_state(role, loading=False),
                     str(partial / name),
@@ -137,6 +136,11 @@ class StateWriter:
                 )
                 parts.append(_started(request, partial / name, self._mesh.rank))
         self._pending = _Pending(position, partial, parts)
+
+    def state_bytes(self) -> int:
+        """Bytes of the numbers in a state, over all ranks. Collective."""
+        numbers = torch.tensor(sum(saved_bytes(role) for role in self._roles.values()), device=self._mesh.device)
+        return int(all_reduce(numbers, self._mesh, "world"))
 
     def poll(self) -> None:
         """Complete the state if every rank has written its part; otherwise leave it for later."""
@@ -156,15 +160,14 @@ class StateWriter:
         self._pending = None
         where = pending.partial
         if status == FAILED:
-            raise CheckpointError(f"{where}: a process that wrote it was killed; the state before it stands.")
+            raise OutputError(f"{where}: a process that wrote it was killed; the state before it stands.")
         try:
             for part in pending.parts:
                 part.complete()
-        except CheckpointException as error:  # no Exception; holds those of the ranks that failed
-            causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
-            raise CheckpointError(
-                f"{where} cannot be written ({causes or 'rank 0 says why'}); see whether the disk is full. The state "
-                "before it stands."
+        except CheckpointException as error:
+            raise OutputError(
+                f"{where} cannot be written ({causes(error) or 'rank 0 says why'}); see whether the disk is full: "
+                f"{remedy(where)}. The state before it stands."
             ) from None
         self._on_main(lambda: self._publish(where, pending.position), f"{where} cannot be completed")
 
@@ -190,22 +193,6 @@ class StateWriter:
         for step in saved.keys() - kept:
             shutil.rmtree(saved[step], ignore_errors=True)
 
-    def _check_room(self) -> None:
-        """Before anything is written: a disk that fills up halfway may take the logs with it."""
-        numbers = torch.tensor(sum(saved_bytes(role) for role in self._roles.values()), device=self._mesh.device)
-        needed = int(ROOM * int(all_reduce(numbers, self._mesh, "world")))
-
-        def check() -> None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self._directory).free
-            if free < needed:
-                raise OSError(
-                    f"{free / 2**20:,.0f} MiB are free and a state takes {needed / 2**20:,.0f}; make room, lower "
-                    "keep_last, or name a run_dir on a larger disk"
-                )
-
-        self._on_main(check, f"{self._directory}: no room to save")
-
     def _on_main(self, work: Callable[[], object], what: str) -> None:
         """Do `work` on rank 0; where the disk refuses, every rank raises."""
         self._everywhere(work if self._mesh.is_main else int, what)
@@ -219,7 +206,7 @@ class StateWriter:
             reason = str(error)
         failed = torch.tensor(int(bool(reason)), device=self._mesh.device)
         if all_reduce(failed, self._mesh, "world", op="max"):
-            raise CheckpointError(f"{what} ({reason or 'another rank says why'}); the states before it stand.")
+            raise OutputError(f"{what} ({reason or 'another rank says why'}); the states before it stand.")
 
 
 def saved_bytes(role: TrainableRole) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from megarlhf.errors import DataError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.rollout.verifiers import Verifier
 from megarlhf.runtime.checks import check_room, check_rows, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import role_settings
 from megarlhf.runtime.settings import RanksConfig
 
@@ -46,7 +48,7 @@ class EvalConfig(RanksConfig):
     verifier: Verifier = "arithmetic"
     """What decides that a response is right: the built-in task's exact one, or math-verify (`maths`)."""
     output: Path | None = None
-    """File for the responses, one JSON object a line; none are kept without it."""
+    """File for the responses, one JSON object a line, which must not exist; none are kept without it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class EvalInputs:
 
 def prepare(cfg: EvalConfig) -> EvalInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
+    if cfg.output is not None:
+        check_new_file(cfg.output)
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     reward = checked_model(cfg.reward, cfg.layout, "reward") if cfg.reward else None
     tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
@@ -83,6 +87,11 @@ def main(cfg: EvalConfig, argv: Sequence[str]) -> int:
 
 def _run(cfg: EvalConfig, inputs: EvalInputs) -> None:
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    with nullcontext() if cfg.output is None else sole_writer(lock_of_file(cfg.output), "output", cfg.output, mesh):
+        _evaluate(cfg, inputs, mesh)
+
+
+def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
     settings = role_settings(cfg, mesh)
     policy = FrozenRole("policy", inputs.model.spec, "language", LabelLogprobs(cfg.temperature), settings, mesh)
     load_model(policy, cfg.model, seed=cfg.seed)
@@ -127,16 +136,16 @@ def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation],
 
 
 def _write(path: Path, inputs: EvalInputs, results: dict[str, Evaluation]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for name, result in results.items():
-            for index, text in enumerate(result.responses):
-                row = {
-                    "prompt": inputs.tokenizer.decode(inputs.prompts.tokens[index]),
-                    "answer": inputs.prompts.answers[index],
-                    "decoding": name,
-                    "response": text,
-                    "correct": bool(result.correct[index]),
-                    "score": float(result.scores[index]),
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = [
+        {
+            "prompt": inputs.tokenizer.decode(inputs.prompts.tokens[index]),
+            "answer": inputs.prompts.answers[index],
+            "decoding": name,
+            "response": text,
+            "correct": bool(result.correct[index]),
+            "score": float(result.scores[index]),
+        }
+        for name, result in results.items()
+        for index, text in enumerate(result.responses)
+    ]
+    write_whole(path, "".join(map(json_line, rows)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 from pydantic import Field
@@ -19,15 +19,17 @@ from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig, load_rows
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError, LayoutError, printable
+from megarlhf.errors import LayoutError, printable
 from megarlhf.models.role import FrozenRole, LabelLogprobs
+from megarlhf.observe.files import json_line, opened, writing
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import gather_rows
+from megarlhf.parallel.collectives import gather_rows, on_main
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runtime.checks import check_room, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import print_choices, print_dropped, role_settings
 from megarlhf.runtime.settings import RanksConfig
 
@@ -51,7 +53,7 @@ class GenerateConfig(RanksConfig):
     group_size: int = Field(default=1, ge=1)
     """Responses per prompt."""
     output: Path | None = None
-    """JSON lines file to write, which must not exist; null prints to standard output."""
+    """JSON lines file to write, which must not exist and appears once it is whole; null prints to standard output."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class GenerateInputs:
 def prepare(cfg: GenerateConfig) -> GenerateInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     if cfg.output is not None:
-        _check_output(cfg.output)
+        check_new_file(cfg.output)
     if cfg.layout.virtual_pipeline > 1:
         raise LayoutError(
             f"layout.virtual_pipeline={cfg.layout.virtual_pipeline} cannot roll out: Megatron-Core's inference engine "
@@ -93,17 +95,22 @@ def main(cfg: GenerateConfig, argv: Sequence[str]) -> int:
 
 def _run(cfg: GenerateConfig, inputs: GenerateInputs) -> None:
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    with _open(cfg, mesh) as file:
+        _generate(cfg, inputs, file, mesh)
+
+
+def _generate(cfg: GenerateConfig, inputs: GenerateInputs, file: IO[str], mesh: Mesh) -> None:
     settings = role_settings(cfg, mesh)
     policy = FrozenRole("model", inputs.model.spec, "language", LabelLogprobs(cfg.sampling.temperature), settings, mesh)
     load_model(policy, cfg.model, seed=cfg.seed)
     print_choices(settings.compute.choices, mesh)
     print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
-    with _open(cfg, mesh) as file, Progress(len(inputs.prompts), "generate", enabled=mesh.is_main) as bar:
+    with Progress(len(inputs.prompts), "generate", enabled=mesh.is_main) as bar:
         for rollout in rollouts(policy, inputs, cfg):
             if mesh.is_main:
-                file.writelines(
-                    printable(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows_of(rollout, inputs)
-                )
+                with writing(cfg.output) if cfg.output else nullcontext():
+                    file.writelines(printable(json_line(row)) for row in rows_of(rollout, inputs))
+                    file.flush()
             bar.advance(len(rollout) // cfg.group_size)
 
 
@@ -149,17 +156,17 @@ def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer) -> tuple[PromptSet, Sequ
     return load_prompts(cfg.prompts, tokenizer), [row.columns["prompt"] for row in load_rows(cfg.prompts, prompt_rows)]
 
 
-def _check_output(output: Path) -> None:
-    if output.exists():
-        raise ConfigError(f"output={output} exists; choose another file, or remove it.")
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"output={output}: there is no directory {output.parent}; make it, or choose another.")
-
-
 @contextmanager
-def _open(cfg: GenerateConfig, mesh: Mesh) -> Iterator[TextIO]:
-    if cfg.output is None or not mesh.is_main:
+def _open(cfg: GenerateConfig, mesh: Mesh) -> Iterator[IO[str]]:
+    """Where rank 0 writes: standard output, or a new file that has its name once it is whole."""
+    if cfg.output is None:
         yield sys.stdout
-    else:
-        with cfg.output.open("x", encoding="utf-8") as file:
+        return
+    output: Path = cfg.output
+    partial = output.with_name(f"{output.name}.partial")
+    with sole_writer(lock_of_file(output), "output", output, mesh):
+        on_main(lambda: check_new_file(output), mesh)
+        with opened(partial if mesh.is_main else Path(os.devnull), "w") as file:
             yield file
+        if mesh.is_main:
+            partial.rename(output)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megarlhf.config import Config
-from megarlhf.errors import ConfigError, DataError, printable
+from megarlhf.errors import DataError, printable
 from megarlhf.observe.report import write_page
+from megarlhf.runtime.outputs import check_directory
 
 TRACES = ("report.json", "metrics.jsonl")
 """A page can be made where one of these is."""
@@ -28,11 +29,8 @@ def main(cfg: ReportConfig, argv: Sequence[str]) -> int:  # noqa: ARG001 (every 
         runs = sorted(str(path.parent) for path in run_dir.glob("*/metrics.jsonl"))
         remedy = f"did you mean {' or '.join(runs)}?" if runs else "give the directory of a run."
         raise DataError(f"run_dir {run_dir}: no metrics.jsonl there; {remedy}")
-    try:
-        page = write_page(run_dir)
-    except OSError as error:
-        raise ConfigError(f"run_dir {run_dir}: {error.strerror} ({error.filename}); mend that.") from None
-    sys.stdout.write(printable(f"{page}\n"))
+    check_directory(run_dir, "run_dir")
+    sys.stdout.write(printable(f"{write_page(run_dir)}\n"))
     return 0
 
 

@@ -33,6 +33,7 @@ from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import broadcast_object, gather
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.runtime.checks import check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.outputs import lock_of_file, sole_writer
 from megarlhf.runtime.roles import print_choices, role_settings
 from megarlhf.runtime.settings import RanksConfig
 
@@ -107,7 +108,9 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
 
     rows = load_score_rows(cfg.input, tokenizer, cfg.template)
     rows.check(model.spec.vocab_size, model.spec.max_positions, output.added)
-    return ScoreInputs(model, rows, output, output.done(rows.rows))
+    done = output.done(rows.rows)
+    output.check_room(rows.rows[done.rows :])
+    return ScoreInputs(model, rows, output, done)
 
 
 def main(cfg: ScoreConfig, argv: Sequence[str]) -> int:
@@ -125,16 +128,15 @@ def run(cfg: ScoreConfig, inputs: ScoreInputs) -> None:
         _say(f"{cfg.output}: {done.rows} of {len(inputs.rows)} rows are there, {left or 'nothing is'} left to do", mesh)
     if not left:
         return
-    model = build(cfg, inputs.model, mesh)
-    print_choices(model.settings.compute.choices, mesh)
-    opened = inputs.output.open_after(done) if mesh.is_main else nullcontext()
-    with opened as file, Progress(left, "score", enabled=mesh.is_main) as bar:
-        for part, fields in scored_parts(model, inputs.rows, done.rows):
-            if file is not None:
-                rows = [inputs.rows.rows[index] for index in part]
-                file.writelines(map(inputs.output.line, rows, fields))
-                file.flush()
-            bar.advance(len(part))
+    with sole_writer(lock_of_file(cfg.output), "output", cfg.output, mesh):
+        model = build(cfg, inputs.model, mesh)
+        print_choices(model.settings.compute.choices, mesh)
+        opened = inputs.output.open_after(done) if mesh.is_main else nullcontext()
+        with opened as file, Progress(left, "score", enabled=mesh.is_main) as bar:
+            for part, fields in scored_parts(model, inputs.rows, done.rows):
+                if file is not None:
+                    inputs.output.write(file, [inputs.rows.rows[index] for index in part], fields)
+                bar.advance(len(part))
 
 
 def build(cfg: ScoreConfig, described: ModelDescription, mesh: Mesh) -> FrozenRole:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from megarlhf.data.rows import Row
 from megarlhf.errors import ConfigError
-from megarlhf.observe.files import write_whole
+from megarlhf.observe.files import opened, write_whole, writing
+from megarlhf.runtime.outputs import check_parent, check_room
 
 CONTENT = ("*.safetensors", "*.distcp", "*.pt", ".metadata", "*.json", "*.jinja", "*.model")
 """Files of a model's or a tokenizer's directory that decide what it says."""
@@ -63,17 +64,20 @@ class ScoredFile:
 
     def check_writable(self) -> None:
         """Raise ConfigError where the file cannot be written."""
-        folder = self.path.absolute().parent
-        if not folder.is_dir():
-            raise ConfigError(f"output={self.path}: there is no directory {folder}; make it, or choose another.")
+        check_parent(self.path)
         if self.path.is_dir():
             raise ConfigError(f"output={self.path} is a directory; name a file.")
         for file in (self.path, self.settings_path):
             if file.exists() and not file.is_file():
                 raise ConfigError(f"output={self.path}: {file} is no file; remove it, or choose another.")
-        for place in (folder, self.path, self.settings_path):
+        for place in (self.path, self.settings_path):
             if place.exists() and not os.access(place, os.W_OK):
                 raise ConfigError(f"output={self.path}: {place} cannot be written to; mend that, or choose another.")
+
+    def check_room(self, rows: Sequence[Row]) -> None:
+        """Raise ConfigError where the disk has no room for `rows` as they are: what is added comes on top."""
+        needed = sum(len(self.line(row, {})) for row in rows)
+        check_room(self.path.absolute().parent, needed, f"output={self.path}", "choose another output")
 
     def done(self, rows: Sequence[Row]) -> Done:
         """What of the input `rows` the file already holds; it is left as it is.
@@ -98,13 +102,20 @@ class ScoredFile:
         return Done(count, size)
 
     @contextmanager
-    def open_after(self, done: Done) -> Iterator[BinaryIO]:
+    def open_after(self, done: Done) -> Iterator[IO[bytes]]:
         """The file, open for the rows after `done`; a cut line is removed. Rank 0 only."""
         # The settings first: rows without them could not be gone on with.
         write_whole(self.settings_path, json.dumps(self.settings, indent=2) + "\n")
-        with self.path.open("ab") as file:
-            file.truncate(done.size)
+        with opened(self.path, "ab") as file:
+            with writing(self.path):
+                file.truncate(done.size)
             yield file
+
+    def write(self, file: IO[bytes], rows: Sequence[Row], fields: Sequence[Mapping[str, Any]]) -> None:
+        """Add the lines of `rows` to the open file, so that a kill leaves them."""
+        with writing(self.path):
+            file.writelines(map(self.line, rows, fields))
+            file.flush()
 
     def line(self, row: Row, fields: Mapping[str, Any]) -> bytes:
         """One line of the file: the columns of `row` as they are, then the added `fields`."""

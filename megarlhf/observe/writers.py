@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -19,8 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from megarlhf.errors import ConfigError
-from megarlhf.observe.files import json_lines, own_file
+from megarlhf.observe.files import json_line, json_lines, own_file, write_whole, writing
 from megarlhf.observe.metrics import Metrics, check
+
+METRICS = "metrics.jsonl"
 
 _PACKAGES = (
     *("torch", "megatron-core", "transformers", "tokenizers", "datasets", "pydantic", "numpy", "safetensors"),
@@ -37,10 +39,11 @@ class RunWriter:
 
     def __init__(self, run_dir: Path, *, tensorboard: bool = False, wandb: bool = False) -> None:
         """Open the files in `run_dir`, creating it; an existing metrics file is continued."""
-        run_dir.mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
-        # Line buffered: a killed run loses at most the line it was writing.
-        self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        with writing(run_dir / METRICS):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            # Line buffered: a killed run loses at most the line it was writing.
+            self._metrics = (run_dir / METRICS).open("a", encoding="utf-8", buffering=1)
         self._samples = run_dir / "samples.jsonl"
         # Opened at the first step, which may not be 1: the events of a run that goes on are cut there.
         self._events: Any = None
@@ -50,8 +53,8 @@ class RunWriter:
     def log(self, metrics: Metrics, step: int) -> None:
         """Write one line of metrics; non-finite values become null, since JSON has no word for them."""
         check(metrics)
-        finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+        with writing(self.run_dir / METRICS):
+            self._metrics.write(json_line({"step": step, **{name: float(value) for name, value in metrics.items()}}))
         if self._tensorboard:
             self._events = self._events or _tensorboard(self.run_dir, step)
             for name, value in metrics.items():
@@ -61,8 +64,8 @@ class RunWriter:
 
     def samples(self, rows: Iterable[Mapping[str, Any]], step: int) -> None:
         """Append rows, for example rollouts as text, to `samples.jsonl`."""
-        with self._samples.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        with writing(self._samples), self._samples.open("a", encoding="utf-8") as file:
+            file.writelines(json_line({"step": step, **row}) for row in rows)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -79,8 +82,9 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close."""
-        self.close()
+        """Close. What a full disk says now is what it said before."""
+        with suppress(OSError) if error is not None else writing(self.run_dir):
+            self.close()
 
 
 LARGEST = 1e100
@@ -130,10 +134,11 @@ def write_provenance(run_dir: Path, config: Settings, argv: Sequence[str]) -> No
 
     Ranks:    rank 0 only. `argv` is the command line without the program's name.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (run_dir / "command.txt").write_text(shlex.join(["megarlhf", *argv]) + "\n", encoding="utf-8")
-    (run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(run_dir / "config.yaml", config.to_yaml())
+    write_whole(run_dir / "command.txt", shlex.join(["megarlhf", *argv]) + "\n")
+    write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

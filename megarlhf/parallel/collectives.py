@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megarlhf.batch import Batch, RowsT
+from megarlhf.errors import MegarlhfError
 from megarlhf.parallel.mesh import Axis, Mesh
 
 T = TypeVar("T")
@@ -56,6 +58,23 @@ def broadcast_object(value: T, mesh: Mesh, axis: Axis, source: int = 0) -> T:
     box = [value]
     dist.broadcast_object_list(box, group=mesh.entering("broadcast", axis), group_src=source)
     return box[0]
+
+
+def on_main(work: Callable[[], T], mesh: Mesh) -> T:
+    """What `work` returns on rank 0, where alone it is done; every rank raises the MegarlhfError that it raises there.
+
+    Raises:   whatever else it raises, on rank 0 alone.
+    """
+    done: Any = None
+    if mesh.is_main:
+        try:
+            done = work()
+        except MegarlhfError as error:
+            done = error
+    done = broadcast_object(done, mesh, "world")
+    if isinstance(done, MegarlhfError):
+        raise done
+    return done
 
 
 def barrier(mesh: Mesh) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarlhf.errors import DataError, printable
+from megarlhf.errors import DataError, OutputError, printable
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.report import write_page
 from megarlhf.parallel.mesh import Mesh
@@ -18,7 +18,7 @@ def conclude(run_dir: Path, metrics: Metrics, names: Sequence[str], following: S
         return
     try:
         page = f"the page is {write_page(run_dir)}"
-    except (OSError, DataError) as error:  # the model is there: the run has not failed
+    except (DataError, OutputError) as error:  # the model is there: the run has not failed
         page = f"no page was made ({error}); megarlhf report run_dir={run_dir} makes it"
     numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     ended = f"last step: {numbers}; " if numbers else ""

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from megarlhf.checkpoint.checksums import CHECKSUMS
-from megarlhf.checkpoint.state_writer import ROOM, Retention, StateWriter, saved_bytes
+from megarlhf.checkpoint.disk import ROOM
+from megarlhf.checkpoint.state_writer import Retention, StateWriter, saved_bytes
 from megarlhf.checkpoint.training_state import STATE, Best, Position, latest_state, load_state
-from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.errors import CheckpointError, ConfigError, OutputError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import LabelLogprobs, TrainableRole
 from megarlhf.parallel.collectives import all_reduce
@@ -146,7 +147,7 @@ def test_a_changed_byte_in_any_file_is_found_by_every_rank(model: str, tmp_path:
         content[len(content) // 2] ^= 1
         damaged.write_bytes(content)
         for said in run_ranks(load, 2, model, str(where), ParallelLayout(data=2)):
-            assert said.startswith(f"{damaged} was changed after it was saved; write the name of another state to ")
+            assert said.startswith(f"{damaged} was changed after it was saved; remove {where} to start afresh")
         if path.name == STATE:  # without it there is no state
             continue
         damaged.unlink()
@@ -158,7 +159,7 @@ def save_without_room(model: str, where: str, kind: str) -> str:
     role = the_role(model, start(ParallelLayout(data=2), seed=1))
     writer = writer_of(role, Path(where))
     save(writer, at(1))
-    with no_room(where, kind), pytest.raises(CheckpointError) as refused:
+    with no_room(where, kind), pytest.raises(OutputError) as refused:
         save(writer, at(2))
     return str(refused.value)
 
@@ -188,7 +189,9 @@ def no_room(where: str, kind: str) -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["known before", "found while writing"])
 def test_a_full_disk_leaves_the_state_before(kind: str, model: str, tmp_path: Path) -> None:
     said = run_ranks(save_without_room, 2, model, str(tmp_path), kind)
-    expected = "MiB are free and a state takes" if kind == "known before" else "see whether the disk is full"
+    expected = (
+        "no room for a state (those before it stand): " if kind == "known before" else "see whether the disk is full"
+    )
     assert expected in said[0]
     assert all("stand" in one for one in said)
     assert latest_state(tmp_path) == tmp_path / "step_00000001"
@@ -197,7 +200,7 @@ def test_a_full_disk_leaves_the_state_before(kind: str, model: str, tmp_path: Pa
 
 def save_where_a_file_is(model: str, where: str) -> str:
     writer = writer_of(the_role(model, start(ParallelLayout(data=2), seed=1)), Path(where))
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(OutputError) as refused:
         writer.start(at(1))
     return str(refused.value)
 
@@ -205,5 +208,5 @@ def save_where_a_file_is(model: str, where: str) -> str:
 def test_a_directory_that_cannot_be_made_is_said_on_every_rank(model: str, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     said = run_ranks(save_where_a_file_is, 2, model, str(tmp_path / "checkpoints"))
-    assert "File exists" in said[0]
+    assert "Not a directory" in said[0]
     assert said[1].endswith("(another rank says why); the states before it stand.")
