@@ -31,16 +31,20 @@ from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import Interval, mean, paired_difference, share
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.observe.files import write_whole
+from megarlhf.observe.lock import check_free
 from megarlhf.observe.report import JudgedResponse, Report, SampleRow, SummaryRow, write_report
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import barrier
+from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runtime.checks import checked_model, resolve_tokenizer
+from megarlhf.runtime.outputs import LOCK, check_directory, sole_writer
 from megarlhf.runtime.roles import role_settings
 from megarlhf.trainers import ppo, reward, sft
+from megarlhf.trainers.loop import sole_run
 from megarlhf.trainers.ppo_config import FrozenConfig, LearnerConfig, PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.settings import RunConfig
@@ -86,8 +90,8 @@ def main(cfg: DemoConfig, argv: Sequence[str]) -> int:
 
 def _check(cfg: DemoConfig) -> None:
     """What could stop a later stage is said before the first one starts."""
-    if cfg.run_dir.is_file():
-        raise ConfigError(f"run_dir={cfg.run_dir} is a file; name a directory.")
+    check_directory(cfg.run_dir, "run_dir")
+    check_free(cfg.run_dir / LOCK, f"run_dir={cfg.run_dir}", "run_dir")
     if cfg.rollouts % (4 * cfg.layout.data):
         raise ConfigError(
             f"rollouts={cfg.rollouts} is not divisible by {4 * cfg.layout.data} (4 micro-batches on each data rank); "
@@ -158,6 +162,11 @@ def _data(cfg: DemoConfig, rows: int, *, seed: int, split: str = "train") -> Dat
 
 def _run(cfg: DemoConfig, argv: Sequence[str]) -> None:
     mesh = start(cfg.layout, seed=cfg.seed)
+    with sole_writer(cfg.run_dir / LOCK, "run_dir", cfg.run_dir, mesh):
+        _run_stages(cfg, argv, mesh)
+
+
+def _run_stages(cfg: DemoConfig, argv: Sequence[str], mesh: Mesh) -> None:
     seconds = [
         _stage(sft_config(cfg), sft.prepare, sft.train, argv, mesh),
         _stage(reward_config(cfg), reward.prepare, reward.train, argv, mesh),
@@ -178,18 +187,27 @@ def _stage(
     if clock.exists() and (stage.model_dir / MODEL).exists():
         if (settings.run_dir / "config.yaml").read_text() != settings.to_yaml():
             raise ConfigError(f"{settings.run_dir} was made with other settings; remove it or choose another run_dir.")
+        if mesh.is_main:
+            sys.stderr.write(f"{settings.run_dir} is done; its model is in {stage.model_dir}\n")
         return float(json.loads(clock.read_text()))
-    barrier(mesh)
-    if mesh.is_main:
-        shutil.rmtree(settings.run_dir, ignore_errors=True)  # what an interrupted demo left
-    barrier(mesh)
-    began = time.monotonic()
-    train(settings, prepare(settings), argv, mesh=mesh)
-    seconds = time.monotonic() - began
-    if mesh.is_main:
-        clock.write_text(json.dumps(seconds))
-    barrier(mesh)
+    with sole_run(settings, mesh):
+        on_main(lambda: _clear(settings.run_dir), mesh)
+    inputs = prepare(settings)
+    with sole_run(settings, mesh):
+        began = time.monotonic()
+        train(settings, inputs, argv, mesh=mesh)
+        seconds = time.monotonic() - began
+        on_main(lambda: write_whole(clock, json.dumps(seconds)), mesh)
     return seconds
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what an interrupted demo left, but for the lock."""
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 @dataclass(frozen=True)
@@ -240,7 +258,7 @@ def _conclude(cfg: DemoConfig, outcome: Outcome, *, wall_s: float) -> None:
         "wall_s": wall_s,
         "seed": cfg.seed,
     }
-    (cfg.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(cfg.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     page = _report(cfg, outcome, rows)
     _print_table(cfg, rows, page, wall_s)
 

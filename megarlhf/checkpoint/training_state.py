@@ -13,46 +13,57 @@ and the step. What a rank would draw besides goes on where it was, unless there 
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.sharded import load_sharded, sharded_weights
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError
-from megarlhf.models.optim import torch_optimizers
+from megarlhf.models.optim import restore_schedule, torch_optimizers
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.rng import restore_random_states
 
 LATEST, BEST, STATE = "latest", "best", "state.json"
+STATE_NAME = re.compile(r"step_\d{8,}")
+
+
+Count = Annotated[int, pydantic.Field(ge=0, lt=2**62)]
 
 
 class Best(Config):
     """The best state so far."""
 
-    step: int
+    step: Count
     """Steps done then."""
-    value: float
+    value: float = pydantic.Field(allow_inf_nan=False)
     """Its metric."""
 
 
 class Position(Config):
     """Where a run was when it saved."""
 
-    step: int
+    step: Count
     """Steps done."""
-    loaders: dict[str, dict[str, int]]
+    loaders: dict[str, dict[str, Count]]
     """State of every loader, by name."""
-    skipped_steps: int
+    skipped_steps: Count
     """Optimiser steps skipped so far."""
-    bytes_written: dict[str, int]
+    skipped_in_a_row: dict[str, Count] = pydantic.Field(default_factory=dict)
+    """Of each role whose last optimiser steps were skipped, how many."""
+    bytes_written: dict[str, Count]
     """Length of each log then; what a stopped run wrote after it is cut off."""
+    sums: dict[str, str] = pydantic.Field(default_factory=dict)
+    """SHA-256 of each log then."""
     best: Best | None = None
     """The best of the states so far, this one among them, where the run keeps it."""
 
@@ -68,17 +79,56 @@ def random_file(mesh: Mesh) -> str:
 
 
 def latest_state(directory: Path) -> Path | None:
-    """The newest whole state in `directory`, None where there is none.
+    """The state to go on from: the one that `latest` names, or without that file the newest; None where there is none.
 
-    Raises:   CheckpointError when the one that `latest` names is not there.
+    A run that was killed after its first state and before the pointer to it has no `latest`, nor has one that lost it.
+
+    Raises:   CheckpointError where `latest` cannot be read, or names nothing that is there.
     """
     pointer = directory / LATEST
-    if not pointer.exists():
-        return None
-    state = directory / pointer.read_text(encoding="utf-8").strip()
-    if not (state / STATE).is_file():
-        raise CheckpointError(f"{pointer} names {state.name}, which is missing; write the name of another state there.")
-    return state
+    states = sorted(path for path in directory.glob("step_*") if _is_state(path))
+    if not os.path.lexists(pointer):
+        return states[-1] if states else None
+    there = ", ".join(path.name for path in states[-3:])
+    remedy = f"write there which to go on from: {there}" if states else f"remove {directory} to start afresh"
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{pointer} cannot be read ({type(error).__name__}); {remedy}.") from None
+    if not STATE_NAME.fullmatch(name):
+        raise CheckpointError(f"{pointer} names {name[:80]!r}, which is no state; {remedy}.")
+    if not _is_state(directory / name):
+        raise CheckpointError(f"{pointer} names {name}, which is missing; {remedy}.")
+    return directory / name
+
+
+def _is_state(path: Path) -> bool:
+    """Whether it is a whole state, in its directory itself."""
+    return bool(STATE_NAME.fullmatch(path.name)) and not path.is_symlink() and (path / STATE).is_file()
+
+
+def read_position(state: Path) -> Position:
+    """Where the run was, without its weights.
+
+    Raises:   CheckpointError when the file cannot be read, or says what no run saves.
+    """
+    try:
+        position = Position.model_validate_json((state / STATE).read_text(encoding="utf-8"), strict=True)
+    except (OSError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
+        cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else type(error).__name__
+        raise CheckpointError(f"{state / STATE} cannot be read ({cause}); {_elsewhere(state)}.") from None
+    if state_name(position.step) != state.name:
+        raise CheckpointError(f"{state / STATE} says that it is of step {position.step}; {_elsewhere(state)}.")
+    return position
+
+
+def _elsewhere(state: Path) -> str:
+    """What to do about a damaged state."""
+    others = [path.name for path in state.parent.glob("step_*") if _is_state(path) and path != state]
+    pointer = state.parent / LATEST
+    to_another = f"write the name of another state to {pointer} ({', '.join(sorted(others))}), or " if others else ""
+    return f"{to_another}remove {state.parent} to start afresh"
 
 
 def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
@@ -88,23 +138,33 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
     Ranks:    collective over the mesh.
     Raises:   CheckpointError when files are missing, corrupt or of other shapes.
     """
-    remedy = f"write the name of another state to {state.parent / LATEST}, or remove that file to start afresh"
+    remedy = _elsewhere(state)
     mesh = next(iter(roles.values())).mesh
     check_checksums(state, remedy, mesh)
+    position = read_position(state)
     for name, role in roles.items():
         with role.resident(*role.parts):
-            loaded = load_sharded(role_state(role, loading=True), state / name, "remove it, or start afresh")
-            with torch.no_grad():
-                for index, chunk in enumerate(role.chunks):
-                    chunk.load_state_dict(loaded["weights"][f"chunk{index}"], strict=False)
-            _restore_optimizer(role, loaded["optimizer"])
-            role.schedule.load_state_dict(loaded["schedule"])
-    if (state / random_file(mesh)).is_file():
-        restore_random_states(load_file(state / random_file(mesh)), mesh.device)
+            loaded = load_sharded(role_state(role, loading=True), state / name, remedy)
+            try:
+                _fill(role, loaded)
+            except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+                cause = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+                raise CheckpointError(f"{state / name}: cannot be taken over ({cause}); {remedy}.") from error
+    numbers = state / random_file(mesh)
     try:
-        return Position.model_validate_json((state / STATE).read_text(encoding="utf-8"))
-    except (OSError, pydantic.ValidationError) as error:
-        raise CheckpointError(f"{state / STATE} cannot be read ({error}); remove {state}, or start afresh.") from None
+        if numbers.is_file():
+            restore_random_states(load_file(numbers), mesh.device)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{numbers}: no state of random numbers ({type(error).__name__}); {remedy}.") from None
+    return position
+
+
+def _fill(role: TrainableRole, loaded: Any) -> None:
+    with torch.no_grad():
+        for index, chunk in enumerate(role.chunks):
+            chunk.load_state_dict(loaded["weights"][f"chunk{index}"], strict=False)
+    _restore_optimizer(role, loaded["optimizer"])
+    restore_schedule(role.schedule, loaded["schedule"], role.optim)
 
 
 def role_state(role: TrainableRole, *, loading: bool) -> dict[str, Any]:

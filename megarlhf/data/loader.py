@@ -66,6 +66,8 @@ class Loader(Iterator[Tensor]):
 
         Raises:   CheckpointError if it was saved over other data or another seed.
         """
+        if missing := sorted(self.state().keys() - state.keys()):
+            raise CheckpointError(f"loader state has no {', '.join(missing)}; resume from another state.")
         for name, mine in (("rows", self.rows), ("seed", self.seed)):
             if state[name] != mine:
                 raise CheckpointError(

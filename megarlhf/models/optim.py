@@ -94,7 +94,18 @@ def build_schedule(config: OptimConfig, optimizer: MegatronOptimizer, steps: int
         end_wd=config.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        # A run may go on with another rate; whatever else differs was refused.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
+
+
+def restore_schedule(schedule: OptimizerParamScheduler, state: dict[str, Any], config: OptimConfig) -> None:
+    """Go on at the step of `state`, with the rates of `config`, which the optimiser's groups have from their state."""
+    groups: Any = schedule.optimizer.param_groups
+    for group in groups:
+        group["max_lr"], group["min_lr"] = config.lr, config.min_lr
+    schedule.load_state_dict(state)
 
 
 @torch.no_grad()

@@ -13,18 +13,19 @@ import json
 import time
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import safe_open
+import pydantic
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megarlhf.batch import Batch
 from megarlhf.checkpoint.training_state import state_name
-from megarlhf.errors import DataError
-from megarlhf.observe.files import write_whole
+from megarlhf.config import Config
+from megarlhf.errors import DataError, OutputError
+from megarlhf.observe.files import write_whole, writing
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.rng import random_states
 
@@ -33,21 +34,30 @@ SETTLE_S = 2.0
 """Seconds that a rank waits for the capsules of others before it says whose are missing."""
 
 
-@dataclass(frozen=True)
-class Note:
+Count = Annotated[int, pydantic.Field(ge=0)]
+
+
+class Note(Config):
     """What one rank says of itself."""
 
     reason: str
+    """Why it failed."""
     where: str
     """Step, phase and role, in words."""
-    step: int
+    step: Count
+    """Steps done."""
     role: str
+    """That worked last."""
     collective: str
     """Entered last."""
-    rank: int
-    data_rank: int
-    world_size: int
+    rank: Count
+    """In the world."""
+    data_rank: Count
+    """Along the data axis."""
+    world_size: Count
+    """Ranks of the run."""
     attempt: str
+    """Of which start of the run this is a part."""
     kind: str
     """Type of the batch; empty for none."""
     texts: dict[str, list[str]]
@@ -67,7 +77,8 @@ def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
     """Write this rank's capsule and return its directory. No rank waits for another."""
     trail = mesh.trail
     directory = capsule_directory(run_dir, trail.step)
-    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     batch = trail.work if isinstance(trail.work, Batch) else None
     note = Note(
         reason=reason,
@@ -87,10 +98,20 @@ def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
     # Copies: parts of a batch may share memory, which safetensors refuses.
     tensors = {} if batch is None else {name: tensor.cpu().clone() for name, tensor in tensors_of(batch)}
     random = {f"{RNG}, {name}": state for name, state in random_states(mesh.device).items()}
-    save_file({**tensors, **random}, directory / f"rank_{mesh.rank}.safetensors")
+    data = directory / f"rank_{mesh.rank}.safetensors"
+    with writing(data):
+        save_file({**tensors, **random}, data)
     # Last, and whole at once: the note says that the rest is there.
-    write_whole(directory / f"rank_{mesh.rank}.json", json.dumps(asdict(note), indent=1) + "\n")
+    write_whole(directory / f"rank_{mesh.rank}.json", json.dumps(note.model_dump(mode="json"), indent=1) + "\n")
     return directory
+
+
+def leave_capsule(run_dir: Path, reason: str, mesh: Mesh) -> str:
+    """Write this rank's capsule; say where it is, or why there is none, which must not hide why there should be one."""
+    try:
+        return f"the batch is in {write_capsule(run_dir, reason, mesh)}"
+    except OutputError as error:
+        return f"no capsule was left, since {str(error).rstrip('.')}"
 
 
 def read_notes(directory: Path) -> list[Note]:
@@ -101,19 +122,29 @@ def read_notes(directory: Path) -> list[Note]:
     notes = []
     for path in directory.glob("rank_*.json"):
         try:
-            notes.append(Note(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"capsule {path} cannot be read ({error}); name another capsule.") from None
+            notes.append(Note.model_validate_json(path.read_text(encoding="utf-8"), strict=True))
+        except (OSError, ValueError) as error:
+            first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
+            cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else type(error).__name__
+            raise DataError(f"capsule {path} cannot be read ({cause}); name another capsule.") from None
     if not notes:
         raise DataError(f"capsule={directory} holds no rank_*.json; name a directory under RUN/capsules.")
     return sorted(notes, key=lambda note: note.rank)
 
 
 def read_batch(directory: Path, note: Note, kind: type[Batch]) -> Batch:
-    """The batch of one rank, of the type that its note names."""
-    with safe_open(directory / f"rank_{note.rank}.safetensors", framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    return _rebuilt(kind, "", tensors, note.texts)
+    """The batch of one rank, of the type that its note names.
+
+    Raises:   DataError when its file is missing, damaged, or of another batch.
+    """
+    path = directory / f"rank_{note.rank}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return _rebuilt(kind, "", tensors, note.texts)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DataError(f"{path}: no {kind.__name__} of a failed step ({cause}); name another capsule.") from None
 
 
 def missing_ranks(directory: Path, mesh: Mesh) -> list[int]:
@@ -122,7 +153,10 @@ def missing_ranks(directory: Path, mesh: Mesh) -> list[int]:
     Those of the collective entered last, if there are some: the others may wait for one of these in their turn.
     """
     time.sleep(SETTLE_S)
-    there = {note.rank for note in read_notes(directory) if note.attempt == mesh.trail.attempt}
+    try:
+        there = {note.rank for note in read_notes(directory) if note.attempt == mesh.trail.attempt}
+    except DataError:  # a full disk, or a hand that removed them: then nobody's is there
+        there = set()
     axes = [mesh.ranks(axis) for axis in (mesh.trail.axis or "world", "world")]
     return next((silent for ranks in axes if (silent := sorted(set(ranks) - there))), [])
 
@@ -167,4 +201,4 @@ def _rebuilt(kind: type[Batch], prefix: str, tensors: dict[str, Tensor], texts: 
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

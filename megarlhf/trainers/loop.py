@@ -6,35 +6,37 @@ Knows no algorithm: a trainer hands it a function of the step number.
 from __future__ import annotations
 
 import math
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from megarlhf.checkpoint.sharded import save_weights
+from megarlhf.checkpoint.disk import check_room
+from megarlhf.checkpoint.sharded import save_weights, weight_bytes
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Best, Position, latest_state, load_state
 from megarlhf.data.loader import Loader
-from megarlhf.errors import CheckpointError, ConfigError, MegarlhfError, RunStopped, TrainingError
+from megarlhf.errors import CheckpointError, ConfigError, MegarlhfError, OutputError, RunStopped, TrainingError
+from megarlhf.models.finite import not_finite
 from megarlhf.models.role import TrainableRole, Update
+from megarlhf.observe.files import reason, refused, remedy
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.writers import RunWriter, write_provenance
-from megarlhf.parallel.collectives import broadcast_object
+from megarlhf.parallel.collectives import broadcast_object, on_main
 from megarlhf.parallel.launch import fail, is_timeout
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.watchdog import watched
-from megarlhf.trainers.capsule import last_seen, missing_ranks, sign_of_life, write_capsule
-from megarlhf.trainers.settings import RunConfig
+from megarlhf.runtime.outputs import LOCK, sole_writer
+from megarlhf.trainers.capsule import capsule_directory, last_seen, leave_capsule, missing_ranks, sign_of_life
+from megarlhf.trainers.run_logs import check_logs, cut_logs, lengths, sums
+from megarlhf.trainers.settings import RunConfig, spelled
 from megarlhf.trainers.stopping import StopRequest
-
-LOGS = ("metrics.jsonl", "samples.jsonl")
-"""What a run appends to."""
 
 
 class StepGuard:
-    """Counts skipped optimiser steps; past the limit it saves the evidence and stops the run.
+    """Counts skipped optimiser steps; past the limit in a row it saves the evidence and stops the run.
 
     Ranks:    every rank skips the same steps, so all raise together, each after writing its capsule.
     """
@@ -44,27 +46,42 @@ class StepGuard:
         self._limit = limit
         self._mesh = mesh
         self.skipped = 0
+        self.in_a_row: dict[str, int] = {}
+        """Of each role whose last steps were skipped, how many."""
+        self.settle: Callable[[], object] = int
+        """Completes what is being saved: Megatron writes one thing at a time."""
 
     def check(self, role: TrainableRole, update: Update, step: int) -> None:
         """Take note of one optimiser step.
 
-        Raises:   TrainingError, naming the capsule, when more than the allowed number of steps were skipped.
+        Raises:   TrainingError, naming the capsule, when more than the allowed number of steps were skipped in a row.
         """
         if update.stepped:
+            self.in_a_row.pop(role.name, None)
             return
         self.skipped += 1
-        if self.skipped <= self._limit:
+        row = self.in_a_row[role.name] = self.in_a_row.get(role.name, 0) + 1
+        if row <= self._limit:
             return
         self._mesh.trail.step = step
         reason = f"not finite: loss {update.means.loss}, gradient norm {update.grad_norm}"
-        directory = write_capsule(self._run_dir, reason, self._mesh)
-        save_weights(role, directory / "weights")
         raise TrainingError(
-            f"{self.skipped} optimiser steps were skipped because loss or gradient was not finite (last: {role.name}, "
-            f"step {step}, loss {update.means.loss}, gradient norm {update.grad_norm}); the batch is in {directory}, "
-            f"and megarlhf replay capsule={directory} takes the step again. Lower the learning rate, or raise "
-            "max_skipped_steps."
+            f"{row} optimiser steps in a row were skipped because loss or gradient was not finite (last: {role.name}, "
+            f"step {step}, loss {update.means.loss}, gradient norm {update.grad_norm}); "
+            f"{self._evidence(role, reason)}. Lower the learning rate, or raise max_skipped_steps, and start the same "
+            "command again."
         )
+
+    def _evidence(self, role: TrainableRole, reason: str) -> str:
+        """Save what explains the stop, and say where. Nothing that goes wrong here may hide the reason."""
+        said = leave_capsule(self._run_dir, reason, self._mesh)
+        directory = capsule_directory(self._run_dir, self._mesh.trail.step)
+        try:
+            self.settle()
+            save_weights(role, directory / "weights")
+        except (CheckpointError, OutputError) as error:
+            return f"{said} ({error})"
+        return f"{said}, and megarlhf replay capsule={directory} takes the step again"
 
 
 class Run:
@@ -86,22 +103,60 @@ class Run:
         self.states = StateWriter(cfg.states_dir, roles, Retention(cfg.keep_last, cfg.keep_every), mesh)
         self._stop = StopRequest(cfg.save_before, mesh)
         self._best: Best | None = None
+        guard.settle = self.states.finish
 
     def restore(self) -> int:
         """Go back to the newest saved state and cut off what the logs say beyond it; return how many steps are done."""
+        run_dir = self._cfg.run_dir
         state = latest_state(self._cfg.states_dir)
         position = None if state is None else load_state(state, self._roles)
-        if self.mesh.is_main:
-            for name in LOGS:
-                log = self._cfg.run_dir / name
-                if log.exists():
-                    os.truncate(log, 0 if position is None else position.bytes_written[name])
-        if position is None:
-            return 0
+        if position is not None:
+            self._take_place(position)
+        lost = on_main(lambda: self._cut_logs(position), self.mesh)
+        if position is not None:
+            _say(f"{run_dir}: goes on after step {position.step}, from {state}", lost, self.mesh)
+        elif lost:
+            _say(
+                f"{run_dir}: no state is saved in {self._cfg.states_dir}, so that the run starts afresh",
+                lost,
+                self.mesh,
+            )
+        return 0 if position is None else position.step
+
+    def _take_place(self, position: Position) -> None:
+        missing = sorted(self._loaders.keys() - position.loaders.keys())
+        if missing:
+            raise CheckpointError(
+                f"the state after step {position.step} in {self._cfg.states_dir} says nothing of {', '.join(missing)}: "
+                "it is of another kind of run; choose another run_dir."
+            )
         for name, loader in self._loaders.items():
             loader.load_state(position.loaders[name])
         self._guard.skipped, self._best = position.skipped_steps, position.best
-        return position.step
+        self._guard.in_a_row = dict(position.skipped_in_a_row)
+
+    def _cut_logs(self, position: Position | None) -> list[str]:
+        if position is not None:
+            check_logs(self._cfg.run_dir, position, opened=True)
+        return cut_logs(self._cfg.run_dir, position)
+
+    def check_room(self, first: int, count: int) -> None:
+        """Raise ConfigError where the states of steps `first` to `count`, and the model after them, have no room.
+
+        Ranks:    collective.
+        """
+        cfg = self._cfg
+        saves = count // cfg.save_every - first // cfg.save_every if cfg.save_every else 0
+        kept_for_good = (count // cfg.keep_every - first // cfg.keep_every if cfg.keep_every else 0) + bool(
+            cfg.keep_best
+        )
+        there = len(list(cfg.states_dir.glob("step_*")))
+        # One more than is kept is there while it is written.
+        states = min(saves, max(1, cfg.keep_last + 1 - there) + kept_for_good)
+        model = weight_bytes(next(iter(self._roles.values())))
+        needed = states * self.states.state_bytes() + model
+        what = f"{states} states (keep_last={cfg.keep_last}, keep_every={cfg.keep_every}) and the model"
+        check_room(cfg.run_dir, needed, what if states else "the model", self.mesh, ConfigError)
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -118,28 +173,31 @@ class Run:
             except MegarlhfError:
                 raise  # says itself what to do
             except Exception as error:
-                directory = write_capsule(run_dir, f"{type(error).__name__}: {error}", self.mesh)
-                if not is_timeout(error):
-                    raise
-                raise TrainingError(self._silence(directory)) from error
+                words = leave_capsule(run_dir, f"{type(error).__name__}: {error}", self.mesh)
+                if is_timeout(error):
+                    raise TrainingError(self._silence(words)) from error
+                if refused(error):
+                    raise OutputError(f"{run_dir}: {reason(error)}; {remedy(run_dir)}.") from error
+                raise
             finally:
-                trail.sign.unlink(missing_ok=True)
+                with suppress(OSError):
+                    trail.sign.unlink(missing_ok=True)
 
     def _give_up(self) -> None:
         """End this rank, whose GPU no longer answers, from a thread beside the one that waits for it."""
-        directory = write_capsule(self._cfg.run_dir, "the GPU no longer answers", self.mesh)
-        fail(TrainingError(self._silence(directory)))
+        words = leave_capsule(self._cfg.run_dir, "the GPU no longer answers", self.mesh)
+        fail(TrainingError(self._silence(words)))
 
-    def _silence(self, directory: Path) -> str:
+    def _silence(self, words: str) -> str:
         trail, run_dir = self.mesh.trail, self._cfg.run_dir
         silent = [
             f"rank {rank} (last seen in {last_seen(run_dir, rank, trail.attempt)})"
-            for rank in missing_ranks(directory, self.mesh)
+            for rank in missing_ranks(capsule_directory(run_dir, trail.step), self.mesh)
         ]
         return (
             f"no answer for timeout_s={self._cfg.timeout_s:g} in {trail.collective}, {trail.where}: "
-            f"{', '.join(silent) or 'no rank'} did not arrive; what the others did is in {directory}. Find out "
-            "what it does, raise timeout_s if it is only slow, and start the same command again."
+            f"{', '.join(silent) or 'no rank'} did not arrive; {words}. Find out what it does, raise timeout_s if it "
+            "is only slow, and start the same command again."
         )
 
     def check(self, gates: Callable[[], object]) -> None:
@@ -147,9 +205,9 @@ class Run:
         try:
             gates()
         except TrainingError as error:
-            directory = write_capsule(self._cfg.run_dir, str(error), self.mesh)
+            words = leave_capsule(self._cfg.run_dir, str(error), self.mesh)
             raise TrainingError(
-                f"{error}\nthe batch is in {directory}; megarlhf doctor measures more, and gates=off goes on anyway."
+                f"{error}\n{words}; megarlhf doctor measures more, and gates=off goes on anyway."
             ) from None
         self._stop.step_begins()
 
@@ -157,14 +215,14 @@ class Run:
         """Save the state after `step` steps if it is time, or if the run shall stop.
 
         Raises:   RunStopped once the state is saved, when a signal or the time limit asked for it, TrainingError where
-                  it cannot be saved then; else CheckpointError where one cannot.
+                  it cannot be saved then; else OutputError where one cannot.
         """
         if not self._cfg.save_every:
             return
         reason = self._stop.step_ended()
         try:
             self._save_if_due(step, metrics, bool(reason))
-        except CheckpointError as error:
+        except OutputError as error:
             if not reason:
                 raise
             raise TrainingError(
@@ -192,13 +250,25 @@ class Run:
             self.save(step, metrics)
 
     def save(self, step: int, metrics: Metrics) -> None:
-        """Begin to save the state after `step` steps."""
+        """Begin to save the state after `step` steps.
+
+        Raises:   TrainingError where a role is no longer finite: a state of it would push out the good ones.
+        """
+        for role in self._roles.values():
+            if fault := not_finite(role):
+                raise TrainingError(
+                    f"the {role.name} after step {step} is not saved: {fault}; lower the learning rate, and the same "
+                    "command goes on from the newest state, or starts afresh where there is none."
+                )
+        main = self.mesh.is_main  # alone it writes this down
         self._best = better(self._best, self._cfg.keep_best, step, metrics)
         position = Position(
             step=step,
             loaders={name: loader.state() for name, loader in self._loaders.items()},
             skipped_steps=self._guard.skipped,
-            bytes_written={name: _size(self._cfg.run_dir / name) for name in LOGS},
+            skipped_in_a_row=dict(self._guard.in_a_row),
+            bytes_written=lengths(self._cfg.run_dir) if main else {},
+            sums=sums(self._cfg.run_dir) if main else {},
             best=self._best,
         )
         self.states.start(position)
@@ -220,8 +290,10 @@ def better(best: Best | None, metric: str, step: int, metrics: Metrics) -> Best 
     return Best(step=step, value=value)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _say(text: str, lost: Sequence[str], mesh: Mesh) -> None:
+    """One line on rank 0's standard error; what is lost comes after it."""
+    if mesh.is_main:
+        sys.stderr.write("; ".join([text, *lost]) + "\n")
 
 
 def run_steps(
@@ -243,6 +315,7 @@ def run_steps(
     """
     metrics: Metrics = {}
     first = run.restore()
+    run.check_room(first, count)
     trail = run.mesh.trail
     named = f"{description} from step {first}" if first else description
     with run.under_way(), Progress(count - first, named, enabled=run.mesh.is_main) as bar:
@@ -268,6 +341,15 @@ def open_run(cfg: RunConfig, argv: Sequence[str], mesh: Mesh) -> Iterator[RunWri
     if not mesh.is_main:
         yield None
         return
+    if changes := cfg.changes():
+        _say(f"{cfg.run_dir}: goes on with other settings ({spelled(changes)})", (), mesh)
     write_provenance(cfg.run_dir, cfg, argv)
     with RunWriter(cfg.run_dir, tensorboard=cfg.tensorboard, wandb=cfg.wandb) as writer:
         yield writer
+
+
+@contextmanager
+def sole_run(cfg: RunConfig, mesh: Mesh) -> Iterator[None]:
+    """Inside, no other run may use `run_dir`. Nothing there is touched before. Collective."""
+    with sole_writer(cfg.run_dir / LOCK, "run_dir", cfg.run_dir, mesh):
+        yield

@@ -34,7 +34,7 @@ from megarlhf.rollout.sampling import occurrence
 from megarlhf.runtime.gates import cheap_gates, check_gates, gate_prompts
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
 from megarlhf.trainers.ending import conclude
-from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
+from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
 from megarlhf.trainers.ppo_metrics import (
     accuracy_metric,
@@ -283,10 +283,11 @@ def main(cfg: PPOConfig, argv: Sequence[str]) -> int:
 
 def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str]) -> None:
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
-    metrics = train(cfg, inputs, argv, mesh=mesh)
-    model = shlex.quote(str(cfg.model_dir))
-    following = (
-        f"megarlhf eval model={model} prompts.source=FILE",
-        f"python tools/convert_hf.py to-hf {model} OUT --verify",
-    )
-    conclude(cfg.run_dir, metrics, ("rollout/score_mean", "rollout/accuracy"), following, mesh)
+    with sole_run(cfg, mesh):
+        metrics = train(cfg, inputs, argv, mesh=mesh)
+        model = shlex.quote(str(cfg.model_dir))
+        following = (
+            f"megarlhf eval model={model} prompts.source=FILE",
+            f"python tools/convert_hf.py to-hf {model} OUT --verify",
+        )
+        conclude(cfg.run_dir, metrics, ("rollout/score_mean", "rollout/accuracy"), following, mesh)

@@ -46,7 +46,7 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
 from megarlhf.trainers.ending import conclude
-from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
+from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
 from megarlhf.trainers.settings import RunConfig
 
 MEASURED = 1024
@@ -209,10 +209,11 @@ def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
 
 def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> None:
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
-    metrics = train(cfg, inputs, argv, mesh=mesh)
-    model = shlex.quote(str(cfg.model_dir))
-    following = (f"megarlhf ppo actor.init={shlex.quote(cfg.model)} reward.init={model} prompts.source=FILE",)
-    conclude(cfg.run_dir, metrics, ("reward/loss", "reward/pair_accuracy", "reward/auc"), following, mesh)
+    with sole_run(cfg, mesh):
+        metrics = train(cfg, inputs, argv, mesh=mesh)
+        model = shlex.quote(str(cfg.model_dir))
+        following = (f"megarlhf ppo actor.init={shlex.quote(cfg.model)} reward.init={model} prompts.source=FILE",)
+        conclude(cfg.run_dir, metrics, ("reward/loss", "reward/pair_accuracy", "reward/auc"), following, mesh)
 
 
 def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:

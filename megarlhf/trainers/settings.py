@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from megarlhf.checkpoint.sharded import MODEL
+from megarlhf.checkpoint.training_state import latest_state, read_position
 from megarlhf.config import load_config
-from megarlhf.errors import ConfigError
+from megarlhf.errors import ConfigError, RunFinished
+from megarlhf.observe.lock import check_free
 from megarlhf.observe.metrics import GLOSSARY
 from megarlhf.observe.writers import check_trackers
+from megarlhf.runtime.outputs import LOCK, check_directory
 from megarlhf.runtime.settings import RanksConfig
+from megarlhf.trainers.run_logs import check_logs
 
-TRACES = ("metrics.jsonl", "config.yaml", "model")
+TRACES = ("metrics.jsonl", "config.yaml", "model", "checkpoints")
 """Any of these in a directory means that a run has used it."""
 
 FREE_TO_CHANGE = (
@@ -23,6 +29,8 @@ FREE_TO_CHANGE = (
     *("kl_bound", "stop_when_over_optimised"),
 )
 """Settings, or groups of them, that may differ when a run goes on: they change no result, or only its rounding."""
+REMEDIES = re.compile(r"max_skipped_steps|(.+\.)?optim\.(lr|min_lr)")
+"""Settings that may differ too, since a stop may ask for it; the run then says from what to what."""
 
 
 class RunConfig(RanksConfig):
@@ -46,7 +54,8 @@ class RunConfig(RanksConfig):
     """Seconds after its start at which the run has saved its state and stopped, with exit code 75, so that a job's time
     limit loses nothing; 0 for no limit. SIGTERM and SIGUSR1 do the same at the end of the step."""
     max_skipped_steps: int = Field(default=3, ge=0)
-    """Optimiser steps that may be skipped because loss or gradient is not finite; one more stops the run."""
+    """Optimiser steps of one model in a row that may be skipped because loss or gradient is not finite; one more stops
+    the run. A run that was stopped so goes on with a larger number, or with a lower learning rate."""
     tensorboard: bool = True
     """Write TensorBoard events besides metrics.jsonl."""
     wandb: bool = False
@@ -60,19 +69,19 @@ class RunConfig(RanksConfig):
     def check_run_dir(self) -> None:
         """Raise ConfigError where `run_dir` cannot be written, or holds a run that this one does not go on with.
 
-        Settings about saving that contradict each other are refused too, and trackers that cannot be used.
+        Settings about saving that contradict each other are refused too, trackers that cannot be used, and a run whose
+        past is damaged; one that is done raises RunFinished.
         """
         self._check_saving()
+        check_free(self.run_dir / LOCK, f"run_dir={self.run_dir}", "run_dir")
+        used = [trace for trace in TRACES if (self.run_dir / trace).exists()]
+        if used:
+            self._check_same_run(used[0])
         check_trackers(tensorboard=self.tensorboard, wandb=self.wandb)
-        for trace in TRACES:
-            if (self.run_dir / trace).exists():
-                self._check_same_run(trace)
-        there = next(path for path in (self.run_dir, *self.run_dir.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            problem = "cannot be written to" if there.is_dir() else "is a file"
-            raise ConfigError(
-                f"run_dir={self.run_dir} cannot be made: {there} {problem}; choose another run_dir, or mend that."
-            )
+        check_directory(self.run_dir, "run_dir")
+        state = latest_state(self.states_dir)
+        if state is not None:
+            check_logs(self.run_dir, read_position(state), opened=False)
 
     def _check_saving(self) -> None:
         if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
@@ -95,19 +104,44 @@ class RunConfig(RanksConfig):
             raise ConfigError(
                 f"run_dir={self.run_dir} already holds a run ({trace} is there); choose another, or remove it."
             )
-        if (self.run_dir / "model").exists():
-            raise ConfigError(
-                f"run_dir={self.run_dir} holds a finished run (model is there): nothing is left to do; choose another "
-                "run_dir to train again."
-            )
-        then, now = _flat(load_config(type(self), settings, [])), _flat(self)
-        changed = [name for name in now if then[name] != now[name] and name.split(".")[0] not in FREE_TO_CHANGE]
+        changed = {name: values for name, values in self.changes().items() if not REMEDIES.fullmatch(name)}
         if changed:
-            values = ", ".join(f"{name} {then[name]!r} -> {now[name]!r}" for name in changed)
             raise ConfigError(
-                f"run_dir={self.run_dir} holds a run with other settings ({values}); put them back to go on with it, "
-                "or choose another run_dir."
+                f"run_dir={self.run_dir} holds a run with other settings ({spelled(changed)}); put them back to go on "
+                "with it, or choose another run_dir."
             )
+        model = self.run_dir / "model"
+        if (model / MODEL).is_file():
+            raise RunFinished(f"run_dir={self.run_dir}: this run is done; its model is in {model}.")
+        if model.exists():
+            raise ConfigError(f"{model} is there, but not whole ({MODEL} is missing); remove it to go on with the run.")
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """Settings of the run that `run_dir` holds, and these, where they differ in what may change a result.
+
+        Raises:   ConfigError when the file in `run_dir` cannot be read.
+        """
+        settings = self.run_dir / "config.yaml"
+        if not settings.is_file():
+            return {}
+        try:
+            then, now = _flat(load_config(type(self), settings, [])), _flat(self)
+        except ConfigError as error:
+            cause = str(error).partition("\n")[0].partition(";")[0]
+            raise ConfigError(
+                f"run_dir={self.run_dir}: {settings}, which has the settings of the run there, is damaged ({cause}); "
+                "put the file back as it was, or choose another run_dir."
+            ) from None
+        return {
+            name: (then[name], now[name])
+            for name in now
+            if then[name] != now[name] and name.split(".")[0] not in FREE_TO_CHANGE
+        }
+
+
+def spelled(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Settings by name, each with what it was and what it is."""
+    return ", ".join(f"{name} {then!r} -> {now!r}" for name, (then, now) in changes.items())
 
 
 def _flat(cfg: RunConfig) -> dict[str, Any]:

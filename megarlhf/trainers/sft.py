@@ -36,7 +36,7 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
 from megarlhf.trainers.ending import conclude
-from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps
+from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
 from megarlhf.trainers.settings import RunConfig
 
 
@@ -94,10 +94,14 @@ def main(cfg: SftConfig, argv: Sequence[str]) -> int:
 
 def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> None:
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
-    metrics = train(cfg, inputs, argv, mesh=mesh)
-    model = shlex.quote(str(cfg.model_dir))
-    following = (f"megarlhf generate model={model} prompt='...'", f"megarlhf reward model={model} pairs.source=FILE")
-    conclude(cfg.run_dir, metrics, ("sft/loss",), following, mesh)
+    with sole_run(cfg, mesh):
+        metrics = train(cfg, inputs, argv, mesh=mesh)
+        model = shlex.quote(str(cfg.model_dir))
+        following = (
+            f"megarlhf generate model={model} prompt='...'",
+            f"megarlhf reward model={model} pairs.source=FILE",
+        )
+        conclude(cfg.run_dir, metrics, ("sft/loss",), following, mesh)
 
 
 def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:

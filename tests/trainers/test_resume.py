@@ -14,7 +14,7 @@ import torch
 
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Position, latest_state, load_state
-from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.errors import CheckpointError, ConfigError, RunFinished
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import LabelLogprobs, SequenceScores, TrainableRole
 from megarlhf.observe.metrics import Metrics
@@ -216,7 +216,8 @@ def test_other_settings_and_finished_runs_are_refused(folder: str, tmp_path: Pat
     with pytest.raises(ConfigError, match="already holds a run"):
         ppo_settings(tmp_path, ParallelLayout(), folder, resume="never").check_run_dir()
     (tmp_path / "model").mkdir()
-    with pytest.raises(ConfigError, match=r"holds a finished run .*nothing is left to do"):
+    (tmp_path / "model" / "model.json").touch()
+    with pytest.raises(RunFinished, match="this run is done; its model is in"):
         same.check_run_dir()
 
 
@@ -229,7 +230,9 @@ def test_a_state_that_is_half_written_is_never_taken(folder: str, tmp_path: Path
     shutil.copytree(newest, states / "step_00000003")  # killed before the pointer moved
     assert latest_state(states) == newest
     shutil.rmtree(newest)
-    with pytest.raises(CheckpointError, match="names step_00000001, which is missing; write the name of another"):
+    with pytest.raises(
+        CheckpointError, match="names step_00000001, which is missing; write there which to go on from: step_00000003"
+    ):
         latest_state(states)
 
 
