@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,21 +18,19 @@ from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.sharded import load_weights
 from megarlhf.checkpoint.training_state import LATEST, latest_state
 from megarlhf.config import Config, load_config
-from megarlhf.errors import DataError
+from megarlhf.errors import ConfigError, DataError
 from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.capsule import Note, read_batch, read_notes
+from megarlhf.trainers.capsule import Note, read_batch, read_notes, tensors_of
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import Couples, RewardConfig
 from megarlhf.trainers.settings import RunConfig
 from megarlhf.trainers.sft import SftConfig
 
-KINDS: dict[str, type[Batch]] = {kind.__name__: kind for kind in (Experience, TokenBatch, Couples)}
-"""Batches that an optimiser step is made of."""
 ALONE = (
     *(f"layout.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "data")),
     "layout.sequence_parallel=false",
@@ -73,7 +71,13 @@ def _reward(cfg: RewardConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Los
     return {role.name: (role, reward.judgement_loss(role, cfg))}
 
 
-TRAINERS = {"ppo": Trainer(PPOConfig, _ppo), "sft": Trainer(SftConfig, _sft), "reward": Trainer(RewardConfig, _reward)}
+TRAINERS = {
+    Experience: Trainer(PPOConfig, _ppo),
+    TokenBatch: Trainer(SftConfig, _sft),
+    Couples: Trainer(RewardConfig, _reward),
+}
+"""By what an optimiser step is made of, whichever command took it."""
+KINDS: dict[str, type[Batch]] = {kind.__name__: kind for kind in TRAINERS}
 
 
 def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
@@ -81,20 +85,21 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
     notes = read_notes(cfg.capsule)
     _print_notes(notes)
     note = notes[0]
-    command = note.command.removeprefix("megarlhf ").partition(" ")[0].strip()
-    if note.kind not in KINDS or command not in TRAINERS:
+    if note.kind not in KINDS or {other.kind for other in notes} != {note.kind}:
+        kinds = ", ".join(sorted({other.kind or "none" for other in notes}))
         raise DataError(
-            f"capsule={cfg.capsule}: {note.where} was no optimiser step (batch: {note.kind or 'none'}), so "
-            "that there is none to take again; start the run's command again, with layout.tensor=1 "
-            "layout.pipeline=1 layout.data=1 if it shall go on here from its newest state."
+            f"capsule={cfg.capsule}: {note.where} was no optimiser step (batch: {kinds}), so that there "
+            "is none to take again; start the run's command again, with layout.tensor=1 layout.pipeline=1 "
+            "layout.data=1 if it shall go on here from its newest state."
         )
-    trainer = TRAINERS[command]
-    mesh = start(ParallelLayout(), seed=0)  # nothing in a step is drawn
-    role, loss = _role(trainer, cfg.capsule, note, mesh)
-    origin = _load(role, cfg.capsule)
     batch = joined(cfg.capsule, notes)
-    with first_not_finite(role) as found:
-        update = role.update(batch.to(mesh.device), loss)
+    mesh = start(ParallelLayout(), seed=0)  # nothing in a step is drawn
+    role, loss = _role(cfg.capsule, note, mesh)
+    _check_ids(batch, role, cfg.capsule)
+    with role.resident(*role.parts):
+        origin = _load(role, cfg.capsule)
+        with first_not_finite(role) as found:
+            update = role.update(batch.to(mesh.device), loss)
     _report(update, origin, found, len(batch))
     return 0 if update.stepped else 1
 
@@ -104,6 +109,15 @@ def joined(capsule: Path, notes: Sequence[Note]) -> Any:
     first = {note.data_rank: note for note in reversed(notes)}  # tensor and pipeline ranks have the same rows
     parts: list[Any] = [read_batch(capsule, first[rank], KINDS[first[rank].kind]) for rank in sorted(first)]
     return cat(parts)
+
+
+def _check_ids(batch: Batch, role: TrainableRole, capsule: Path) -> None:
+    for name, tensor in tensors_of(batch):
+        ids = tensor if name.rpartition(".")[2] == "tokens" else None
+        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < role.spec.vocab_size:
+            raise DataError(
+                f"capsule={capsule}: {name} has ids outside the model's {role.spec.vocab_size} rows; name another."
+            )
 
 
 @contextmanager
@@ -127,23 +141,36 @@ def first_not_finite(role: TrainableRole) -> Iterator[list[str]]:
             hook.remove()
 
 
-def _role(trainer: Trainer, capsule: Path, note: Note, mesh: Mesh) -> tuple[TrainableRole, Loss]:
-    with NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        file.write(note.config)
-        file.flush()
-        # A directory of its own: the run's belongs to the run.
-        changes = [*ALONE, f"run_dir={capsule / 'replay'}"]
-        cfg = load_config(trainer.config, Path(file.name), changes)
-    return trainer.build(cfg, mesh)[note.role]
+def _role(capsule: Path, note: Note, mesh: Mesh) -> tuple[TrainableRole, Loss]:
+    trainer = TRAINERS[KINDS[note.kind]]
+    # A directory of its own: the run's belongs to the run, and nothing is written.
+    with TemporaryDirectory() as directory:
+        file = Path(directory) / "config.yaml"
+        file.write_text(note.config, encoding="utf-8")
+        try:
+            cfg = load_config(trainer.config, file, [*ALONE, f"run_dir={directory}/replay"])
+        except ConfigError as error:
+            cause = str(error).replace(str(file), "its config").partition("\n")[0]
+            raise DataError(
+                f"capsule={capsule}: the settings in rank_{note.rank}.json are damaged ({cause.rstrip('.')}); name "
+                "another capsule."
+            ) from None
+        roles = trainer.build(cfg, mesh)
+    if note.role not in roles:
+        raise DataError(f"capsule={capsule}: it has no role {note.role}, only {', '.join(roles)}; name another.")
+    return roles[note.role]
 
 
 def _load(role: TrainableRole, capsule: Path) -> str:
     """The weights as they were, or the newest that there are; says which."""
-    if (capsule / "weights").is_dir():
+    weights = capsule / "weights"
+    if weights.is_symlink():
+        raise DataError(f"{weights} leads elsewhere; put the directory itself there.")
+    if weights.is_dir():
         check_checksums(capsule / "weights", "remove it to take the newest saved state", role.mesh)
         load_weights(role, capsule / "weights")
         return "of the failed step"
-    state = latest_state(capsule.absolute().parents[1] / "checkpoints")
+    state = latest_state(capsule.absolute().parent.parent / "checkpoints")
     if state is None:
         return "of the run's start: it had saved no state"
     check_checksums(state, f"write the name of another state to {state.parent / LATEST}", role.mesh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -11,19 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megarlhf.batch import Experience, Prompts, TokenBatch
+from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.errors import DataError, TrainingError
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.pipeline import Loss
-from megarlhf.trainers import sft
-from megarlhf.trainers.capsule import read_batch, read_notes, tensors_of, texts_of, write_capsule
+from megarlhf.trainers import ppo, sft
+from megarlhf.trainers.capsule import leave_capsule, read_batch, read_notes, tensors_of, texts_of, write_capsule
+from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.replay import ReplayConfig, main
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.ranks import run_ranks
+from tests.models.worlds import language_model, score_model
 from tests.trainers.test_killed import config
+from tests.trainers.test_resume import ppo_settings
 from tests.trainers.test_splits import experience
 
 LAYOUT = ParallelLayout(data=2)
@@ -80,7 +87,7 @@ def replay(capsule: str) -> tuple[int, str]:
 
 
 def test_an_exploding_step_is_taken_again_on_one_rank(tmp_path: Path) -> None:
-    changes = {"optim": {"lr": 1e30}, "max_skipped_steps": 0, "save_every": 0, "keep_best": ""}
+    changes = {"optim": {"lr": 1e12}, "max_skipped_steps": 0, "save_every": 0, "keep_best": ""}
     said = run_ranks(explode, 2, config(tmp_path, **changes))
     capsule = tmp_path / "capsules" / "step_00000001"
     assert f"megarlhf replay capsule={capsule} takes the step again" in said[0]
@@ -134,7 +141,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
         in said[0]
     )
     capsule = tmp_path / "capsules" / "step_00000002"
-    assert f"what the others did is in {capsule}" in said[0]
+    assert f"the batch is in {capsule}" in said[0]
     assert read_notes(capsule)[0].rank == 0
     assert not list((tmp_path / "ranks").iterdir())
 
@@ -162,3 +169,86 @@ def test_what_is_no_optimiser_step_is_refused(tmp_path: Path) -> None:
     run_ranks(write_batches, 1, str(tmp_path))
     with pytest.raises(DataError, match=r"step 1 was no optimiser step \(batch: Prompts\)"):
         main(ReplayConfig(capsule=tmp_path / "capsules" / "step_00000001"), [])
+
+
+def spoil_ppo(cfg: PPOConfig) -> str:
+    """The critic's loss is no number in the third iteration, while the state after the second is being written."""
+    value_loss = ppo.value_loss
+    calls = 0
+
+    def spoilt(critic: TrainableRole, cfg: PPOConfig) -> Loss:
+        nonlocal calls
+        calls += 1
+        whole, factor = value_loss(critic, cfg), float("nan") if calls == 3 else 1.0
+
+        def loss(hidden: Tensor, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            total, count, metrics = whole(hidden, rows)
+            return total * factor, count, metrics
+
+        return loss
+
+    mesh, inputs = start(cfg.layout, seed=1), ppo.prepare(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "value_loss", spoilt)
+        with pytest.raises(TrainingError) as failed:
+            ppo.train(cfg, inputs, ["ppo"], mesh=mesh)
+    return str(failed.value)
+
+
+def test_a_step_of_ppo_is_taken_again_with_offloading_though_a_state_was_being_written(tmp_path: Path) -> None:
+    shape = {"vocab_size": 160, "max_position_embeddings": 128}
+    language_model(tmp_path / "actor", seed=4, **shape)
+    score_model(tmp_path / "judge", seed=5, **shape)
+    run_dir = tmp_path / "run"
+    cfg = ppo_settings(run_dir, ParallelLayout(), str(tmp_path), max_skipped_steps=0)
+    assert cfg.offload == "host"
+    (said,) = run_ranks(spoil_ppo, 1, cfg)
+    capsule = run_dir / "capsules" / "step_00000002"
+    assert "1 optimiser steps in a row were skipped" in said
+    assert f"megarlhf replay capsule={capsule} takes the step again" in said
+    assert latest_state(run_dir / "checkpoints") == run_dir / "checkpoints" / "step_00000002"  # it was not lost
+    for expected in ("weights of the failed step", "weights of step_00000002, the newest saved state"):
+        ((code, printed),) = run_ranks(replay, 1, str(capsule))
+        assert f"4 rows, {expected}: the step is finite here." in printed
+        assert code == 0
+        shutil.rmtree(capsule / "weights", ignore_errors=True)
+
+
+def note_of(**changes: Any) -> dict[str, Any]:
+    texts = ("reason", "where", "role", "collective", "attempt", "kind", "command", "config")
+    note: dict[str, Any] = {**dict.fromkeys(texts, ""), "step": 1, "rank": 0, "data_rank": 0, "world_size": 1}
+    return {**note, "texts": {}, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank": "../0"}, r"rank_0\.json cannot be read \(rank: Input should be a valid integer\)"),
+        ({"texts": ["x"]}, r"cannot be read \(texts: Input should be an object\)"),
+        ({"kind": 5}, r"cannot be read \(kind: Input should be a valid string\)"),
+        ({"kind": "TokenBatch"}, r"rank_0\.safetensors: no TokenBatch of a failed step"),
+    ],
+)
+def test_what_no_run_has_written_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "rank_0.json").write_text(json.dumps(note_of(**changes)))
+    with pytest.raises(DataError, match=said):
+        main(ReplayConfig(capsule=tmp_path), [])
+
+
+def test_a_reason_is_text_and_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gloo says which source file closed a connection, in brackets that begin with a slash."""
+    reason = "RuntimeError: [/pytorch/gloo/pair.cc:598] Connection closed"
+    (tmp_path / "rank_0.json").write_text(json.dumps(note_of(reason=reason)))
+    with pytest.raises(DataError, match="was no optimiser step"):
+        main(ReplayConfig(capsule=tmp_path), [])
+    assert "[/pytorch/gloo" in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_hide_why_there_should_be_a_capsule(tmp_path: Path) -> None:
+    (tmp_path / "capsules").write_text("a file stands for a disk that refuses")
+    (said,) = run_ranks(say, 1, str(tmp_path))
+    assert said.startswith(f"no capsule was left, since {tmp_path}/capsules/step_00000000 cannot be written (")
+
+
+def say(run_dir: str) -> str:
+    return leave_capsule(Path(run_dir), "a reason", start(ParallelLayout(), seed=1))
