@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from megarlhf.batch import Experience, Prompts
+from megarlhf.errors import MegarlhfError
 from megarlhf.models.role import TrainableRole
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
@@ -352,12 +353,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--repeats", type=int, default=5, help="measured rounds (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads of both sides (default 2)")
+    parser.add_argument("--repeats", type=_count, default=5, help="measured rounds (default 5)")
+    parser.add_argument("--threads", type=_count, default=2, help="torch threads of both sides (default 2)")
     defaults = Sizes(256, 4, 8, 4, 1024, 512, 8, 8, 32, 64, 64, 64)
     for name, value in asdict(defaults).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default {value}")
-    return parser.parse_args(arguments)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=_count, default=value, help=f"default {value}")
+    args = parser.parse_args(arguments)
+    if args.hidden % (2 * args.heads) or args.heads % args.kv_heads or args.new_tokens < 4:
+        parser.error("--hidden must be a multiple of 2 x --heads, --heads of --kv-heads, and --new-tokens at least 4")
+    return args
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; give a whole number of at least 1")
+    return int(text)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -365,9 +375,13 @@ def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     sizes = Sizes(**{name: vars(args)[name] for name in Sizes.__dataclass_fields__})
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as directory:
-        bench, mesh = build(sizes, Path(directory))
-        measure(bench, args.repeats, mesh.device)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            bench, mesh = build(sizes, Path(directory))
+            measure(bench, args.repeats, mesh.device)
+    except MegarlhfError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
     rows = results(bench)
     print(f"{'phase':<16}{'seconds':>9}{'tokens/s':>10}{'GFLOP/s':>9}{'peak MiB':>10}{'transformers':>14}{'ratio':>7}")
     for row in rows:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 from statistics import median
 
@@ -52,3 +54,30 @@ def test_json_is_complete_and_adds_up(tmp_path: Path) -> None:
     flops = {name: row["flops_per_s"] * row["seconds"] for name, row in phases.items()}
     assert flops["update_critic"] == pytest.approx(3 * flops["score_critic"])
     assert flops["score_actor"] - flops["score_critic"] == pytest.approx(2 * RESPONSES * 160 * 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--prompts 0", "argument --prompts: 0 is no count; give a whole number of at least 1"),
+        ("--repeats x", "argument --repeats: x is no count; give a whole number of at least 1"),
+        ("--heads 3", "--hidden must be a multiple of 2 x --heads, --heads of --kv-heads"),
+        ("--hidden 34", "--hidden must be a multiple of 2 x --heads"),
+        ("--heads 4 --kv-heads 3", "--heads of --kv-heads"),
+        ("--new-tokens 3", "--new-tokens at least 4"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(change: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*TINY.split()[:-1], *change.split()])
+    assert message in capsys.readouterr().err
+
+
+def test_a_workload_that_does_not_divide_is_one_message() -> None:
+    assert run_ranks(_refused, 1, ()) == [(2, "global_batch=4 is 4 rows a data rank, not divisible by micro_batch=64")]
+
+
+def _refused(_: object) -> tuple[int, str]:
+    with redirect_stderr(io.StringIO()) as said:
+        code = main([*TINY.replace("--micro-batch 4", "").split()[:-1], "--group", "2"])
+    return code, said.getvalue().splitlines()[-1].partition(";")[0]
