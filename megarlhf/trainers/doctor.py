@@ -114,6 +114,7 @@ def _run(cfg: DoctorConfig, inputs: PPOInputs) -> None:
         gates.append(gate)
         console.print(_verdict(gate), soft_wrap=True)
     failing = [gate.name for gate in gates if gate.fails]
+    console.print(_tally(gates), soft_wrap=True)
     if failing:
         raise TrainingError(f"{len(failing)} gates fail: {', '.join(failing)}; do what stands below each of them.")
 
@@ -127,6 +128,11 @@ def environment(cfg: DoctorConfig) -> Table:
     for choice in (*resolve(cfg.compute, device).choices, cfg.policy_loss_choice):
         table.add_row(choice.part, f"{choice.implementation} ({choice.reason})")
     return table
+
+
+def _tally(gates: Sequence[Gate]) -> Text:
+    holding, skipped = sum(gate.holds for gate in gates), sum(bool(gate.skipped) for gate in gates)
+    return Text(f"{holding} of {len(gates) - skipped} gates hold" + (f", {skipped} skipped" if skipped else ""))
 
 
 def _verdict(gate: Gate) -> Text:
