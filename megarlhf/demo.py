@@ -302,7 +302,7 @@ def _report(cfg: DemoConfig, outcome: Outcome, rows: Sequence[tuple[str, Interva
     before, after = outcome.sampled
     samples = tuple(
         SampleRow(
-            prompt=outcome.tokenizer.decode(outcome.prompts.tokens[i]),
+            prompt=outcome.prompts.said[i],
             answer=outcome.prompts.answers[i],
             before=JudgedResponse(before.responses[i], float(before.scores[i]), bool(before.correct[i])),
             after=JudgedResponse(after.responses[i], float(after.scores[i]), bool(after.correct[i])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class PromptSet:
     pad_id: int
     dropped: int
     """Rows left out because they were over the limit."""
+    said: Sequence[Any]
+    """The prompts as the data has them, text or conversations."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -48,6 +51,11 @@ class PromptSet:
             ids = ids + again * (max(self.ids) + 1)
         return Prompts(tokens, lengths, ids, tuple(self.answers[index] for index in chosen))
 
+    def said_in(self, prompt_ids: Tensor) -> list[Any]:
+        """The prompts of rollouts, as the data has them, by the ids that `batch` gave (int64 [B])."""
+        said = dict(zip(self.ids, self.said, strict=True))
+        return [said[index % (max(self.ids) + 1)] for index in prompt_ids.tolist()]
+
 
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     """Read, check and tokenise prompts.
@@ -60,7 +68,12 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     answers = ["" if row.columns.get("answer") is None else row.text("answer") for row in rows]
     kept = within_limit(config, rows, [len(ids) for ids in tokens])
     return PromptSet(
-        [tokens[i] for i in kept], [answers[i] for i in kept], kept, tokenizer.pad_id, len(rows) - len(kept)
+        [tokens[i] for i in kept],
+        [answers[i] for i in kept],
+        kept,
+        tokenizer.pad_id,
+        len(rows) - len(kept),
+        [rows[i].columns["prompt"] for i in kept],
     )
 
 

@@ -138,7 +138,7 @@ def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation],
 def _write(path: Path, inputs: EvalInputs, results: dict[str, Evaluation]) -> None:
     rows = [
         {
-            "prompt": inputs.tokenizer.decode(inputs.prompts.tokens[index]),
+            "prompt": inputs.prompts.said[index],
             "answer": inputs.prompts.answers[index],
             "decoding": name,
             "response": text,

@@ -152,7 +152,7 @@ def rows_of(rollout: Rollout, inputs: GenerateInputs) -> Iterator[dict[str, Any]
 def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer) -> tuple[PromptSet, Sequence[Any]]:
     if cfg.prompt:
         tokens = tokenizer.taking(cfg.prompts.control_tokens).encode_prompt(cfg.prompt, cfg.prompts.template)
-        return PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0), [cfg.prompt]
+        return PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0, said=[cfg.prompt]), [cfg.prompt]
     return load_prompts(cfg.prompts, tokenizer), [row.columns["prompt"] for row in load_rows(cfg.prompts, prompt_rows)]
 
 

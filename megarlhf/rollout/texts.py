@@ -6,12 +6,6 @@ from megarlhf.batch import Rollout
 from megarlhf.data.tokenizer import Tokenizer
 
 
-def prompt_texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The prompts, special tokens left out."""
-    rows = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), strict=True)
-    return tuple(tokenizer.decode(row[:end]) for row, end in rows)
-
-
 def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[str, ...]:
     """The responses, EOS and other special tokens left out."""
     rows = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)

@@ -247,7 +247,8 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
         # Where an epoch ends and the next begins a prompt can come twice, and perhaps on two data ranks.
         prompts = inputs.prompts.batch(loader.local(rows), again=loader.local(occurrence(rows)))
         done = ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
-        judged = judged_rollouts(done.experience.rollout, done.scores, inputs.tokenizer, cfg.verifier)
+        rollout = done.experience.rollout
+        judged = judged_rollouts(rollout, done.scores, inputs.tokenizer, cfg.verifier, inputs.prompts)
         if writer is not None and iteration % cfg.samples_every == 0:
             writer.samples(judged[: cfg.samples], iteration + 1)
         metrics = {**done.metrics, **accuracy_metric(judged)}

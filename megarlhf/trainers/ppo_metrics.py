@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megarlhf.batch import Experience, Rollout
+from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.role import Role, Update
 from megarlhf.models.roles import Roles
@@ -15,7 +17,7 @@ from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.kl import kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
-from megarlhf.rollout.texts import prompt_texts, response_texts
+from megarlhf.rollout.texts import response_texts
 from megarlhf.rollout.verifiers import Verifier, verify
 from megarlhf.trainers.ppo_config import PPOConfig
 
@@ -88,11 +90,14 @@ def learner_metrics(actor: Sequence[Update], critic: Sequence[Update]) -> Metric
 
 
 def judged_rollouts(
-    rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier
-) -> list[dict[str, str | float | bool | None]]:
-    """Every rollout as text with its score, and the verifier's verdict where the data has an answer (else None)."""
+    rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier, prompts: PromptSet
+) -> list[dict[str, Any]]:
+    """Every rollout as text with its score, and the verifier's verdict where the data has an answer (else None).
+
+    A prompt is shown as `prompts` have it, text or a conversation.
+    """
     columns = zip(
-        prompt_texts(rollout, tokenizer),
+        prompts.said_in(rollout.prompt_ids),
         response_texts(rollout, tokenizer),
         rollout.answers,
         scores.tolist(),

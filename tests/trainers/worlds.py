@@ -21,7 +21,7 @@ from megarlhf.trainers.loop import StepGuard
 from megarlhf.trainers.ppo import Iteration, build_roles, ppo_iteration
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs
 
-NO_PROMPTS = PromptSet(tokens=[[1]], answers=[""], ids=[0], pad_id=0, dropped=0)
+NO_PROMPTS = PromptSet(tokens=[[1]], answers=[""], ids=[0], pad_id=0, dropped=0, said=[""])
 
 
 def ppo_config(run_dir: Path, layout: ParallelLayout, init: str, judge: str, **changes: Any) -> PPOConfig:

@@ -1,0 +1,52 @@
+"""Prompts keep what the data said, so that a reader sees no chat headers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from megarlhf.batch import Rollout
+from megarlhf.data.arithmetic import words
+from megarlhf.data.prompts import PromptSet, load_prompts
+from megarlhf.data.rows import DataConfig, pad_right
+from megarlhf.data.tokenizer import Tokenizer, build_tiny_tokenizer
+from megarlhf.trainers.ppo_metrics import judged_rollouts
+
+TALK = [{"role": "user", "content": "Tom has 5 apples."}, {"role": "assistant", "content": "5"}]
+PROMPTS = ["Tom has 5 apples.", "Tom has 5 apples. " * 40, TALK, "Eva has 7 shells."]
+
+
+def loaded(tmp_path: Path) -> tuple[PromptSet, Tokenizer]:
+    """Rendered with the chat template; the second is over the limit and dropped."""
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt, "answer": "5"}) + "\n" for prompt in PROMPTS))
+    tokenizer = build_tiny_tokenizer(words())
+    config = DataConfig(source=str(source), template="chat", max_tokens=64, overlong="drop")
+    return load_prompts(config, tokenizer), tokenizer
+
+
+def test_said_is_by_row_of_what_was_kept_and_by_id_of_what_was_rolled_out(tmp_path: Path) -> None:
+    prompts, tokenizer = loaded(tmp_path)
+    kept = [PROMPTS[0], TALK, PROMPTS[3]]
+    assert prompts.said == kept
+    assert tokenizer.decode(prompts.tokens[0]) != PROMPTS[0], "the header's words are among the tokens"
+    # The third prompt a second time: it is sampled as another prompt would be, and is still the third.
+    batch = prompts.batch(torch.tensor([2, 0, 1, 2]), again=torch.tensor([0, 0, 0, 1]))
+    assert prompts.said_in(batch.ids) == [kept[2], kept[0], kept[1], kept[2]]
+
+
+def test_samples_of_a_run_show_the_prompt_of_the_data(tmp_path: Path) -> None:
+    prompts, tokenizer = loaded(tmp_path)
+    batch = prompts.batch(torch.tensor([1, 0]))
+    response = tokenizer.encode_response("The answer is 5.")
+    tokens, lengths = pad_right([[*prompts.tokens[1], *response], [*prompts.tokens[0], *response]], tokenizer.pad_id)
+    quiet, ended = torch.zeros(2, tokens.shape[1] - 1), torch.tensor([True, True])
+    rollout = Rollout(tokens, batch.lengths, lengths, ended, quiet, batch.ids, batch.answers)
+    rows = judged_rollouts(rollout, torch.tensor([1.5, -1.0]), tokenizer, "arithmetic", prompts)
+    assert [row["prompt"] for row in rows] == [TALK, PROMPTS[0]]
+    assert [(row["response"], row["score"], row["correct"]) for row in rows] == [
+        ("The answer is 5.", 1.5, True),
+        ("The answer is 5.", -1.0, True),
+    ]
