@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from megarlhf.config import Config
-from megarlhf.errors import CheckpointError, ConfigError
-from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.errors import CheckpointError, ConfigError, LayoutError
+from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
 
 
 class RopeScaling(Config):
@@ -88,8 +88,36 @@ class ModelSpec(Config):
         layout.check_divides(f"{name} heads", self.heads, "tensor", layout.tensor)
         layout.check_divides(f"{name} query groups", self.kv_heads, "tensor", layout.tensor)
         layout.check_divides(f"{name} ffn_size", self.ffn_size, "tensor", layout.tensor)
-        axis = "pipeline" if layout.virtual_pipeline == 1 else "pipeline x virtual_pipeline"
-        layout.check_divides(f"{name} layers", self.layers, axis, layout.stages)
+        if not self.counts_ends(layout.stages):
+            axis = "pipeline" if layout.virtual_pipeline == 1 else "pipeline x virtual_pipeline"
+            layout.check_divides(f"{name} layers", self.layers, axis, layout.stages)
+
+    def counts_ends(self, stages: int) -> bool:
+        """Whether embedding and head count as a layer each when layers are dealt out: only then do stages divide them.
+
+        Llama 3.1 405B has 126 layers for the sake of this: 16 stages of 8, the first and the last with 7 of its layers.
+        """
+        return self.layers % stages != 0 and (self.layers + 2) % stages == 0 and self.layers + 2 >= 2 * stages
+
+    def layers_of(self, stages: int, *, first: bool, last: bool) -> int:
+        """Layers of one of `stages` equal pieces, the `first` or the `last` or one between."""
+        if self.counts_ends(stages):
+            return (self.layers + 2) // stages - first - last
+        return self.layers // stages
+
+    def check_fp8(self, layout: ParallelLayout) -> None:
+        """Raise LayoutError where a rank's part of a matrix has sides that FP8 products cannot take."""
+        for name, size in (
+            ("hidden_size", self.hidden_size),
+            ("heads * head_dim / layout.tensor", self.heads * self.head_dim // layout.tensor),
+            ("kv_heads * head_dim / layout.tensor", self.kv_heads * self.head_dim // layout.tensor),
+            ("ffn_size / layout.tensor", self.ffn_size // layout.tensor),
+        ):
+            if size % FP8_MULTIPLE:
+                raise LayoutError(
+                    f"compute.fp8 needs sides that are multiples of {FP8_MULTIPLE}, but {name}={size}; set "
+                    "compute.fp8=off, or choose another layout.tensor."
+                )
 
     @classmethod
     def from_hf(cls, directory: Path) -> ModelSpec:

@@ -183,6 +183,8 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         params_dtype=compute.dtype,
         bf16=compute.dtype == torch.bfloat16,
         fp8=compute.fp8,
+        # Scales of the numbers at hand: delayed ones are state, which sampling, scoring and a resume would not share.
+        fp8_recipe="tensorwise",
         # Micro-batches are trimmed to their longest row, so stages tell each other the shape; `parallel/pipeline.py`
         # says why interleaved ones do not. Batched messages would mix up forward and backward between two stages.
         variable_seq_lengths=layout.pipeline > 1 and layout.virtual_pipeline == 1,
@@ -202,8 +204,10 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         recompute_granularity="full" if compute.recompute else None,
         recompute_method="uniform" if compute.recompute else None,
         recompute_num_layers=1 if compute.recompute else None,
-        cuda_graph_impl="local" if compute.cuda_graphs else "none",
+        cuda_graph_impl="none",  # decode steps are captured; see `rollout/graphs.py`
         cuda_graph_scope=[],
+        account_for_embedding_in_pipeline_split=spec.counts_ends(layout.stages),
+        account_for_loss_in_pipeline_split=spec.counts_ends(layout.stages),
     )
 
 
@@ -254,6 +258,8 @@ def build_chunks(spec: ModelSpec, head: HeadKind, compute: Compute, mesh: Mesh) 
     Ranks:    every rank of the mesh calls it. Raises LayoutError when the layout does not divide the spec.
     """
     spec.check_layout(mesh.layout)
+    if compute.fp8 is not None:
+        spec.check_fp8(mesh.layout)
     config = transformer_config(spec, compute, mesh)
     layer, norm = layer_spec(compute.transformer_engine)
     chunks = mesh.layout.virtual_pipeline
@@ -273,7 +279,8 @@ def _build_chunk(
 ) -> LlamaModel:
     first = mesh.pipeline_rank == 0 and chunk in (None, 0)
     last = mesh.pipeline_rank == mesh.layout.pipeline - 1 and chunk in (None, mesh.layout.virtual_pipeline - 1)
-    block = TransformerBlockSubmodules(layer_specs=[layer] * (spec.layers // mesh.layout.stages), layer_norm=norm)
+    layers = spec.layers_of(mesh.layout.stages, first=first, last=last)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
     model = LlamaModel(
         spec,
         head,

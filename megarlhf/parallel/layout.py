@@ -7,6 +7,9 @@ from pydantic import Field
 from megarlhf.config import Config
 from megarlhf.errors import LayoutError
 
+FP8_MULTIPLE = 16
+"""Rows and columns of matrices that are multiplied in FP8 are multiples of it. Source: Transformer Engine."""
+
 
 class ParallelLayout(Config):
     """Tensor x pipeline x data parallelism of every model in the run."""
@@ -14,7 +17,8 @@ class ParallelLayout(Config):
     tensor: int = Field(default=1, ge=1)
     """Ranks that share each weight matrix (Megatron's tensor parallelism); divides heads, query groups and FFN size."""
     pipeline: int = Field(default=1, ge=1)
-    """Ranks that share the stack of layers (pipeline stages). Must divide the number of layers."""
+    """Ranks that share the stack of layers (pipeline stages). Must divide the number of layers, or that number and 2:
+    embedding and head then count as a layer each."""
     data: int = Field(default=1, ge=1)
     """Copies of the model, each on its own rollouts. Must divide every batch size."""
     sequence_parallel: bool = False

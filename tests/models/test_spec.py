@@ -138,3 +138,26 @@ def test_flops_of_a_forward_by_hand() -> None:
     attention = 2 * (2 * 4 * 5)  # scores and mixture: heads x width x keys, in multiply-adds
     expected = 10 * 3 * 2 * (matrices + attention) + 6 * 2 * 8 * 11
     assert spec.forward_flops(10, 5.0, 6) == expected
+
+
+@pytest.mark.parametrize(("stages", "pieces"), [(2, [63, 63]), (4, [31, 32, 32, 31]), (8, [15, *[16] * 6, 15])])
+def test_the_layers_of_405b_are_dealt_out_with_embedding_and_head(stages: int, pieces: list[int]) -> None:
+    """126 layers and two ends are 128: 8, 16 and 32 nodes of 8 GPUs hold them, where 126 divides by 7 and 9 only."""
+    spec = preset("llama3.1-405b")
+    spec.check_layout(ParallelLayout(tensor=8, pipeline=stages))
+    dealt = [spec.layers_of(stages, first=i == 0, last=i == stages - 1) for i in range(stages)]
+    assert dealt == pieces
+    assert sum(dealt) == 126
+    spec.check_layout(ParallelLayout(tensor=8, pipeline=16, virtual_pipeline=2))
+    with pytest.raises(LayoutError, match=r"layers=126 is not divisible by layout.pipeline=10"):
+        spec.check_layout(ParallelLayout(tensor=8, pipeline=10))
+    with pytest.raises(LayoutError, match=r"layers=4 is not divisible by layout.pipeline=6"):  # stages without a layer
+        preset("tiny-s").check_layout(ParallelLayout(pipeline=6))
+
+
+def test_fp8_wants_multiples_of_16_in_every_rank() -> None:
+    for name in ("llama3-8b", "llama3.1-405b", "llama3.2-1b"):
+        preset(name).check_fp8(ParallelLayout(tensor=8))
+    odd = preset("tiny-xs").model_copy(update={"ffn_size": 200})
+    with pytest.raises(LayoutError, match=r"multiples of 16, but ffn_size / layout.tensor=200; set compute.fp8=off"):
+        odd.check_fp8(ParallelLayout())

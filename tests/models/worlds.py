@@ -40,8 +40,9 @@ LAYOUTS = [
     ParallelLayout(pipeline=2, virtual_pipeline=2),
     ParallelLayout(tensor=2, pipeline=2),
     ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True),
+    ParallelLayout(pipeline=3),
 ]
-"""Every way to split one model over at most four ranks."""
+"""Every way to split one model over at most four ranks; three stages of four layers have 1, 2 and 1."""
 
 
 def name_of(layout: ParallelLayout) -> str:

@@ -43,6 +43,7 @@ LAYOUTS = [
     ParallelLayout(tensor=2),
     ParallelLayout(tensor=2, sequence_parallel=True),
     ParallelLayout(pipeline=2),
+    ParallelLayout(pipeline=3),
     ParallelLayout(tensor=2, pipeline=2),
     ParallelLayout(data=2),
 ]
