@@ -58,6 +58,7 @@ def evaluate(
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
         max_sequence_length=prompts.longest + sampling.max_new_tokens,
+        cuda_graphs=policy.settings.compute.cuda_graphs,
     )
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []

@@ -124,6 +124,7 @@ def rollouts(policy: FrozenRole, inputs: GenerateInputs, cfg: GenerateConfig) ->
         eos_id=inputs.tokenizer.eos_id,
         pad_id=inputs.tokenizer.pad_id,
         max_sequence_length=prompts.longest + cfg.sampling.max_new_tokens,
+        cuda_graphs=policy.settings.compute.cuda_graphs,
     )
     # Equal parts, none smaller than the data ranks: every one of them takes part in every collective.
     parts = min(-(-len(prompts) * cfg.group_size // ROLLOUTS), len(prompts) // mesh.size("data"))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megarlhf.batch import TokenRows
 from megarlhf.models.compute import Compute
+from megarlhf.models.fp8 import drop_fp8_copies, fp8_copies
 from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, guarded_step
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind, LlamaModel, build_chunks
@@ -145,7 +146,8 @@ class Role:
 
     def resident_bytes(self) -> int:
         """Bytes of this role on the device now."""
-        return resident_bytes(tensor for part in self.parts for tensor in self.tensors(part))
+        copies = fp8_copies(self.chunks) if self.settings.compute.fp8 else []
+        return resident_bytes([*copies, *(tensor for part in self.parts for tensor in self.tensors(part))])
 
     def score(self, batch: TokenRows) -> Tensor:
         """What the role's reading says of every row: [B, T] or [B] fp32, equal on all tensor and pipeline ranks."""
@@ -172,14 +174,19 @@ class Role:
             yield
         finally:
             for part in arrived:
-                self._offloaders[part].to_host(self._movable(part))
+                self._send_away(part)
 
     def leave(self) -> None:
         """Move everything to the host until `resident` asks for it; with `offload: none` everything stays."""
         if self.settings.offload == "host":
             for part in self.parts:
                 if not self._offloaders[part].is_away:
-                    self._offloaders[part].to_host(self._movable(part))
+                    self._send_away(part)
+
+    def _send_away(self, part: Part) -> None:
+        self._offloaders[part].to_host(self._movable(part))
+        if part == "weights" and self.settings.compute.fp8:
+            drop_fp8_copies(self.chunks)
 
     def _works_on(self, batch: TokenRows) -> None:
         self.mesh.trail.role, self.mesh.trail.work = self.name, batch

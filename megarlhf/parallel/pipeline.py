@@ -9,6 +9,7 @@ the same rank, and Megatron-Core 0.16.1 then takes the shape of an activation fo
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from megarlhf.batch import RowsT, TokenRows
 from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object
+from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
 from megarlhf.parallel.mesh import Mesh
 
 Read = Callable[[Tensor, Any], Tensor]
@@ -126,20 +128,26 @@ def _split(batch: RowsT, micro_batch: int, mesh: Mesh, *, may_repeat: bool) -> t
     return order, [part.trimmed(int((longest if interleaved else part.lengths).max()) - 1) for part in parts]
 
 
-def _inputs(part: TokenRows, mesh: Mesh, reads: Reads) -> tuple[Tensor, Tensor]:
+def _inputs(part: TokenRows, mesh: Mesh, reads: Reads, *, fp8: bool) -> tuple[Tensor, Tensor]:
     """[b, s] each: the tokens the model sees, and whether the hidden state that comes of one is read."""
     read = reads(part)
     inputs = part.tokens[:, : read.shape[1]]
-    if mesh.layout.sequence_parallel:
-        # Tensor ranks hold equal slices of the sequence.
-        missing = -inputs.shape[1] % mesh.layout.tensor
-        inputs, read = (torch.nn.functional.pad(x, (0, missing)) for x in (inputs, read))
+    multiple = sequence_multiple(len(inputs), mesh.layout, fp8=fp8)
+    missing = -inputs.shape[1] % multiple
+    inputs, read = (torch.nn.functional.pad(x, (0, missing)) for x in (inputs, read))
     return inputs, read
+
+
+def sequence_multiple(rows: int, layout: ParallelLayout, *, fp8: bool) -> int:
+    """Of what the padded length of `rows` rows must be a multiple: tensor ranks hold equal slices of the sequence under
+    sequence parallelism, and what a rank holds, b x s positions, goes into FP8 products."""
+    slices = layout.tensor if layout.sequence_parallel else 1
+    return slices * (FP8_MULTIPLE // math.gcd(FP8_MULTIPLE, rows) if fp8 else 1)
 
 
 def _forward(model: Any, part: TokenRows, mesh: Mesh, reads: Reads) -> Tensor:
     """Final hidden states [b, s, H] on the last stage; on the others, what is sent to the next."""
-    inputs, read = _inputs(part, mesh, reads)
+    inputs, read = _inputs(part, mesh, reads, fp8=model.config.fp8 is not None)
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     # "Padding" is what Megatron calls positions that need no work.
     return model(inputs, positions, None, padding_mask=~read)
@@ -156,7 +164,7 @@ def _schedule(
 ) -> None:
     config = chunks[0].config
     run = get_forward_backward_func(mesh.layout.pipeline, config.virtual_pipeline_model_parallel_size)
-    rows, positions = _inputs(parts[0], mesh, reads)[0].shape
+    rows, positions = _inputs(parts[0], mesh, reads, fp8=config.fp8 is not None)[0].shape
     run(
         forward_step_func=forward_step,
         data_iterator=[iter(parts) for _ in chunks],

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 
@@ -26,11 +25,10 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """This rank's generators, by name: torch's, and on a GPU its own and Megatron's trackers'."""
+    """This rank's generators, by name: torch's, and the GPU's where there is one."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        tracked = {f"tracker {name}": state for name, state in _tracker().get_states().items()}
-        states |= {"cuda": torch.cuda.get_rng_state(device), **tracked}
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
@@ -39,15 +37,12 @@ def restore_random_states(states: Mapping[str, Tensor], device: torch.device) ->
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
-        tracked = {n.removeprefix("tracker "): state for n, state in states.items() if n.startswith("tracker ")}
-        _tracker().set_states(tracked)
 
 
 def seed_model_parallel(seed: int) -> None:
-    """Seed Megatron's trackers: equal on data ranks, different on tensor and pipeline ranks (Megatron's rule)."""
+    """Seed torch's generators, and give Megatron the tracker of its inference, which tracks nothing.
+
+    There is no dropout, and weights are not drawn by Megatron: its layers draw nothing. CUDA graphs want this tracker.
+    """
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed % 2**31)
-
-
-def _tracker() -> Any:
-    return get_cuda_rng_tracker()
+    model_parallel_cuda_manual_seed(seed % 2**31, inference_rng_tracker=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,15 +14,16 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 
 from megarlhf.batch import Prompts, Rollout
 from megarlhf.errors import ConfigError, DataError, LayoutError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.collectives import all_reduce
+from megarlhf.parallel.layout import FP8_MULTIPLE
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.context import HostContext, RolloutContext
 from megarlhf.rollout.controller import Ledger, RolloutController
+from megarlhf.rollout.graphs import decode_graphs
 from megarlhf.rollout.sampling import SamplingConfig, occurrence, stream_ids, uniforms
 
 # Megatron's decorators hide from type checkers that this is a class.
@@ -34,8 +35,9 @@ CUDA_BLOCK_TOKENS = 256
 """Tokens in a block of the KV cache. Source: flash-attn's paged kernels want multiples of 256."""
 CUDA_MEMORY_SHARE = 0.8
 """Share of the free memory that the KV cache may take; the rest is for the activations of prefills."""
-CUDA_GRAPHS = 16
-"""Batch sizes, evenly spaced, for which decoding is captured. Source: Megatron-LM's default."""
+CUDA_GRAPHS = 8
+"""Batch sizes, evenly spaced, for which decoding is captured, in each layer and anew in each rollout. Megatron-LM takes
+16, and captures them once a run."""
 
 
 class RolloutEngine:
@@ -44,6 +46,7 @@ class RolloutEngine:
     model: the actor, a GPTModel of `spec` on `mesh`. eos_id: ends a response. pad_id: fills rows to the right.
     max_sequence_length: prompt plus response never get longer, in tokens. max_requests: rows decoded at once, for which
     the KV cache is allocated; on a GPU no more than its free memory holds. Further rows wait until some have finished.
+    cuda_graphs: capture decode steps.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class RolloutEngine:
         pad_id: int,
         max_sequence_length: int,
         max_requests: int = 512,
+        cuda_graphs: bool = False,
     ) -> None:
         if mesh.layout.virtual_pipeline > 1:
             raise LayoutError(
@@ -69,6 +73,7 @@ class RolloutEngine:
         self.pad_id = pad_id
         self.max_sequence_length = max_sequence_length
         self.max_requests = max_requests
+        self.cuda_graphs = cuda_graphs
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:
         """`group_size` responses to each prompt, adjacent. Each prompt is prefilled once, however many samples it has.
@@ -83,7 +88,10 @@ class RolloutEngine:
         _check_room(prompts, self.max_sequence_length)
         rows = prompts.repeat(group_size).to(self.mesh.device)
         ledger = self._ledger(rows, sampling, seed)
-        with torch.inference_mode(), _evaluating(self.model), self._engine(rows, ledger, sampling) as engine:
+        # Transformer Engine keeps FP8 copies of weights: they are of the weights before the last step, unless told so.
+        self.model.set_is_first_microbatch()
+        graphs = decode_graphs(self.model) if self.cuda_graphs else nullcontext()
+        with torch.inference_mode(), _evaluating(self.model), graphs, self._engine(rows, ledger, sampling) as engine:
             engine.drain()
         return self._rollout(rows, ledger)
 
@@ -101,17 +109,16 @@ class RolloutEngine:
     @contextmanager
     def _engine(self, rows: Prompts, ledger: Ledger, sampling: SamplingConfig) -> Iterator[_Engine]:
         """An engine with every prompt waiting; its cache is given back on exit."""
-        tensor = self.mesh.layout.tensor
         width = ledger.tokens.shape[1]
-        # Sequence parallelism splits a step's rows evenly over the tensor ranks.
-        max_requests = -(-min(self.max_requests, len(rows), self._rows_that_fit(width)) // tensor) * tensor
+        multiple = self._row_multiple
+        max_requests = -(-min(self.max_requests, len(rows), self._rows_that_fit(width)) // multiple) * multiple
         requests = _requests(rows, max_requests)
         context = self._context({row: count for row, count, _ in requests}, max_requests, width)
         config = InferenceWrapperConfig(
             hidden_size=self.spec.hidden_size,
             params_dtype=self.model.config.params_dtype,
             inference_batch_times_seqlen_threshold=-1,
-            padded_vocab_size=self.spec.padded_vocab(tensor),
+            padded_vocab_size=self.spec.padded_vocab(self.mesh.layout.tensor),
             inference_max_requests=max_requests,
             inference_max_seq_length=width,
         )
@@ -127,6 +134,11 @@ class RolloutEngine:
             yield engine
         finally:
             engine.release()
+
+    @property
+    def _row_multiple(self) -> int:
+        """Of what the rows of a step are a multiple: sequence parallelism splits them evenly over the tensor ranks."""
+        return self.mesh.layout.tensor * (FP8_MULTIPLE if self.model.config.fp8 is not None else 1)
 
     @property
     def _block_tokens(self) -> int | None:
@@ -148,7 +160,7 @@ class RolloutEngine:
         free, _ = torch.cuda.mem_get_info()
         bytes_per_row = -(-width // block) * block * self._bytes_per_token
         fit = torch.tensor(int(CUDA_MEMORY_SHARE * free) // bytes_per_row - 1, device=self.mesh.device)
-        rows = int(all_reduce(fit, self.mesh, "model", "min"))
+        rows = int(all_reduce(fit, self.mesh, "model", "min")) // self._row_multiple * self._row_multiple
         if rows < 1:
             raise ConfigError(
                 f"KV cache: two rows of {width} tokens need {2 * bytes_per_row / 2**30:.1f} GiB and "
@@ -168,19 +180,25 @@ class RolloutEngine:
             "num_attention_heads": self.spec.kv_heads,
             "max_sequence_length": width,
             "max_requests": max_requests,
-            "max_tokens": max(PREFILL_TOKENS, width, max_requests),
+            # The tokens of a step are padded to round numbers, for which there must be room too.
+            "max_tokens": RolloutContext.round_up_tokens(max(PREFILL_TOKENS, width, max_requests)),
             "buffer_size_gb": blocks * block * self._bytes_per_token / 2**30,
             "pg_collection": self.mesh.groups,
         }
         if self._block_tokens is None:
             return HostContext(**options)
-        graphs = CUDA_GRAPHS if self.model.config.cuda_graph_impl == "local" else None
-        return RolloutContext(
+        context = RolloutContext(
             **options,
             block_size_tokens=block,
-            num_cuda_graphs=graphs,
+            num_cuda_graphs=CUDA_GRAPHS if self.cuda_graphs else None,
             use_cuda_graphs_for_non_decode_steps=False,
         )
+        # The largest, `max_requests`, is among those that stay.
+        sizes = [
+            size for size in context.cuda_graph_batch_dimensions_list if size.token_count % self._row_multiple == 0
+        ]
+        context.cuda_graph_batch_dimensions_list = sizes
+        return context
 
     def _rollout(self, rows: Prompts, ledger: Ledger) -> Rollout:
         width = int(ledger.lengths.max())
@@ -204,6 +222,14 @@ class _Engine(DynamicInferenceEngine):
         if self.context.free_rows * 4 >= self.context.max_requests:
             super().schedule_waiting_requests()
 
+    def create_cuda_graphs(self, reset_context: bool = True) -> None:
+        """Capture every size by running it; as Megatron's own, without a progress bar of each rank at each rollout."""
+        if self.cuda_graph_impl == "local":
+            for size in self.context.cuda_graph_batch_dimensions_list:
+                tokens, positions = self.controller._dynamic_step_context_init(construct_graph_dimensions=size)
+                self.controller._dynamic_step_forward_logits(tokens, positions)
+                self.context.reset()
+
     async def async_bookkeep(self, *_step: Any) -> dict[str, Any]:
         """The controller has recorded the step."""
         return {}
@@ -221,10 +247,8 @@ class _Engine(DynamicInferenceEngine):
         self._run_coroutine_sync(drain())
 
     def release(self) -> None:
-        """Give the KV cache's memory back, and the CUDA graphs that point into it."""
+        """Give the KV cache's memory back."""
         self.context.deallocate_all_tensors()
-        if self.cuda_graph_impl == "local":
-            delete_cuda_graphs()
 
 
 @contextmanager

@@ -225,6 +225,7 @@ def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> Rol
         eos_id=inputs.tokenizer.eos_id,
         pad_id=inputs.tokenizer.pad_id,
         max_sequence_length=inputs.prompts.longest + cfg.sampling.max_new_tokens,
+        cuda_graphs=actor.settings.compute.cuda_graphs,
     )
 
 

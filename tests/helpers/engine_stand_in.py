@@ -129,6 +129,7 @@ class Linear(Module):
         elif parallel_mode == "row":
             in_features //= tp_size
         self.tp_group, self.parallel_mode, self.sequence_parallel = tp_group, parallel_mode, sequence_parallel
+        self.save_original_input = False
         self.weight = torch.nn.Parameter(torch.zeros(out_features, in_features, dtype=params_dtype))
         split: Any = self.weight
         split.tensor_model_parallel = parallel_mode is not None

@@ -1,0 +1,31 @@
+"""FP8 copies of weights: Transformer Engine keeps them between forwards, where no list of parameters shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from megarlhf.models.transformer import LlamaModel
+
+
+def fp8_copies(chunks: Iterable[LlamaModel]) -> list[Tensor]:
+    """The tensors behind the copies that exist now."""
+    copies = [copy for workspaces in _workspaces(chunks) for copy in workspaces.values()]
+    return [tensor for copy in copies for tensor in vars(copy).values() if isinstance(tensor, Tensor)]
+
+
+def drop_fp8_copies(chunks: Iterable[LlamaModel]) -> None:
+    """Give their memory back; the next forward makes them anew."""
+    for workspaces in _workspaces(chunks):
+        workspaces.clear()
+
+
+def _workspaces(chunks: Iterable[LlamaModel]) -> Iterator[dict[str, Any]]:
+    from megatron.core.extensions.transformer_engine import TELinear
+
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TELinear):
+                yield module._fp8_workspaces

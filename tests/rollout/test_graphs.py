@@ -1,0 +1,133 @@
+"""What is captured as a CUDA graph: decode steps, once a rollout, and nothing that is scored or trained on.
+
+Megatron-Core decides what to capture; the graph itself, which needs a GPU, is a stand-in that runs its layer again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer import cuda_graphs
+
+from megarlhf.batch import TokenBatch
+from megarlhf.models.optim import OptimConfig
+from megarlhf.models.role import LabelLogprobs
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import start
+from megarlhf.rollout import engine as engine_module
+from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.trainers.sft import next_token_loss
+from tests.helpers.ranks import run_ranks
+from tests.models.worlds import language_model, learner, ragged_rollout, settings
+from tests.rollout.worlds import EOS, PAD, as_tensors, prompts
+
+LAYERS = 4
+SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=6)
+
+
+class Graph:
+    """Stands in for Megatron's runner of one graph of one layer."""
+
+    captured: list[tuple[int, int, bool]]
+    """Layer, rows, and whether the step only decodes; of every graph so far."""
+    replayed: int
+    recorded_in_training: int
+
+    def __init__(self, layer: Any, *_rest: Any) -> None:
+        self.base_module = layer
+        self.status = cuda_graphs._GraphStatus.FWD_READY
+        self.is_first_layer = layer.layer_number == 1
+        self.fwd_graph_recorded = self.bwd_graph_recorded = self.cudagraph_created = False
+        self.fwd_graph: object = None
+        self.fwd_graph_outputs: Any = None
+
+    def eval(self) -> None:
+        """A rollout has no gradients."""
+
+    def create_fwd_graph(self, args: Any, kwargs: dict[str, Any], **_rest: Any) -> None:
+        self.fwd_graph = self
+        self.fwd_graph_outputs = torch.nn.Module.__call__(self.base_module, *args, **kwargs)
+        rows, decodes = len(kwargs["hidden_states"]), kwargs["dynamic_inference_decode_only"]
+        Graph.captured.append((self.base_module.layer_number, rows, decodes))
+
+    def replay_graph_capture(self, _first: bool, args: Any, kwargs: dict[str, Any]) -> Any:
+        Graph.replayed += 1
+        return torch.nn.Module.__call__(self.base_module, *args, **kwargs)
+
+    def record_graph_capture(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        Graph.recorded_in_training += 1
+        return torch.nn.Module.__call__(self.base_module, *args, **kwargs)
+
+
+@contextmanager
+def graphs_here(streams: list[Any]) -> Iterator[None]:
+    """A machine on which graphs can be captured, as far as Megatron asks; `streams`: those that it goes over to."""
+    Graph.captured, Graph.replayed, Graph.recorded_in_training = [], 0, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "CUDA_BLOCK_TOKENS", 8)
+        patch.setattr(cuda_graphs, "_CudaGraphRunner", Graph)
+        patch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        patch.setattr(torch.cuda, "graph_pool_handle", object)
+        patch.setattr(torch.cuda, "current_stream", lambda *_: "the stream before")
+        patch.setattr(torch.cuda, "set_stream", streams.append)
+        yield
+
+
+def roll_and_learn(directory: str) -> dict[str, Any]:
+    mesh = start(ParallelLayout(), seed=1)
+    shared = settings(mesh, 3)
+    # Full recompute is for training; Megatron would refuse both at once.
+    shared = dataclasses.replace(shared, compute=dataclasses.replace(shared.compute, cuda_graphs=True, recompute=True))
+    role = learner(directory, LabelLogprobs(1.0), shared, mesh, OptimConfig(lr=0.01))
+    on_gpu = dataclasses.replace(mesh, device=torch.device("cuda"))
+    plain, graphed = (
+        RolloutEngine(
+            role.model, role.spec, on_gpu, eos_id=EOS, pad_id=PAD, max_sequence_length=40, cuda_graphs=compute
+        )
+        for compute in (False, shared.compute.cuda_graphs)
+    )
+    streams: list[Any] = []
+    found: dict[str, Any] = {"captured": [], "same": [], "left": []}
+    rows = ragged_rollout(8)
+    batch = TokenBatch(rows.tokens, rows.lengths, rows.response_mask)
+    with graphs_here(streams):
+        for _ in range(2):
+            drawn = [sampler.generate(prompts(), SAMPLING, seed=7, group_size=4) for sampler in (plain, graphed)]
+            found["same"].append(all(torch.equal(a, b) for a, b in zip(*map(as_tensors, drawn), strict=True)))
+            found["captured"].append(list(Graph.captured))
+            Graph.captured.clear()
+            found["replayed"] = Graph.replayed
+            for _ in range(2):  # ragged, twice: the second found a graph of another shape
+                role.score(rows)
+                assert role.update(batch, next_token_loss(role)).stepped
+            record = cuda_graphs._CudagraphGlobalRecord
+            managers = [m for m in role.model.modules() if isinstance(m, cuda_graphs.CudaGraphManager)]
+            left = [*record.cudagraph_record, *record.cudagraph_inference_record, *Graph.captured, *managers]
+            found["left"].append((len(left), Graph.recorded_in_training, role.model.config.cuda_graph_impl))
+    found["stream"] = streams[-1]
+    found["tracker"] = get_cuda_rng_tracker().get_states()
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
+def test_graphs_belong_to_decode_steps_alone(tmp_path: Path) -> None:
+    language_model(tmp_path, seed=1)
+    found = run_ranks(roll_and_learn, 1, str(tmp_path))[0]
+    # 20 rows: eight sizes would be 2 or 3 rows apart, but Megatron takes multiples of 8, and the greatest.
+    sizes = [20, 16, 8]
+    expected = sorted((layer, size, True) for layer in range(1, LAYERS + 1) for size in sizes)
+    assert [sorted(captured) for captured in found["captured"]] == [expected] * 2
+    assert found["replayed"] >= 2 * LAYERS * (SAMPLING.max_new_tokens - 1)
+    assert found["same"] == [True, True]
+    assert found["left"] == [(0, 0, "none")] * 2
+    assert found["stream"] == "the stream before"  # Megatron leaves its own behind
+    assert found["tracker"] == {}  # its layers draw nothing, which is what it wants to hear
