@@ -18,11 +18,11 @@ SMALL = (
 )
 
 
-def demo(run_dir: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+def demo(run_dir: Path, *settings: str, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
     output = run_dir.parent / "output.txt"
     with output.open("w") as file:  # a pipe would be held open by the writer processes of checkpoints
         command = [sys.executable, "-m", "megarlhf.cli", "demo", f"run_dir={run_dir}", *settings]
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=280, check=False)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=timeout_s, check=False)
     return subprocess.CompletedProcess(command, done.returncode, output.read_text())
 
 
@@ -76,6 +76,20 @@ def test_metrics_of_ppo_keep_their_promises(finished: tuple[Path, str]):
     assert rows[2]["policy/first_ratio_gap"] < 1e-5
     assert rows[2]["policy/first_clip_fraction"] == 0.0
     assert max(row["rollout/sampler_gap_max"] for row in rows) < 1e-5
+    assert {row["rollout/verified"] for row in rows} == {32}
+    assert not any(row["warning/over_optimised"] or row["warning/kl_over_bound"] for row in rows)
+
+
+@pytest.mark.slow
+def test_the_whole_demo_helps_and_warns_of_nothing(tmp_path: Path):
+    done = demo(tmp_path / "run", timeout_s=3000)
+    assert done.returncode == 0, done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["gain_ci95"][0] > 0.3  # README: at least 42 points for each of three seeds
+    assert summary["ppo_accuracy_greedy"] > summary["sft_accuracy_greedy"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert not any(row["warning/over_optimised"] or row["warning/kl_over_bound"] for row in rows)
+    assert "warning, iteration" not in done.stdout
 
 
 def test_a_second_call_runs_no_finished_stage_again(finished: tuple[Path, str]):
