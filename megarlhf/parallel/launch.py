@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from megarlhf.errors import LayoutError, MegarlhfError, RunStopped, complain
+from megarlhf.errors import LayoutError, MegarlhfError, RunFinished, RunStopped, complain
 from megarlhf.parallel import local_ranks
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.local_ranks import COURTESY_S, FAILED, FAILURES, LAUNCHER, exit_code, is_echo
@@ -104,7 +104,7 @@ def fail(error: Exception) -> NoReturn:
         if is_echo(error):
             time.sleep(COURTESY_S)
         # A stop is every rank's; with the input, the ranks of a machine find the same fault.
-        if not isinstance(error, RunStopped) or os.environ.get("RANK", "0") == "0":
+        if not isinstance(error, RunStopped | RunFinished) or os.environ.get("RANK", "0") == "0":
             _say_once(text)
     _leave(exit_code(error))
 

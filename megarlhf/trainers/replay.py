@@ -191,9 +191,9 @@ def _print_notes(notes: Sequence[Note]) -> None:
 def _report(update: Update, origin: str, found: Sequence[str], rows: int) -> None:
     says = "finite here" if update.stepped else "not finite here either"
     console = Terminal()
-    console.print(f"{rows} rows, weights {origin}: the step is {says}.")
-    console.print(f"loss {update.means.loss}, gradient norm {update.grad_norm}")
+    console.print(f"{rows} rows, weights {origin}: the step is {says}.", soft_wrap=True)
+    console.print(f"loss {update.means.loss}, gradient norm {update.grad_norm}", soft_wrap=True)
     if found:
-        console.print(f"first output that is not finite: {found[0]}")
+        console.print(f"first output that is not finite: {found[0]}", soft_wrap=True)
     elif not update.stepped:
-        console.print("every module's output is finite: the loss or its gradient is not")
+        console.print("every module's output is finite: the loss or its gradient is not", soft_wrap=True)
