@@ -18,6 +18,8 @@ MOST_WHOLE = 10**18
 """Largest whole number, a seed for example: what 64 bits keep with room for sums."""
 LONGEST_PATH, LONGEST_NAME = 4096, 255
 """Bytes that Linux's file systems take, of a path and of each name in it."""
+PLACES = ("init", "model", "reward", "source", "tokenizer")
+"""Settings that are a path or a name of another kind: as paths, they must be ones that can be looked for."""
 
 
 class Config(pydantic.BaseModel):
@@ -37,9 +39,9 @@ class Config(pydantic.BaseModel):
 
     @pydantic.field_validator("*", mode="after")
     @classmethod
-    def _makes_sense(cls, value: Any) -> Any:
+    def _makes_sense(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         for item in value if isinstance(value, tuple | list) else (value,):
-            _check(item)
+            _check(Path(item) if isinstance(item, str) and info.field_name in PLACES else item)
         return value
 
     def to_yaml(self) -> str:

@@ -35,6 +35,8 @@ class Outer(Config):
     """A count."""
     bound: float | None = None
     """A bound."""
+    model: str = ""
+    """A directory or a name."""
     inner: Inner = Inner()
     """A group."""
 
@@ -87,6 +89,8 @@ def test_no_number_of_any_command_takes_a_value_without_sense(command: str, valu
         ("inner.rate=1e-400", "setting inner.rate=1e-400: not a YAML value ('1e-400': too small for a number"),
         ('words="a\\0b"', "setting words = 'a\\x00b': should not contain a NUL character; give text."),
         ('path="a\\0b"', "setting path = 'a\\x00b': should not contain a NUL character; give path."),
+        (f"model={'a' * 256}", "should be a path that a file system takes, of names of at most 255 bytes; give text."),
+        ('model="a\\0b"', "setting model = 'a\\x00b': should not contain a NUL character; give text."),
         (f"path={'a' * 256}", "should be a path that a file system takes, of names of at most 255 bytes; give path."),
         (f"path={'a/' * 2500}", "should be a path that a file system takes, of names of at most 255 bytes; give path."),
     ],
