@@ -348,6 +348,15 @@ def test_an_axis_names_no_number_that_the_quantity_cannot_have(
     assert all(lowest <= number <= highest for number in numbers), numbers
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.3])
+def test_a_flat_fraction_has_the_whole_axis(value: float) -> None:
+    rows = [{"step": step, "rollout/accuracy": value} for step in (20, 30)]
+    texts = re.findall(
+        r"<text[^>]*>([^<]*)</text>", curves_svg(Panel("Panel", ("rollout/accuracy",)), rows, prefix="p")
+    )
+    assert sorted(float(text) for text in texts if float(text) < 20) == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_a_legend_stands_above_the_curves(tmp_path: Path) -> None:
     rows = [{"step": step, "policy/clip_fraction": 0.1, "value/clip_fraction": 0.2} for step in range(9)]
     svg = curves_svg(Panel("Clip fraction", ("policy/clip_fraction", "value/clip_fraction")), rows, prefix="p")
