@@ -66,6 +66,7 @@ SPLITS = [
     Split(ParallelLayout(tensor=2, sequence_parallel=True), 2),
     Split(ParallelLayout(pipeline=2), 2, distributed=True),
     Split(ParallelLayout(pipeline=2, virtual_pipeline=2), 2, distributed=True),
+    Split(ParallelLayout(pipeline=3), 2, distributed=True),  # 1, 2 and 1 of four layers
     Split(ParallelLayout(data=2), 2),
     Split(ParallelLayout(data=2), 4, distributed=True),
     Split(ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), 2),
