@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megarlhf import __version__
-from megarlhf.errors import ConfigError, MegarlhfError, complain
+from megarlhf.errors import ConfigError, MegarlhfError, complain, printable
 
 if TYPE_CHECKING:
     from megarlhf.config import Config
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not refused(error):
             raise
         place = Path(error.filename or ".")
-        sys.stderr.write(f"{_who()}{place}: {reason(error)}; {remedy(place)}.\n")
+        sys.stderr.write(printable(f"{_who()}{place}: {reason(error)}; {remedy(place)}.\n"))
         return FAILED
 
 

@@ -26,7 +26,7 @@ from megarlhf.data.arithmetic import ArithmeticConfig
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError
+from megarlhf.errors import ConfigError, printable
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import Interval, mean, paired_difference, share
 from megarlhf.models.optim import OptimConfig
@@ -188,7 +188,7 @@ def _stage(
         if (settings.run_dir / "config.yaml").read_text() != settings.to_yaml():
             raise ConfigError(f"{settings.run_dir} was made with other settings; remove it or choose another run_dir.")
         if mesh.is_main:
-            sys.stderr.write(f"{settings.run_dir} is done; its model is in {stage.model_dir}\n")
+            sys.stderr.write(printable(f"{settings.run_dir} is done; its model is in {stage.model_dir}\n"))
         return float(json.loads(clock.read_text()))
     with sole_run(settings, mesh):
         on_main(lambda: _clear(settings.run_dir), mesh)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megarlhf.errors import ConfigError
+from megarlhf.errors import ConfigError, printable
 from megarlhf.observe.files import writing
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -93,7 +93,8 @@ def _taken(lock: Path, what: str, setting: str) -> int:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            sys.stderr.write(f"{what}: no locks on this file system ({error.strerror}); start no second writer.\n")
+            text = f"{what}: no locks on this file system ({error.strerror}); start no second writer.\n"
+            sys.stderr.write(printable(text))
         # The last holder may have removed the file between these two calls: then this one is nobody's any more.
         if _is_at(handle, lock):
             return handle

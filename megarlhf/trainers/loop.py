@@ -17,7 +17,15 @@ from megarlhf.checkpoint.sharded import save_weights, weight_bytes
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Best, Position, latest_state, load_state
 from megarlhf.data.loader import Loader
-from megarlhf.errors import CheckpointError, ConfigError, MegarlhfError, OutputError, RunStopped, TrainingError
+from megarlhf.errors import (
+    CheckpointError,
+    ConfigError,
+    MegarlhfError,
+    OutputError,
+    RunStopped,
+    TrainingError,
+    printable,
+)
 from megarlhf.models.finite import not_finite
 from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe.files import reason, refused, remedy
@@ -293,7 +301,7 @@ def better(best: Best | None, metric: str, step: int, metrics: Metrics) -> Best 
 def _say(text: str, lost: Sequence[str], mesh: Mesh) -> None:
     """One line on rank 0's standard error; what is lost comes after it."""
     if mesh.is_main:
-        sys.stderr.write("; ".join([text, *lost]) + "\n")
+        sys.stderr.write(printable("; ".join([text, *lost]) + "\n"))
 
 
 def run_steps(
