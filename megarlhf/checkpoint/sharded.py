@@ -19,6 +19,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megarlhf.checkpoint.buckets import write_now
 from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, leave_checksums, write_checksums
 from megarlhf.checkpoint.disk import check_room, saving
 from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
@@ -166,7 +167,9 @@ def save_weights(role: Role, directory: Path) -> None:
     check_room(directory, weight_bytes(role), f"the weights of the {role.name}", role.mesh)
     on_main(make, role.mesh)
     with role.resident("weights"), saving(directory):
-        dist_checkpointing.save(sharded_weights(role), str(directory), content_metadata={})
+        weights = sharded_weights(role)
+        request = dist_checkpointing.save(weights, str(directory), content_metadata={}, async_sharded_save=True)
+        write_now(request, role.mesh)
     # Each rank its own: the largest model would take one of them longer than the others may wait.
     with saving(directory):
         leave_checksums(directory, role.mesh.rank)

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import gc
 import json
-import queue
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -27,11 +25,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megarlhf.checkpoint.buckets import complete, on_host, write_buckets
 from megarlhf.checkpoint.checksums import leave_checksums, write_checksums
 from megarlhf.checkpoint.disk import causes, check_room, saving
 from megarlhf.checkpoint.training_state import BEST, LATEST, STATE, Position, random_file, role_state, state_name
@@ -91,10 +89,7 @@ class _Part:
 
     def complete(self) -> None:
         """Collective over the mesh. Raises CheckpointException on every rank where one could not write."""
-        for written in self.written:
-            self.request.async_fn_args[2].put(written)  # where Megatron looks for it
-        for finalize in self.request.finalize_fns:
-            finalize()
+        complete(self.request, self.written)
 
 
 @dataclass(frozen=True)
@@ -221,39 +216,17 @@ def _started(request: Any, directory: Path, rank: int) -> _Part:
     """A process has begun to write this rank's part of one role and its checksums."""
     if request.async_fn is None:
         return _Part(request)
-    buckets = request.async_fn_args[1]
-    if request.preload_fn is not None:
-        buckets = request.preload_fn()  # what a GPU holds, on the host
     word, theirs = Pipe(duplex=False)
-    process = start_helper(_write, request.async_fn.args[0], buckets, directory, rank, theirs)
+    process = start_helper(_write, request, on_host(request), directory, rank, theirs)
     theirs.close()  # so that a dead process reads as the end of the pipe
     return _Part(request, process, word)
 
 
-def _write(transforms: list[Any], buckets: list[Any], directory: Path, rank: int, word: Connection) -> None:
+def _write(request: Any, buckets: list[Any], directory: Path, rank: int, word: Connection) -> None:
     gc.disable()  # it would take apart what the rank has on its GPU
-    written = write_buckets(transforms, buckets)
+    written = write_buckets(request, buckets)
     try:
         leave_checksums(directory, rank)
     except OSError as error:
         written = error
     word.send(written)
-
-
-def write_buckets(transforms: list[Any], buckets: list[Any]) -> dict[int, Any] | Exception:
-    """What Megatron's writer says of its files, one a bucket, or why one failed.
-
-    Written by threads of this process: Megatron's would start processes of their own and wait for ever for one that was
-    killed.
-    """
-    results: Any = queue.SimpleQueue()  # Megatron puts (index, what it wrote or why not)
-
-    def write(index: int) -> None:
-        counts: Any = queue.Queue()
-        counts.put(index)
-        FileSystemWriterAsync.write_preloaded_data(transforms, index, buckets[index], results, counts, True)
-
-    with ThreadPoolExecutor(len(buckets)) as pool:
-        list(pool.map(write, range(len(buckets))))
-    written = dict(results.get() for _ in buckets)
-    return next((result for result in written.values() if isinstance(result, Exception)), written)

@@ -96,7 +96,7 @@ def _run_rank(work: Callable[[], object]) -> int:
 def fail(error: Exception) -> NoReturn:
     """End this rank: the user hears why, from the rank that failed first, and from one of those that say the same."""
     expected = isinstance(error, MegarlhfError)
-    trace = "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(error)).rstrip()
     text = str(error) if expected else f"rank {os.environ.get('RANK', '0')} failed:\n{trace}"
     if FAILURES in os.environ:
         local_ranks.note(error, text, Path(os.environ[FAILURES]))

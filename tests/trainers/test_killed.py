@@ -22,7 +22,7 @@ import torch
 
 from megarlhf.checkpoint import state_writer
 from megarlhf.checkpoint.training_state import latest_state
-from megarlhf.errors import RunStopped, TrainingError
+from megarlhf.errors import OutputError, RunStopped, TrainingError
 from megarlhf.models.role import LabelLogprobs
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
@@ -349,3 +349,14 @@ def test_a_dead_rank_leaves_nobody_writing(number: int, tmp_path: Path) -> None:
     process.join(120)
     assert process.exitcode == -number
     assert left_of(process.pid) == []
+
+
+def test_a_killed_writer_ends_the_run(tmp_path: Path) -> None:
+    """Its state is not whole, and no other comes of waiting; the one before stands."""
+    process = begun(config(tmp_path, ParallelLayout()), write_s=600)
+    wait_until(lambda: writing(tmp_path) and bool(psutil.Process(process.pid).children()), [process])
+    for writer in psutil.Process(process.pid).children():
+        writer.kill()
+    process.join(120)
+    assert process.exitcode == OutputError.exit_code
+    assert not saved(tmp_path)
