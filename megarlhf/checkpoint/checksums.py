@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megarlhf.errors import CheckpointError
+from megarlhf.observe.files import link_out, read_object
 from megarlhf.parallel.collectives import all_reduce
 from megarlhf.parallel.mesh import Mesh
 
@@ -28,30 +29,38 @@ def leave_checksums(directory: Path, rank: int) -> None:
 
 
 def write_checksums(directory: Path) -> None:
-    """Gather what the ranks have left in `directory` and below, sum the rest, and write it all to one file."""
+    """Gather what the ranks have left in `directory` and below, sum the rest, and write it all to one file.
+
+    Of a directory below that has checksums of its own, their file alone is summed: it stands for the others.
+    """
     sums: dict[str, str] = {}
     for part in sorted(directory.rglob(f"{CHECKSUMS}.*")):
         of_rank = json.loads(part.read_text(encoding="utf-8"))
         sums |= {(part.parent.relative_to(directory) / name).as_posix(): value for name, value in of_rank.items()}
         part.unlink()
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and path.name != CHECKSUMS and name not in sums:
-            sums[name] = checksum(path)
+    sums |= {name: checksum(directory / name) for name in _summed(directory) if name not in sums}
     (directory / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
-def check_checksums(directory: Path, remedy: str, mesh: Mesh | None = None) -> None:
+def check_checksums(
+    directory: Path, remedy: str, mesh: Mesh | None = None, *, within: tuple[str, ...] = (), but: str = ""
+) -> None:
     """Compare every file of `directory` with its sum; each rank reads its share of them.
 
+    within: the files and folders in it that must be listed; all of them by default.
+    but: leave out files whose names end so; what they hold is checked later.
     Ranks:    collective over the mesh; this process alone without one.
-    Raises:   CheckpointError with the remedy, on every rank, naming the first file that is missing or was changed.
+    Raises:   CheckpointError with the remedy, on every rank, naming the first file that is missing, was changed, leads
+              elsewhere or is not listed.
     """
-    try:
-        sums: dict[str, str] = json.loads((directory / CHECKSUMS).read_text(encoding="utf-8"))
-        names = sorted(sums)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory / CHECKSUMS} cannot be read ({error}); {remedy}.") from None
+    sums = _read(directory, remedy)
+    away = link_out(directory)
+    if away is not None:
+        raise CheckpointError(f"{away} is a link out of {directory}; put the file itself there, or {remedy}.")
+    for name in _summed(directory):
+        if name not in sums and (not within or name.partition("/")[0] in within):
+            raise CheckpointError(f"{directory / CHECKSUMS} does not list {name!r}; {remedy}.")
+    names = sorted(name for name in sums if not (but and name.endswith(but)))
     mine = range(len(names)) if mesh is None else range(mesh.rank, len(names), mesh.size("world"))
     first = next((index for index in mine if not _is_whole(directory / names[index], sums[names[index]])), len(names))
     if mesh is not None:
@@ -60,6 +69,30 @@ def check_checksums(directory: Path, remedy: str, mesh: Mesh | None = None) -> N
         path = directory / names[first]
         what = "was changed after it was saved" if path.is_file() else "is missing"
         raise CheckpointError(f"{path} {what}; {remedy}.")
+
+
+def _read(directory: Path, remedy: str) -> dict[str, str]:
+    path = directory / CHECKSUMS
+    try:
+        sums = read_object(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {remedy}.") from None
+    for name, value in sums.items():
+        inside = name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not isinstance(value, str):
+            raise CheckpointError(f"{path} cannot be read ({name!r} is no file in it with a sum); {remedy}.")
+    return sums
+
+
+def _summed(directory: Path) -> list[str]:
+    """The files that the checksums of `directory` list."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    nested = {path.parent for path in files if path.name == CHECKSUMS} - {directory}
+    return [
+        path.relative_to(directory).as_posix()
+        for path in files
+        if (path.name == CHECKSUMS) == (not nested.isdisjoint(path.parents))
+    ]
 
 
 def _is_whole(path: Path, expected: str) -> bool:

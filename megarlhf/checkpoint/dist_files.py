@@ -37,9 +37,11 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megarlhf.checkpoint.hf_files import CODES, check_finite
-from megarlhf.checkpoint.hf_pieces import Piece
+from megarlhf.checkpoint.hf_pieces import Piece, sizes_of
 from megarlhf.checkpoint.plain_metadata import PlainReader
 from megarlhf.errors import CheckpointError
+from megarlhf.models.spec import ModelSpec
+from megarlhf.models.transformer import HeadKind
 
 FORMAT = CheckpointingConfig("torch_dist", 1)
 ITEM_OVERHEAD = 1 << 12
@@ -70,26 +72,48 @@ def write_pieces(
     save_config(FORMAT, str(directory))
 
 
+def saved_tensors(reader: PlainReader, spec: ModelSpec, head: HeadKind) -> dict[str, TensorStorageMetadata]:
+    """What a checkpoint's metadata say of its tensors, once they are those of the model.
+
+    Raises:   CheckpointError naming the tensor that is missing, surplus or of another shape or type.
+    """
+    directory = Path(reader.path)
+    try:
+        found = maybe_load_config(str(directory))
+    except (OSError, ValueError, TypeError, RecursionError):
+        found = None
+    if found != FORMAT:
+        raise CheckpointError(f"{directory / 'metadata.json'}: expected {FORMAT}; {AGAIN}")
+    tensors: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    sizes = sizes_of(spec, head)
+    missing, extra = sorted(sizes.keys() - tensors.keys()), sorted(tensors.keys() - sizes.keys())
+    if missing or extra:
+        what = f"{missing[0]} is missing" if missing else f"{extra[0]!r} is not of the model that model.json describes"
+        raise CheckpointError(f"{directory}: {what}; {AGAIN}")
+    for key, size in sizes.items():
+        found, allowed = tuple(tensors[key].size), {size}
+        if key in ("embedding.word_embeddings.weight", "output_layer.weight") and size[0] > 1:
+            # Tensor ranks pad the vocabulary until it divides, and save a box each.
+            ranks = max(len(tensors[key].chunks), 1)
+            allowed.add((-(-size[0] // ranks) * ranks, *size[1:]))
+        if found not in allowed:
+            raise CheckpointError(f"{directory}: {key} is {list(found)}, model.json says {list(size)}; {AGAIN}")
+        if tensors[key].properties.dtype not in CODES:
+            raise CheckpointError(f"{directory}: {key} is of type {tensors[key].properties.dtype}; {AGAIN}")
+    return tensors
+
+
 class CheckpointReader:
     """A checkpoint that `save_model` or `write_pieces` wrote; everything but the numbers is checked when it is opened.
 
     Raises:   CheckpointError naming the tensor or file that is missing, surplus, truncated or of another shape or type.
     """
 
-    def __init__(self, directory: Path, pieces: Sequence[Piece]) -> None:
+    def __init__(self, directory: Path, spec: ModelSpec, head: HeadKind, pieces: Sequence[Piece]) -> None:
         self._directory = directory
         self._reader = PlainReader(directory, AGAIN.rstrip("."))
-        try:
-            if maybe_load_config(str(directory)) != FORMAT:
-                raise CheckpointError(f"{directory / 'metadata.json'}: expected {FORMAT}; {AGAIN}")
-            metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-            self._tensors: dict[str, TensorStorageMetadata] = dict(metadata.state_dict_metadata)  # type: ignore[arg-type]
-        except CheckpointError:
-            raise
-        except Exception as error:  # a damaged pickle or JSON surfaces as almost any type
-            raise CheckpointError(f"{directory}: cannot be read ({type(error).__name__}: {error}); {AGAIN}") from error
-        self._check_tensors({piece.key: piece.size for piece in pieces})
+        self._tensors = saved_tensors(self._reader, spec, head)
+        self._reader.set_up_storage_reader(self._reader.read_metadata(), is_coordinator=True)
         self._check_files()
         self._plans = {piece: self._plan(piece) for piece in pieces}
 
@@ -107,27 +131,6 @@ class CheckpointReader:
             raise CheckpointError(f"{where} cannot be read ({_first_line(error)}); {AGAIN}") from error
         check_finite(target, f"{self._directory}: {piece.key} at {list(piece.offset)}")
         return target
-
-    def _check_tensors(self, sizes: dict[str, tuple[int, ...]]) -> None:
-        missing, extra = sorted(sizes.keys() - self._tensors.keys()), sorted(self._tensors.keys() - sizes.keys())
-        if missing or extra:
-            what = (
-                f"{missing[0]} is missing" if missing else f"{extra[0]} is not of the model that model.json describes"
-            )
-            raise CheckpointError(f"{self._directory}: {what}; {AGAIN}")
-        for key, size in sizes.items():
-            tensor = self._tensors[key]
-            found, allowed = tuple(tensor.size), {size}
-            if key in ("embedding.word_embeddings.weight", "output_layer.weight") and size[0] > 1:
-                # Tensor ranks pad the vocabulary until it divides, and save a box each.
-                ranks = len(tensor.chunks)
-                allowed.add((-(-size[0] // ranks) * ranks, *size[1:]))
-            if found not in allowed:
-                raise CheckpointError(
-                    f"{self._directory}: {key} is {list(found)}, model.json says {list(size)}; {AGAIN}"
-                )
-            if tensor.properties.dtype not in CODES:
-                raise CheckpointError(f"{self._directory}: {key} is of type {tensor.properties.dtype}; {AGAIN}")
 
     def _check_files(self) -> None:
         """Every stored box has its bytes, and every file is there for some box."""

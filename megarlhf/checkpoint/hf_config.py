@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from megarlhf.checkpoint.hf_names import OURS, Normalisation
 from megarlhf.checkpoint.sharded import ModelDescription
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.errors import CheckpointError
-from megarlhf.models.spec import ModelSpec
+from megarlhf.models.spec import ModelSpec, read_config
 
 ARCHITECTURES = {"language": "LlamaForCausalLM", "scalar": "LlamaForSequenceClassification"}
 
@@ -40,7 +39,7 @@ def _kept(original: Path, spec: ModelSpec) -> dict[str, Any]:
         raise CheckpointError(
             f"{original}: differs from model.json in {', '.join(fields)}; remove it, and one is made from model.json."
         )
-    config = json.loads(original.read_text())
+    config = read_config(original.parent)
     config.pop("auto_map", None)  # names Python files to be run
     return config
 

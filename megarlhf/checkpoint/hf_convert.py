@@ -24,12 +24,12 @@ from megarlhf.checkpoint.checksums import check_checksums, write_checksums
 from megarlhf.checkpoint.dist_files import ITEM_OVERHEAD, CheckpointReader, write_pieces
 from megarlhf.checkpoint.hf_config import hf_config
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory, SafetensorsWriter
-from megarlhf.checkpoint.hf_names import normalisation, shape_of, tensor_names
+from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
 from megarlhf.checkpoint.nearby import check_place
-from megarlhf.checkpoint.sharded import MODEL, TOKENIZER, WEIGHTS, ModelDescription, describe_model
+from megarlhf.checkpoint.sharded import EXTRAS, MODEL, TOKENIZER, WEIGHTS, describe_model, say_left_out
 from megarlhf.errors import CheckpointError
-from megarlhf.models.spec import ModelSpec
+from megarlhf.models.spec import CONFIG, ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.observe.memory import PeakMemory
 from megarlhf.observe.progress import Progress
@@ -43,9 +43,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-EXTRAS = "huggingface"
-"""Folder of a model directory with CONFIG and GENERATION as they came."""
-CONFIG = "config.json"
 GENERATION = "generation_config.json"
 
 CUTS = 8
@@ -106,13 +103,10 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
     if (source / MODEL).is_file():
         raise CheckpointError(f"{source} is a megarlhf model directory already; to-hf converts those.")
     check_place(str(source), CONFIG)
-    config = _read_config(source)
-    files = SafetensorsDirectory(source)
     # A relative name could be a preset's; a path that begins with / is not.
     found = describe_model(str(source.absolute()))
-    scores = normalisation(config, source / CONFIG)
-    described = ModelDescription(spec=found.spec, head=found.head, **scores._asdict())
-    files.check(found.spec, found.head)
+    files = SafetensorsDirectory(source, found.spec, found.head)
+    say_left_out(str(source), files.left_out)
     groups = pieces_of(found.spec, found.head, layer_cuts=CUTS, vocabulary_cuts=CUTS)
     run = _Run(found.spec, found.head, groups, files.dtypes(), options, str(source))
 
@@ -128,9 +122,10 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
             (partial / WEIGHTS).mkdir()
             write_pieces(partial / WEIGHTS, groups, keys, data)
             write_checksums(partial / WEIGHTS)
-        (partial / MODEL).write_text(json.dumps(described.model_dump(mode="json"), indent=2) + "\n")
+        (partial / MODEL).write_text(json.dumps(found.model_dump(mode="json"), indent=2) + "\n")
         _copy(source, partial / TOKENIZER, TOKENIZER_FILES)
         _copy(source, partial / EXTRAS, (CONFIG, GENERATION))
+        write_checksums(partial)
         if options.verify:
             options.verify(source, partial)
     return run.result()
@@ -149,7 +144,7 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
     spec, head = described.spec, described.head
     groups = pieces_of(spec, head, layer_cuts=1, vocabulary_cuts=READ_CUTS)
     check_checksums(source / WEIGHTS, "save the model again")
-    reader = CheckpointReader(source / WEIGHTS, [piece for group in groups for piece in group])
+    reader = CheckpointReader(source / WEIGHTS, spec, head, [piece for group in groups for piece in group])
     stored = reader.dtypes()
     run = _Run(
         spec,
@@ -303,13 +298,6 @@ def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
         if (source / name).is_file():
             target.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise CheckpointError(f"model directory {directory} does not exist; name an existing one.")
-    ModelSpec.from_hf(directory)
-    return json.loads((directory / CONFIG).read_text())
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,29 +1,37 @@
 """Directories of safetensors, strictly: every header is checked before a tensor is read, and shards are streamed out.
 
-`hf_load.py` reads what it needs and forgives the rest; a conversion must account for every byte.
+A tensor that nobody would read is refused, in a conversion as where a run begins: a Llama with scales, adapters or more
+layers beside it is another model.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megarlhf.checkpoint.hf_load import INDEX, SINGLE
 from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
+from megarlhf.observe.files import read_object
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 AGAIN = "download the model again."
+FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Older files keep them, though config.json says what they are."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -56,15 +64,20 @@ class SafetensorsDirectory:
     Raises:   CheckpointError naming the file and tensor that is missing, surplus, doubled, of another shape or type.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Read the index and every header."""
+    def __init__(self, directory: Path, spec: ModelSpec, head: HeadKind) -> None:
+        """Read the index and every header, and compare what is there with what the model needs."""
         self._directory = directory
         self.tensors: dict[str, Stored] = {}
         for path, names in _listed(directory).items():
             self._add_file(path, names)
-
-    def check(self, spec: ModelSpec, head: HeadKind) -> None:
-        """Compare what is there with what the model needs."""
+        for name, stored in self.tensors.items():
+            if stored.code not in DTYPES:
+                raise CheckpointError(
+                    f"{stored.path}: {name!r} is of type {stored.code}; weights must be one of {', '.join(DTYPES)}: "
+                    "name the model that these were made from, or store them in one of these types."
+                )
+        self.left_out = self._take_known(spec, head)
+        """Tensors that are there, and known not to be needed."""
         expected = tensor_names(spec, head)
         self._check_names(expected)
         for name in expected:
@@ -74,37 +87,48 @@ class SafetensorsDirectory:
                     f"{stored.path}: {name} is {list(stored.shape)}, config.json says {list(shape)}; "
                     "the files do not belong together."
                 )
-            if stored.code not in DTYPES:
-                raise CheckpointError(
-                    f"{stored.path}: {name} is of type {stored.code}; weights must be one of {', '.join(DTYPES)}."
-                )
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The type of every tensor."""
         return {name: DTYPES[stored.code] for name, stored in self.tensors.items()}
 
+    def tensor(self, name: str) -> Tensor:
+        """The whole of a tensor."""
+        rows, *columns = self.tensors[name].shape
+        return self.read(Part(name, (0, rows), (0, columns[0]) if columns else None))
+
     def read(self, part: Part) -> Tensor:
         """A view of the mapped file: only what is touched becomes resident, and only while the view lives."""
         path = self.tensors[part.name].path
-        try:
-            with safe_open(path, framework="pt") as file:
-                stored, rows = file.get_slice(part.name), slice(*part.rows)
-                tensor = stored[rows] if part.columns is None else stored[rows, slice(*part.columns)]
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {part.name} cannot be read ({error}); {AGAIN}") from None
+        tensor = _mapped(part.name, self.tensors[part.name], part)
         check_finite(tensor, f"{path}: {part.name}")
         return tensor
 
     def _add_file(self, path: Path, listed: set[str] | None) -> None:
         for name, stored in _headers(path).items():
             if name in self.tensors:
-                raise CheckpointError(f"{path}: {name} is also in {self.tensors[name].path.name}; {AGAIN}")
+                raise CheckpointError(f"{path}: {name!r} is also in {self.tensors[name].path.name}; {AGAIN}")
             if listed is not None and name not in listed:
-                raise CheckpointError(f"{path}: {name} is not listed there by {INDEX}; {AGAIN}")
+                raise CheckpointError(f"{path}: {name!r} is not listed there by {INDEX}; {AGAIN}")
             self.tensors[name] = stored
         absent = sorted((listed or set()) - self.tensors.keys())
         if absent:
-            raise CheckpointError(f"{path}: {absent[0]} is not in the file, though {INDEX} says so; {AGAIN}")
+            raise CheckpointError(f"{path}: {absent[0]!r} is not in the file, though {INDEX} says so; {AGAIN}")
+
+    def _take_known(self, spec: ModelSpec, head: HeadKind) -> tuple[str, ...]:
+        """Take out what older or careless files hold besides."""
+        known = [name for name in self.tensors if FREQUENCIES.fullmatch(name)]
+        if head == "language" and spec.tie_embeddings and {EMBEDDING, HEAD} <= self.tensors.keys():
+            embedding, ours = (_mapped(name, self.tensors[name]) for name in (EMBEDDING, HEAD))
+            if ours.dtype != embedding.dtype or not torch.equal(ours, embedding):
+                raise CheckpointError(
+                    f"{self.tensors[HEAD].path}: {HEAD} is not equal to {EMBEDDING}, though config.json says "
+                    "tie_word_embeddings=true; set it to false, or remove the one that is wrong."
+                )
+            known.append(HEAD)
+        for name in known:
+            del self.tensors[name]
+        return tuple(known)
 
     def _check_names(self, expected: Sequence[str]) -> None:
         missing = [name for name in expected if name not in self.tensors]
@@ -117,7 +141,8 @@ class SafetensorsDirectory:
         if extra:
             raise CheckpointError(
                 f"{self.tensors[extra[0]].path}: {len(extra)} tensors are not of the model that config.json describes, "
-                f"first {extra[0]}; correct config.json or remove them."
+                f"first {extra[0]!r}; correct config.json, or take them out: merge adapters, multiply scales in, "
+                "remove other heads."
             )
 
 
@@ -208,6 +233,18 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
+def _mapped(name: str, stored: Stored, part: Part | None = None) -> Tensor:
+    """A tensor, or a part of it, as its file has it."""
+    try:
+        with safe_open(stored.path, framework="pt") as file:
+            if part is None:
+                return file.get_tensor(name)
+            found, rows = file.get_slice(name), slice(*part.rows)
+            return found[rows] if part.columns is None else found[rows, slice(*part.columns)]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{stored.path}: {name} cannot be read ({error}); {AGAIN}") from None
+
+
 def _headers(path: Path) -> dict[str, Stored]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -222,14 +259,17 @@ def _listed(directory: Path) -> dict[Path, set[str] | None]:
     if not directory.is_dir():
         raise CheckpointError(f"model directory {directory} does not exist; name an existing one.")
     single, index = directory / SINGLE, directory / INDEX
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{directory / ADAPTER}: adapters are not read; merge them into the model, with peft's merge_and_unload, "
+            "and save that."
+        )
     if single.is_file() and index.is_file():
         raise CheckpointError(f"{directory}: both {SINGLE} and {INDEX} are there; remove the one that is stale.")
-    if single.is_file():
-        return {single: None}
-    if not index.is_file():
+    if not single.is_file() and not index.is_file():
         pickled = sorted(path.name for path in directory.glob("*.bin"))
         way_out = (
-            f"{pickled[0]} may run code when it is read. Convert it where you trust it: "
+            f"{pickled[0]!r} may run code when it is read. Convert it where you trust it: "
             "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
             if pickled
             else AGAIN.rstrip(".")
@@ -237,14 +277,31 @@ def _listed(directory: Path) -> dict[Path, set[str] | None]:
         raise CheckpointError(
             f"{directory}: neither {SINGLE} nor {INDEX} is there, and only safetensors are read; {way_out}."
         )
-    try:
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        listed = {file: {name for name, place in files.items() if place == file} for file in files.values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of tensors ({type(error).__name__}: {error}); {AGAIN}") from None
-    for file in listed:
-        if Path(file).name != file or not file.endswith(".safetensors"):
+    files: dict[Path, set[str] | None] = {single: None}
+    if index.is_file():
+        files = {directory / file: names for file, names in sorted(_indexed(index).items())}
+    for path in sorted({*directory.glob("*.safetensors")} - files.keys()):
+        raise CheckpointError(f"{str(path)!r} is no part of the model; move it elsewhere, or {AGAIN}")
+    return files
+
+
+def _indexed(index: Path) -> dict[str, set[str]]:
+    listed: dict[str, set[str]] = {}
+    for name, file in _weight_map(index).items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{index}: {file!r} is not the name of a safetensors file beside it; {AGAIN}")
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{directory / file} is missing; the directory is partial, {AGAIN}")
-    return {directory / file: names for file, names in sorted(listed.items())}
+        listed.setdefault(file, set()).add(name)
+    for file in listed:
+        if not (index.parent / file).is_file():
+            raise CheckpointError(f"{index.parent}: {file!r} is missing; the directory is partial, {AGAIN}")
+    return listed
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    try:
+        found = read_object(index).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: not an index of tensors ({error}); {AGAIN}") from None
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{index}: not an index of tensors (it has no weight_map of names); {AGAIN}")
+    return found

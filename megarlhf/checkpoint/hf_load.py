@@ -6,25 +6,18 @@ seed means the same model in every layout.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megarlhf.checkpoint.hf_names import cut_for_rank, shape_of, source_of, tensor_names
-from megarlhf.errors import CheckpointError
+from megarlhf.checkpoint.hf_names import cut_for_rank, shape_of, source_of
 from megarlhf.models.role import Role
 from megarlhf.models.spec import ModelSpec
-from megarlhf.models.transformer import HeadKind, LlamaModel
+from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.rng import generator
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 class TensorSource(Protocol):
@@ -33,40 +26,6 @@ class TensorSource(Protocol):
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`, whole, on the CPU."""
         ...
-
-
-class HuggingFaceDirectory:
-    """The tensors of a directory of safetensors, opened one file at a time.
-
-    Raises:   CheckpointError when a file or tensor is missing, unreadable or of the wrong shape.
-    """
-
-    def __init__(self, directory: Path, spec: ModelSpec, head: HeadKind) -> None:
-        self._directory = directory
-        self._spec = spec
-        self._files = _files(directory)
-        missing = [name for name in tensor_names(spec, head) if name not in self._files]
-        if missing:
-            raise CheckpointError(
-                f"{directory}: {len(missing)} tensors are missing, first {missing[0]}; the directory is partial or of "
-                "another architecture, download the model again."
-            )
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor called `name`, in the file's own type."""
-        path = self._directory / self._files[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error}); download the model again.") from None
-        expected = shape_of(name, self._spec)
-        if tuple(tensor.shape) != expected:
-            raise CheckpointError(
-                f"{path}: {name} is {list(tensor.shape)}, config.json says {list(expected)}; "
-                "the files do not belong together."
-            )
-        return tensor
 
 
 class RandomTensors:
@@ -118,30 +77,3 @@ def named_parameters(chunks: Sequence[LlamaModel]) -> Iterator[tuple[str, torch.
                 layer: Any = chunk.decoder.layers[int(parts[2])]
                 parts[2] = str(layer.layer_number - 1)
             yield ".".join(parts), parameter
-
-
-def _files(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name, from the index or from the single file."""
-    if not directory.is_dir():
-        raise CheckpointError(f"model directory {directory} does not exist; name an existing one.")
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise CheckpointError(f"{index}: not an index of tensors ({error}); download the model again.") from None
-        absent = sorted({name for name in files.values() if not (directory / name).is_file()})
-        if absent:
-            raise CheckpointError(
-                f"{directory}: {', '.join(absent)} missing; the directory is partial, download it again."
-            )
-        return files
-    if not (directory / SINGLE).is_file():
-        raise CheckpointError(
-            f"{directory}: neither {SINGLE} nor {INDEX} is there; megarlhf reads safetensors only, convert .bin files."
-        )
-    try:
-        with safe_open(directory / SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory / SINGLE}: cannot be read ({error}); download the model again.") from None

@@ -132,11 +132,11 @@ def normalisation(config: dict[str, Any], path: Path) -> Normalisation:
 
     Raises:   CheckpointError naming `path` when they are not finite numbers, or the scale is not positive.
     """
-    ours = config.get(OURS, {})
+    ours = config.get(OURS, {"score_offset": 0.0, "score_scale": 1.0})
     try:
-        offset, scale = float(ours.get("score_offset", 0.0)), float(ours.get("score_scale", 1.0))
+        offset, scale = float(ours["score_offset"]), float(ours["score_scale"])
         wrong = None if ours.get("score_wrong") is None else float(ours["score_wrong"])
-    except (AttributeError, TypeError, ValueError):
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError):
         offset, scale, wrong = math.nan, math.nan, None
     if not (math.isfinite(offset) and math.isfinite(scale) and scale > 0 and math.isfinite(wrong or 0.0)):
         raise CheckpointError(

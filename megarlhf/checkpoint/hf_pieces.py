@@ -69,6 +69,13 @@ def pieces_of(spec: ModelSpec, head: HeadKind, *, layer_cuts: int, vocabulary_cu
     return [cut("embedding.word_embeddings.weight"), *layers, [piece for name in tail for piece in cut(name)]]
 
 
+def sizes_of(spec: ModelSpec, head: HeadKind) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint, vocabulary not padded, by its key."""
+    one = pieces_of(spec.model_copy(update={"layers": 1}), head, layer_cuts=1, vocabulary_cuts=1)
+    sizes = {piece.key: piece.size for group in one for piece in group}
+    return {key: (spec.layers, *size[1:]) if key.startswith("decoder.layers.") else size for key, size in sizes.items()}
+
+
 def _pieces(key: str, source: Source, layer: int | None, spec: ModelSpec, cuts: int) -> Iterator[Piece]:
     shapes = [shape_of(name, spec) for name in source.names]
     inner: tuple[int, ...] = (sum(shape[0] for shape in shapes), *shapes[0][1:])

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.state_dict_loader import load_state_dict
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megarlhf.errors import CheckpointError
 
@@ -127,7 +127,7 @@ class PlainLoad(megatron.TorchDistLoadShardedStrategy):
         )
         flat, keys, renamed = megatron._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         target: Any = megatron.mcore_to_pyt_state_dict(flat, True)
-        load_state_dict(target, PlainReader(Path(checkpoint_dir), self._remedy), planner=planner)
+        _load_state_dict(target, PlainReader(Path(checkpoint_dir), self._remedy), planner=planner)
         loaded: Any = {key: megatron._unwrap_pyt_sharded_tensor(value) for key, value in target.items()}
         restored = megatron._replace_sharded_keys_with_state_dict_keys(loaded, keys, renamed)
         megatron._restore_dict_types(restored, sharded_state_dict)

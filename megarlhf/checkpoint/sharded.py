@@ -3,6 +3,8 @@
     DIR/model.json       architecture and head
     DIR/tokenizer/       Hugging Face tokenizer
     DIR/weights/         sharded weights, loadable in any layout, and their checksums
+    DIR/huggingface/     of a converted model: what training does not need and the way back does
+    DIR/checksums.json   of all but the weights, by way of theirs of these too
 
 A directory is written under a temporary name and renamed when it is whole, so a partial one never looks complete.
 """
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +26,31 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megarlhf.checkpoint.buckets import write_now
 from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, leave_checksums, write_checksums
 from megarlhf.checkpoint.disk import check_room, saving
-from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, load_tensors
+from megarlhf.checkpoint.dist_files import saved_tensors
+from megarlhf.checkpoint.hf_files import SafetensorsDirectory
+from megarlhf.checkpoint.hf_load import RandomTensors, load_tensors
 from megarlhf.checkpoint.hf_names import normalisation
 from megarlhf.checkpoint.nearby import check_place
-from megarlhf.checkpoint.plain_metadata import PlainLoad
+from megarlhf.checkpoint.plain_metadata import PlainLoad, PlainReader
 from megarlhf.config import Config
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError, TrainingError
 from megarlhf.models.finite import not_finite
 from megarlhf.models.role import Role
-from megarlhf.models.spec import PRESETS, ModelSpec, preset
+from megarlhf.models.spec import CONFIG, PRESETS, ModelSpec, RopeScaling, preset, read_config
 from megarlhf.models.transformer import HeadKind
+from megarlhf.observe.files import link_out, read_object
 from megarlhf.parallel.collectives import all_reduce, barrier, on_main
 
 MODEL = "model.json"
 WEIGHTS = "weights"
 TOKENIZER = "tokenizer"
+EXTRAS = "huggingface"
+"""Folder of a converted model with config.json and generation_config.json as they came."""
+AGAIN = "save the model again"
+HEADS: dict[str, HeadKind] = {"LlamaForCausalLM": "language", "LlamaForSequenceClassification": "scalar"}
+REQUIRED = ("spec", "head", "score_offset", "score_scale")
+"""What every model.json says; a default would stand for what was lost."""
 
 
 class ModelDescription(Config):
@@ -64,14 +77,8 @@ def describe_model(init: str) -> ModelDescription:
         return ModelDescription(spec=preset(init), head="language")
     directory = Path(init)
     if (directory / MODEL).is_file():
-        parts = ("metadata.json", ".metadata", "*.distcp", CHECKSUMS)
-        if any(not list((directory / WEIGHTS).glob(part)) for part in parts):
-            raise CheckpointError(f"model directory {init}: {WEIGHTS}/ is missing or partial; save the model again.")
-        try:
-            return ModelDescription.model_validate_json((directory / MODEL).read_text())
-        except pydantic.ValidationError as error:
-            raise CheckpointError(f"{directory / MODEL}: {error.errors()[0]['msg']}; save the model again.") from None
-    check_place(init, MODEL, "config.json")
+        return _describe_saved(directory)
+    check_place(init, MODEL, CONFIG)
     if not directory.is_dir():
         raise CheckpointError(
             f"model {init!r} is neither a directory nor a preset; name a Hugging Face or megarlhf model directory, or "
@@ -97,10 +104,13 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
         return
     body_only = role.head != found.head
     if (Path(init) / MODEL).is_file():
-        check_checksums(Path(init) / WEIGHTS, "save the model again", role.mesh)
+        check_checksums(Path(init) / WEIGHTS, AGAIN, role.mesh)
         load_weights(role, Path(init) / WEIGHTS, body_only=body_only)
     else:
-        load_tensors(role, HuggingFaceDirectory(Path(init), role.spec, found.head), backbone_only=body_only)
+        files = SafetensorsDirectory(Path(init), role.spec, found.head)
+        if role.mesh.is_main:
+            say_left_out(init, files.left_out)
+        load_tensors(role, files, backbone_only=body_only)
 
 
 def save_model(
@@ -140,6 +150,7 @@ def save_model(
         with saving(partial):
             (partial / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
             tokenizer.save(partial / TOKENIZER)
+            write_checksums(partial)
             if directory.exists():
                 directory.rename(old)
             partial.rename(directory)
@@ -190,18 +201,66 @@ def tokenizer_directory(init: str) -> Path:
 
 
 def _describe_hf(directory: Path) -> ModelDescription:
-    spec = ModelSpec.from_hf(directory)
-    config = json.loads((directory / "config.json").read_text())
-    architectures = config.get("architectures") or ["LlamaForCausalLM"]
-    heads: dict[str, HeadKind] = {"LlamaForCausalLM": "language", "LlamaForSequenceClassification": "scalar"}
-    if architectures[0] not in heads:
-        raise CheckpointError(
-            f"model directory {directory}: architecture {architectures[0]} is unknown; use one of {', '.join(heads)}."
-        )
+    config, path = read_config(directory), directory / CONFIG
+    _check_links(directory)
+    spec = ModelSpec.from_hf_config(config, path)
+    named = config.get("architectures") or ["LlamaForCausalLM"]
+    if named not in ([name] for name in HEADS):
+        raise CheckpointError(f"{path}: architectures={named!r} is unknown; use one of {', '.join(HEADS)}.")
+    head = HEADS[named[0]]
     # Opening it finds missing files and tensors now, before a model is built.
-    HuggingFaceDirectory(directory, spec, heads[architectures[0]])
-    scores = normalisation(config, directory / "config.json")
-    return ModelDescription(spec=spec, head=heads[architectures[0]], **scores._asdict())
+    SafetensorsDirectory(directory, spec, head)
+    return ModelDescription(spec=spec, head=head, **normalisation(config, path)._asdict())
+
+
+def _describe_saved(directory: Path) -> ModelDescription:
+    parts = ("metadata.json", ".metadata", "*.distcp", CHECKSUMS)
+    if any(not list((directory / WEIGHTS).glob(part)) for part in parts):
+        raise CheckpointError(f"model directory {directory}: {WEIGHTS}/ is missing or partial; {AGAIN}.")
+    if not (directory / CHECKSUMS).is_file():
+        raise CheckpointError(
+            f"{directory / CHECKSUMS} is missing: the directory is partial, or older than these; if you trust it, run "
+            'python -c "from pathlib import Path; from megarlhf.checkpoint.checksums import write_checksums; '
+            f"write_checksums(Path('{directory}'))\"."
+        )
+    check_checksums(directory, AGAIN, within=(MODEL, TOKENIZER, EXTRAS, WEIGHTS))
+    check_checksums(directory / WEIGHTS, AGAIN, but=".distcp")
+    found = _read_description(directory / MODEL)
+    saved_tensors(PlainReader(directory / WEIGHTS, f"the directory is damaged, {AGAIN}"), found.spec, found.head)
+    return found
+
+
+def _read_description(path: Path) -> ModelDescription:
+    try:
+        said = read_object(path)
+        spec, scaling = said.get("spec"), None
+        if isinstance(spec, dict):
+            scaling = spec.get("rope_scaling")
+        for names, part in ((REQUIRED, said), (ModelSpec.model_fields, spec), (RopeScaling.model_fields, scaling)):
+            lost = [name for name in names if isinstance(part, dict) and name not in part]
+            if lost:
+                raise ValueError(f"{lost[0]} is missing")
+        # Strict: a true or a "4" in place of a number is damage.
+        return ModelDescription.model_validate_json(json.dumps(said), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        what = str(error)
+    raise CheckpointError(f"{path}: {what}; {AGAIN}.")
+
+
+def _check_links(directory: Path) -> None:
+    away = link_out(directory)
+    if away is not None:
+        raise CheckpointError(f"{away} is a link out of {directory}, which is not followed; put the file itself there.")
+
+
+@cache
+def say_left_out(source: str, names: tuple[str, ...]) -> None:
+    """Say, once, which tensors of `source` are known not to be needed."""
+    if names:
+        sys.stderr.write(f"{source}: {len(names)} tensors are not needed and left out, first {names[0]}\n")
 
 
 def sharded_weights(role: Role) -> dict[str, Any]:
@@ -224,7 +283,7 @@ def load_weights(role: Role, directory: Path, *, body_only: bool = False) -> Non
     state = sharded_weights(role)
     if body_only:
         state = {chunk: {k: v for k, v in part.items() if "output_layer" not in k} for chunk, part in state.items()}
-    loaded = load_sharded(state, directory, "save the model again")
+    loaded = load_sharded(state, directory, AGAIN)
     with torch.no_grad():
         for index, chunk in enumerate(role.chunks):
             chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from megarlhf.errors import ConfigError, DataError
+from megarlhf.observe.files import link_out
 
 if TYPE_CHECKING:  # imported where used: transformers takes seconds that `--help` should not cost
     from transformers import PreTrainedTokenizerFast
@@ -226,6 +227,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     directory = Path(directory)
     if not directory.is_dir():
         raise DataError(f"tokenizer directory does not exist: {directory}; give a directory that has tokenizer.json.")
+    away = link_out(directory)
+    if away is not None:
+        raise DataError(f"{away} is a link out of {directory}, which is not followed; put the file itself there.")
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (directory / name).is_file()]
     if missing:
         raise DataError(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError, ConfigError, LayoutError
+from megarlhf.observe.files import read_object
 from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
+
+CONFIG = "config.json"
+QUANTISED = ("quantization_config", "compression_config")
+"""Keys of config.json, the second of older files, that come with weights in a form of their own."""
 
 
 class RopeScaling(Config):
@@ -21,26 +26,35 @@ class RopeScaling(Config):
     """Wavelengths above original_max_positions / this are divided in full."""
     high_freq_factor: float = Field(default=4.0, gt=0)
     """Wavelengths below original_max_positions / this are left alone."""
-    original_max_positions: int = Field(default=8192, gt=0)
+    original_max_positions: int = Field(default=8192, gt=0, le=1 << 26)
     """Context length, in tokens, before stretching."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScaling:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor={self.low_freq_factor} is not below {self.high_freq_factor}, the high")
+        return self
 
 
 class ModelSpec(Config):
-    """A Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases."""
+    """A Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
 
-    vocab_size: int = Field(gt=0)
+    Sizes have bounds, some 50 times those of the largest Llama, so that no file can ask for more than can be looked at.
+    """
+
+    vocab_size: int = Field(gt=0, le=1 << 24)
     """Rows of the embedding, special tokens included."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=1 << 20)
     """Width of the residual stream."""
-    layers: int = Field(gt=0)
+    layers: int = Field(gt=0, le=10_000)
     """Transformer layers."""
-    heads: int = Field(gt=0)
+    heads: int = Field(gt=0, le=1 << 14)
     """Query heads."""
-    kv_heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0, le=1 << 14)
     """Key and value heads (query groups)."""
-    ffn_size: int = Field(gt=0)
+    ffn_size: int = Field(gt=0, le=1 << 22)
     """Width of the gated MLP."""
-    head_dim: int = Field(gt=0)
+    head_dim: int = Field(gt=0, le=1 << 14)
     """Width of one head; hidden_size / heads in every Llama 3."""
     rope_theta: float = Field(default=500_000.0, gt=0)
     """Base of the rotary frequencies. Source: Llama 3."""
@@ -50,7 +64,7 @@ class ModelSpec(Config):
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """The vocabulary projection is the embedding (Llama 3.2 1B and 3B)."""
-    max_positions: int = Field(default=8192, gt=1)
+    max_positions: int = Field(default=8192, gt=1, le=1 << 26)
     """Longest context, in tokens."""
 
     @model_validator(mode="after")
@@ -125,19 +139,37 @@ class ModelSpec(Config):
 
         Raises:   CheckpointError when the file is missing, is not JSON, or is not a Llama 3.
         """
-        path = directory / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except FileNotFoundError:
+        return cls.from_hf_config(read_config(directory), directory / CONFIG)
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any], path: Path) -> ModelSpec:
+        """The spec in what `path`, a `config.json`, holds. Raises CheckpointError when it is not a Llama 3."""
+        quantised = next((key for key in QUANTISED if config.get(key) is not None), None)
+        if quantised:
             raise CheckpointError(
-                f"model directory {directory}: config.json is missing; name a complete one."
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path}: not JSON ({error}); download the model again.") from None
+                f"{path}: {quantised} says that the weights are quantised; weights of 16 or 32 bits are read, name the "
+                "model that these were made from, or store them dequantised and without this setting."
+            )
         try:
             return _from_hf_config(config)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a Llama 3 configuration ({error}); name a Llama 3 model.") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            cause = f"{'.'.join(map(str, first['loc'])) or 'its numbers'}: {first['msg']}"
+        except KeyError as error:
+            cause = f"{error} is missing"
+        except (TypeError, ValueError, ArithmeticError) as error:
+            cause = str(error)
+        raise CheckpointError(f"{path}: not a Llama 3 configuration ({cause}); name a Llama 3 model.")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """What the `config.json` of a Hugging Face directory holds. Raises CheckpointError where it is no JSON object."""
+    try:
+        return read_object(directory / CONFIG)
+    except FileNotFoundError:
+        raise CheckpointError(f"model directory {directory}: {CONFIG} is missing; name a complete one.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / CONFIG}: not JSON ({error}); download the model again.") from None
 
 
 def _from_hf_config(config: dict) -> ModelSpec:
@@ -147,22 +179,30 @@ def _from_hf_config(config: dict) -> ModelSpec:
         if config.get(key, expected) != expected:
             raise ValueError(f"{key}={config[key]!r}, expected {expected!r}")
     # transformers 5 writes `rope_parameters`; earlier releases wrote `rope_theta` and `rope_scaling`.
-    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config["rope_theta"]}
+    rope, scaling = config.get("rope_parameters"), config.get("rope_scaling")
+    if rope is None:
+        rope = {**({} if scaling is None else scaling), "rope_theta": config["rope_theta"]}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters={rope!r}, expected a mapping")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']!r}, expected 1")
     heads = config["num_attention_heads"]
-    return ModelSpec(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        ffn_size=config["intermediate_size"],
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        rope_theta=rope["rope_theta"],
-        rope_scaling=_rope_scaling(rope),
-        norm_eps=config["rms_norm_eps"],
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        max_positions=config["max_position_embeddings"],
-    )
+    fields = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"],
+        "ffn_size": config["intermediate_size"],
+        "head_dim": config["hidden_size"] // heads if config.get("head_dim") is None else config["head_dim"],
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": _rope_scaling(rope),
+        "norm_eps": config["rms_norm_eps"],
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "max_positions": config["max_position_embeddings"],
+    }
+    # Strict: a true or a "4" in place of a number is damage.
+    return ModelSpec.model_validate(fields, strict=True)
 
 
 def _rope_scaling(rope: dict) -> RopeScaling | None:
@@ -171,12 +211,13 @@ def _rope_scaling(rope: dict) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise ValueError(f"rope_type={kind!r}, expected 'llama3' or 'default'")
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_positions=rope["original_max_position_embeddings"],
-    )
+    fields = {
+        "factor": rope["factor"],
+        "low_freq_factor": rope["low_freq_factor"],
+        "high_freq_factor": rope["high_freq_factor"],
+        "original_max_positions": rope["original_max_position_embeddings"],
+    }
+    return RopeScaling.model_validate(fields, strict=True)
 
 
 def _llama(hidden_size: int, layers: int, heads: int, kv_heads: int, ffn_size: int, **rest: object) -> ModelSpec:

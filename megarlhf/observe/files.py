@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -139,3 +140,37 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:   OSError; ValueError with the reason where it holds anything else.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_number)
+    except UnicodeDecodeError:
+        raise ValueError("its text is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds {type(found).__name__} in place of an object")
+    return found
+
+
+def link_out(directory: Path) -> Path | None:
+    """A link in `directory` that leads out of it, or to nothing; None where there is none.
+
+    In the cache of Hugging Face's hub, where a snapshot is links to the repository's blobs, those count as inside.
+    """
+    real = directory.resolve()
+    roots = [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
+    for folder, folders, names in os.walk(real):
+        for path in (Path(folder, name) for name in (*folders, *names)):
+            if path.is_symlink() and not (path.exists() and any(path.resolve().is_relative_to(root) for root in roots)):
+                return directory / path.relative_to(real)
+    return None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")

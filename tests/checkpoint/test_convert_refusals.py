@@ -24,6 +24,7 @@ from megarlhf.checkpoint.hf_convert import ConversionError, Options, to_hf, to_m
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import CheckpointError
+from tests.helpers.hostile import sum_again
 from tests.models.worlds import language_model
 from tools.convert_hf import main
 
@@ -99,6 +100,7 @@ def spec(**changes: Any) -> Callable[[Path], object]:
     def spoil(path: Path) -> None:
         described = json.loads((path / "model.json").read_text())
         rewrite(path / "model.json", spec={**described["spec"], **changes})
+        sum_again(path)
 
     return spoil
 
@@ -135,7 +137,7 @@ HF_DAMAGE: dict[str, Damage] = {
     "trailing bytes": Damage(
         "hf", lambda p: (p / FIRST).write_bytes((p / FIRST).read_bytes() + b"0"), f"{FIRST}: cannot be read"
     ),
-    "lost shard": Damage("hf", lambda p: (p / FIRST).unlink(), f"{FIRST} is missing"),
+    "lost shard": Damage("hf", lambda p: (p / FIRST).unlink(), f"{FIRST}' is missing"),
     "flip in the header's length": Damage("single", lambda p: flip(p / SINGLE, 0), f"{SINGLE}: cannot be read"),
     "flip in a name": Damage("single", lambda p: flip_in_header(p / SINGLE, "up_proj"), "up_proj.weight"),
     "flip in a shape": Damage("single", lambda p: flip_in_header(p / SINGLE, "131,"), f"{SINGLE}: cannot be read"),
@@ -153,20 +155,20 @@ HF_DAMAGE: dict[str, Damage] = {
     "renamed key": Damage("single", lambda p: tensors(p / SINGLE, lambda t: t.update(renamed=t.pop(UP))), UP),
     "missing tensor": Damage("single", lambda p: tensors(p / SINGLE, lambda t: t.pop(UP)), UP),
     "extra tensor": Damage(
-        "single", lambda p: tensors(p / SINGLE, lambda t: t.update(extra=torch.ones(2))), "first extra"
+        "single", lambda p: tensors(p / SINGLE, lambda t: t.update(extra=torch.ones(2))), "first 'extra'"
     ),
-    "tensor in two shards": Damage("hf", double, f"model.embed_tokens.weight is also in {FIRST}"),
+    "tensor in two shards": Damage("hf", double, f"'model.embed_tokens.weight' is also in {FIRST}"),
     "two sets of weights": Damage("hf", lambda p: shutil.copy(p / FIRST, p / SINGLE), f"both {SINGLE} and {INDEX}"),
     "wrong shape": Damage("single", weight(lambda t: t[:, :31].clone()), f"{UP} is [64, 31]"),
     "wrong type": Damage(
         "single", weight(torch.Tensor.half), f"{UP} is of type float16, others are float32; .*--dtype"
     ),
-    "integers": Damage("single", weight(torch.Tensor.int), f"{UP} is of type I32"),
+    "integers": Damage("single", weight(torch.Tensor.int), f"'{UP}' is of type I32"),
     "not a number": Damage("single", weight(set_nan), f"{UP} holds numbers that are not finite"),
     ".bin only": Damage("single", lambda p: (p / SINGLE).rename(p / "pytorch_model.bin"), "safetensors"),
     "no config.json": Damage("hf", lambda p: (p / "config.json").unlink(), "config.json is missing"),
     "config.json cut short": Damage("hf", lambda p: cut(p / "config.json", 100), "config.json: not JSON"),
-    "config of fewer layers": Damage("hf", config(num_hidden_layers=3), "first model.layers.3."),
+    "config of fewer layers": Damage("hf", config(num_hidden_layers=3), "first 'model.layers.3."),
     "config of more layers": Damage("hf", config(num_hidden_layers=5), "first model.layers.4."),
     "config of other heads": Damage(
         "hf", config(num_attention_heads=8), "q_proj.weight is [32, 32], config.json says [64, 32]"
@@ -178,7 +180,7 @@ HF_DAMAGE: dict[str, Damage] = {
         "hf", config(vocab_size=132), "embed_tokens.weight is [131, 32], config.json says [132, 32]"
     ),
     "config of another width": Damage("hf", config(intermediate_size=96), "is [64, 32], config.json says [96, 32]"),
-    "config of tied embeddings": Damage("hf", config(tie_word_embeddings=True), "first lm_head.weight"),
+    "config of tied embeddings": Damage("hf", config(tie_word_embeddings=True), "lm_head.weight is not equal to"),
     "config of a reward model": Damage("hf", config(architectures=["LlamaForSequenceClassification"]), "score.weight"),
     "config of another family": Damage("hf", config(model_type="mistral"), "model_type='mistral'"),
     "normalisation by 0": Damage("hf", config(megarlhf={"score_scale": 0}), "a positive score_scale"),
@@ -207,7 +209,7 @@ MODEL_DAMAGE: dict[str, Damage] = {
     "part that is no archive": Damage("model", lambda p: flip(p / PART, 0, b"x"), f"{PART} was changed after it"),
     "one other byte": Damage("model", one_bit, f"{PART} was changed after it was saved; save the model again"),
     "no checksums": Damage("model", lambda p: (p / "weights" / "checksums.json").unlink(), "missing or partial"),
-    "part of another checkpoint": Damage("model", extend_metadata, "__9_0.distcp is not part of the checkpoint"),
+    "part of another checkpoint": Damage("model", extend_metadata, "does not list '__9_0.distcp'"),
     "no metadata": Damage("model", lambda p: (p / "weights" / ".metadata").unlink(), "missing or partial"),
     "metadata cut short": Damage("model", lambda p: cut(p / "weights" / ".metadata", 500), ".metadata was changed"),
     "another format": Damage(
@@ -220,16 +222,16 @@ MODEL_DAMAGE: dict[str, Damage] = {
         "model", spec(vocab_size=120), "is [131, 32], model.json says [120, 32]"
     ),
     "model.json of tied embeddings": Damage(
-        "model", spec(tie_embeddings=True), "output_layer.weight is not of the model"
+        "model", spec(tie_embeddings=True), "'output_layer.weight' is not of the model"
     ),
     "model.json of a reward model": Damage(
         "model",
-        lambda p: rewrite(p / "model.json", head="scalar"),
+        lambda p: (rewrite(p / "model.json", head="scalar"), sum_again(p)),
         "output_layer.weight is [131, 32], model.json says [1, 32]",
     ),
     "config.json of another model": Damage(
         "model",
-        lambda p: rewrite(p / "huggingface" / "config.json", rope_theta=5e5, rope_parameters=None),
+        lambda p: (rewrite(p / "huggingface" / "config.json", rope_theta=5e5, rope_parameters=None), sum_again(p)),
         "differs from model.json in rope_theta",
     ),
     "a Hugging Face directory": Damage("hf", lambda p: None, "model.json is missing"),
@@ -268,7 +270,7 @@ def test_the_way_out_of_bin_files(whole: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(whole / "single", tmp_path / "source"))
     (source / SINGLE).rename(source / "pytorch_model.bin")
     said = refused(to_megatron, source)
-    assert "only safetensors are read; pytorch_model.bin may run code when it is read." in said
+    assert "only safetensors are read; 'pytorch_model.bin' may run code when it is read." in said
     assert "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)." in said
 
 

@@ -26,6 +26,7 @@ from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.rng import generator
+from tests.helpers.hostile import sum_again
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import (
     LAYOUTS,
@@ -194,6 +195,7 @@ def damage(originals: Path, saved: Path, folder: Path) -> dict[str, tuple[Path, 
     (copy("corrupt model.json", saved, "model.json") / "model.json").write_text('{"spec": ')
     described = copy("unknown setting", saved, "model.json") / "model.json"
     described.write_text(json.dumps({**json.loads(described.read_text()), "colour": "red"}))
+    sum_again(described.parent)
     part = next((copy("truncated part", saved, "was changed after it was saved") / "weights").glob("*.distcp"))
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 3])
     part = next((copy("one other byte", saved, "was changed after it was saved") / "weights").glob("*.distcp"))
@@ -207,8 +209,8 @@ def damage(originals: Path, saved: Path, folder: Path) -> dict[str, tuple[Path, 
     (copy("corrupt config", hf, "config.json: not JSON") / "config.json").write_text("{")
     single = copy("truncated safetensors", hf, "model.safetensors: cannot be read") / "model.safetensors"
     single.write_bytes(single.read_bytes()[:5000])
-    (copy("no safetensors", hf, "safetensors only") / "model.safetensors").rename(folder / "spare")
-    only_bin = copy(".bin only", hf, "convert .bin files")
+    (copy("no safetensors", hf, "only safetensors are read") / "model.safetensors").rename(folder / "spare")
+    only_bin = copy(".bin only", hf, "AutoModelForCausalLM.from_pretrained(DIR)")
     (only_bin / "model.safetensors").rename(only_bin / "pytorch_model.bin")
     tensors = load_file(hf / "model.safetensors")
     gone = copy("missing tensor", hf, "first model.layers.2.mlp.up_proj.weight") / "model.safetensors"
@@ -262,7 +264,10 @@ def test_what_is_no_model_at_all_is_named(originals: Path, tmp_path: Path) -> No
         describe_model(str(tmp_path))
     for change, named in (
         ({"model_type": "mistral"}, "model_type='mistral', expected 'llama'"),
-        ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification is unknown"),
+        (
+            {"architectures": ["LlamaForTokenClassification"]},
+            r"\['LlamaForTokenClassification'\] is unknown",
+        ),
         ({"attention_bias": True}, "attention_bias=True, expected False"),
         ({"hidden_size": "wide"}, "not a Llama 3 configuration"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),

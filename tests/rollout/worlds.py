@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from megarlhf.batch import Prompts, Rollout
-from megarlhf.checkpoint.hf_load import HuggingFaceDirectory, RandomTensors, TensorSource, load_tensors
+from megarlhf.checkpoint.hf_files import SafetensorsDirectory
+from megarlhf.checkpoint.hf_load import RandomTensors, TensorSource, load_tensors
 from megarlhf.models.compute import ComputeConfig, resolve
 from megarlhf.models.role import FrozenRole, LabelLogprobs, RoleSettings
 from megarlhf.models.spec import ModelSpec
@@ -38,7 +39,7 @@ def actor(layout: ParallelLayout, *, temperature: float = 1.0, directory: Path |
     settings = RoleSettings(compute=resolve(ComputeConfig(), mesh.device), micro_batch=64, offload="none")
     role = FrozenRole("actor", SPEC, "language", LabelLogprobs(temperature), settings, mesh)
     load_tensors(
-        role, HuggingFaceDirectory(directory, SPEC, "language") if directory else Sharp(RandomTensors(SPEC, 5))
+        role, SafetensorsDirectory(directory, SPEC, "language") if directory else Sharp(RandomTensors(SPEC, 5))
     )
     return role
 

@@ -27,7 +27,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         monkeypatch.delenv(name, raising=False)
 
     def refused(command: tuple[str, ...], *overrides: str) -> str:
-        run_dir = [] if command[0] == "generate" else ["run_dir=run"]
+        run_dir = [] if command[0] in ("generate", "eval", "score") else ["run_dir=run"]
         capfd.readouterr()
         assert cli.main([*command, *run_dir, *overrides]) == 2
         said = capfd.readouterr()

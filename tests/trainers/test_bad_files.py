@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megarlhf.checkpoint.hf_convert import Options, to_megatron
 from megarlhf.checkpoint.sharded import ModelDescription
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.models.spec import preset
 from tests.helpers.refusal import GENERATE, PPO, REWARD, SFT, assert_matches, write_model
+from tests.models.worlds import score_model
 
 
 def missing(path: Path) -> str:
@@ -28,21 +30,21 @@ def without_config(path: Path) -> str:
 def without_weights(path: Path) -> str:
     write_model(path)
     (path / "model.safetensors").unlink()
-    return f"{path.name}: neither model.safetensors nor model.safetensors.index.json is there; "
+    return f"{path.name}: neither model.safetensors nor model.safetensors.index.json is there, and only safetensors"
 
 
 def without_a_shard(path: Path) -> str:
     write_model(path, shard="60KB")
     shard = sorted(path.glob("model-*.safetensors"))[1]
     shard.unlink()
-    return f"{path.name}: {shard.name} missing; the directory is partial, download it again"
+    return f"{path.name}: {shard.name!r} is missing; the directory is partial, download the model again"
 
 
 def without_a_tensor(path: Path) -> str:
     write_model(path, layers=3)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    return f"{path.name}: 9 tensors are missing, first model.layers.3.*; the directory is partial"
+    return f"{path.name}: 9 tensors that config.json asks for are missing, first model.layers.3.*; the directory"
 
 
 def truncated(path: Path) -> str:
@@ -83,11 +85,8 @@ def test_model_directories(
 
 
 def test_heads(tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "judge" / "weights").mkdir(parents=True)
-    for name in ("metadata.json", ".metadata", "__0_0.distcp", "checksums.json"):
-        (tmp_path / "judge" / "weights" / name).touch()
-    judge = ModelDescription(spec=preset("tiny-xs"), head="scalar")
-    (tmp_path / "judge" / "model.json").write_text(judge.model_dump_json())
+    score_model(tmp_path / "hf", vocab_size=160)
+    to_megatron(tmp_path / "hf", tmp_path / "judge", Options(progress=False))
     write_model(tmp_path / "speaker")
     for command, setting in ((SFT, "model"), (PPO, "actor.init"), (PPO, "reference.init"), (GENERATE, "model")):
         said = refused(command, f"{setting}=judge")
