@@ -17,6 +17,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING
 from megarlhf.errors import ConfigError, MegarlhfError
 
 if TYPE_CHECKING:
+    import torch
+
     from megarlhf.checkpoint.hf_convert import Conversion
 
 BAD_INPUT, FAILED = 2, 1
@@ -63,10 +66,11 @@ def _convert(given: argparse.Namespace) -> int:
     from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
 
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = types.get(given.dtype)
     options = Options(
-        dtype=types.get(given.dtype),
+        dtype=dtype,
         max_shard_bytes=_bytes(given.max_shard_size),
-        verify=_verify if given.verify else None,
+        verify=partial(_verify, dtype=dtype) if given.verify else None,
         progress=not given.quiet,
     )
     source, target = given.source, given.out
@@ -86,12 +90,13 @@ def _report(target: Path, done: Conversion) -> None:
     )
 
 
-def _verify(hugging_face: Path, model: Path) -> None:
+def _verify(hugging_face: Path, model: Path, dtype: torch.dtype | None) -> None:
     from megarlhf.checkpoint.hf_convert import ConversionError
     from megarlhf.checkpoint.hf_verify import compare_logits
 
-    gap = compare_logits(hugging_face, model)
-    print(f"verify: largest gap between transformers' logits and ours {gap.largest:.2e}, bound {gap.bound:.2e}")
+    gap = compare_logits(hugging_face, model, dtype)
+    note = f", the weights of both rounded to {str(dtype).removeprefix('torch.')}" if dtype else ""
+    print(f"verify: largest gap between transformers' logits and ours {gap.largest:.2e}, bound {gap.bound:.2e}{note}")
     if not gap.holds:
         raise ConversionError(
             f"logits differ by {gap.largest:.2e}, more than {gap.bound:.2e}, and nothing was kept; convert again, and "

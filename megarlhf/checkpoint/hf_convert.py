@@ -112,7 +112,7 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
 
     def data(piece: Piece) -> Tensor:
         tensors = [files.read(part) for part in piece.parts]
-        box = piece.join(tensors).to(run.dtypes[piece.parts[0].name])
+        box = run.rounded(piece.join(tensors), piece)
         run.moved(piece)
         return box
 
@@ -170,7 +170,7 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
 
 def _write_parts(run: _Run, reader: CheckpointReader, writer: SafetensorsWriter) -> None:
     for piece in run.pieces:
-        for part, tensor in zip(piece.parts, piece.split(reader.read(piece)), strict=True):
+        for part, tensor in zip(piece.parts, piece.split(run.rounded(reader.read(piece), piece)), strict=True):
             writer.write(part.name, part.rows[0], tensor)
         run.moved(piece)
 
@@ -225,6 +225,17 @@ class _Run:
         if error[0] is None:
             self._hugging_face.close()
             self._megatron.close()
+
+    def rounded(self, box: Tensor, piece: Piece) -> Tensor:
+        """`box` of a piece in the type that is written, if it can hold the numbers."""
+        name = piece.parts[0].name
+        rounded = box.to(self.dtypes[name])
+        if not bool(rounded.isfinite().all()):
+            raise CheckpointError(
+                f"{name}: its largest number, {float(box.abs().max()):.3g}, is too large for "
+                f"{_short(self.dtypes[name])}; choose another type with --dtype."
+            )
+        return rounded
 
     def moved(self, piece: Piece) -> None:
         """Book a piece that has been read and is being written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,11 @@ class Gap:
         return self.largest <= self.bound
 
 
-def compare_logits(hugging_face: Path, model: Path) -> Gap:
+def compare_logits(hugging_face: Path, model: Path, dtype: torch.dtype | None = None) -> Gap:
     """Run both models on the same tokens, in fp32, one after the other.
+
+    dtype: the type that a conversion rounded weights to. Those of both sides are, so that the bound need not allow for
+    the rounding, and a weight in the wrong place shows as it does without.
 
     Memory:   the larger of the two, whole, in fp32. Ranks: this process alone, which must not have a mesh.
     Raises:   CheckpointError when either cannot be loaded.
@@ -47,8 +51,8 @@ def compare_logits(hugging_face: Path, model: Path) -> Gap:
     generator = torch.Generator().manual_seed(0)
     # Token 0 is left out: it often pads, and transformers looks for the end of a row by its padding.
     tokens = torch.randint(1, spec.vocab_size, (ROWS, min(TOKENS, spec.max_positions)), generator=generator)
-    theirs = hf_logits(hugging_face, tokens)
-    ours = _ours(model, tokens)
+    theirs = hf_logits(hugging_face, tokens, dtype)
+    ours = _ours(model, tokens, dtype)
     return Gap(float((ours - theirs).abs().max()), RELATIVE_GAP * float(theirs.abs().max()))
 
 
@@ -70,7 +74,7 @@ class _Everything:
         return rows.sampler_logprobs
 
 
-def _ours(directory: Path, tokens: Tensor) -> Tensor:
+def _ours(directory: Path, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
     """[B, T, V], or [B, T, 1] of a reward model."""
     found = describe_model(str(directory.absolute()))
     mesh = start(ParallelLayout(), seed=0)
@@ -80,6 +84,7 @@ def _ours(directory: Path, tokens: Tensor) -> Tensor:
         reading = _Everything()
         role = FrozenRole("converted model", found.spec, found.head, reading, settings, mesh)
         load_model(role, str(directory.absolute()), seed=0)
+        _round((parameter for chunk in role.chunks for parameter in chunk.parameters()), dtype)
         rows, width = tokens.shape
         full = torch.full((rows,), width)
         zeros = torch.zeros(rows, width - 1)
@@ -92,8 +97,16 @@ def _ours(directory: Path, tokens: Tensor) -> Tensor:
         stop()
 
 
-def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
+def _round(parameters: Iterable[Tensor], dtype: torch.dtype | None) -> None:
+    with torch.no_grad():
+        for parameter in parameters if dtype else ():
+            parameter.copy_(parameter.to(dtype))
+
+
+def hf_logits(directory: Path, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What transformers makes of tokens [B, T], in fp32: [B, T, V], or [B, T, 1] of a reward model.
+
+    dtype: what its weights are rounded to before.
 
     Raises:   CheckpointError when it cannot load all of the directory.
     """
@@ -110,6 +123,7 @@ def hf_logits(directory: Path, tokens: Tensor) -> Tensor:
         raise CheckpointError(f"{directory}: transformers cannot load it; {error}.") from error
     if loading["missing_keys"] or loading["unexpected_keys"]:
         raise CheckpointError(f"{directory}: transformers cannot load all of it; it reports {loading}.")
+    _round(model.parameters(), dtype)
     model.eval()
     with torch.no_grad():
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state

@@ -49,8 +49,6 @@ EXTRAS = "huggingface"
 """Folder of a converted model with config.json and generation_config.json as they came."""
 AGAIN = "save the model again"
 HEADS: dict[str, HeadKind] = {"LlamaForCausalLM": "language", "LlamaForSequenceClassification": "scalar"}
-REQUIRED = ("spec", "head", "score_offset", "score_scale")
-"""What every model.json says; a default would stand for what was lost."""
 
 
 class ModelDescription(Config):
@@ -230,13 +228,18 @@ def _describe_saved(directory: Path) -> ModelDescription:
     return found
 
 
+def _required() -> list[str]:
+    """What every model.json says, since a default would stand for what was lost; null alone says that none is known."""
+    return [name for name, field in ModelDescription.model_fields.items() if field.default is not None]
+
+
 def _read_description(path: Path) -> ModelDescription:
     try:
         said = read_object(path)
         spec, scaling = said.get("spec"), None
         if isinstance(spec, dict):
             scaling = spec.get("rope_scaling")
-        for names, part in ((REQUIRED, said), (ModelSpec.model_fields, spec), (RopeScaling.model_fields, scaling)):
+        for names, part in ((_required(), said), (ModelSpec.model_fields, spec), (RopeScaling.model_fields, scaling)):
             lost = [name for name in names if isinstance(part, dict) and name not in part]
             if lost:
                 raise ValueError(f"{lost[0]} is missing")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +24,14 @@ from megarlhf.checkpoint.hf_verify import compare_logits
 from megarlhf.checkpoint.sharded import describe_model, load_model, save_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
+from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import PRESETS, ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import STRETCHED, blank, language_model, llama_config, score_model, whole_weights
+from tools.convert_hf import main
 
 TENSOR, STAGES = ParallelLayout(tensor=2), ParallelLayout(pipeline=2)
 QUIET = Options(progress=False)
@@ -169,6 +173,52 @@ def test_type_is_changed_only_when_asked(originals: Path, tmp_path: Path) -> Non
     expected = {name: tensor.bfloat16() for name, tensor in weights(originals / "llama3").items()}
     assert same(weights(tmp_path / "back"), expected)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_rounded_result_is_verified_against_its_source_rounded_alike(
+    dtype: str, originals: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swap_heads(directory: Path) -> None:
+        tensors = weights(directory)
+        queries = tensors["model.layers.1.self_attn.q_proj.weight"]
+        tensors["model.layers.1.self_attn.q_proj.weight"] = queries.roll(8, 0)
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out = str(tmp_path / "out")
+    try:
+        assert main(["to-hf", str(converted / "llama3.1"), out, "--dtype", dtype, "--verify", "--quiet"]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert f"the weights of both rounded to {dtype}" in capsys.readouterr().out
+    rounded = {name: tensor.to(type_of(dtype)) for name, tensor in weights(originals / "llama3.1").items()}
+    assert same(weights(tmp_path / "out"), rounded)
+    gap = compare_logits(tmp_path / "out", converted / "llama3.1", type_of(dtype))
+    # As close as without rounding; seen: 2e-6.
+    assert gap.largest < 1e-5 < gap.bound
+    # The rounding itself: what the bound would have to allow for otherwise.
+    assert compare_logits(tmp_path / "out", converted / "llama3.1").largest > 20 * gap.largest
+    swap_heads(tmp_path / "out")
+    assert not compare_logits(tmp_path / "out", converted / "llama3.1", type_of(dtype)).holds
+
+
+def type_of(name: str) -> torch.dtype:
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def test_a_type_that_cannot_hold_the_numbers_is_refused(originals: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(originals / "llama3", tmp_path / "source"))
+    tensors = weights(source)
+    tensors["model.norm.weight"][3] = -7e4
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: .* 7e\+04, is too large for float16; choose"):
+        to_megatron(source, tmp_path / "out", Options(dtype=torch.float16, progress=False))
+    to_megatron(source, tmp_path / "model", QUIET)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: .* is too large for float16; choose another type"):
+        to_hf(tmp_path / "model", tmp_path / "out", Options(dtype=torch.float16, progress=False))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "source"]
 
 
 def test_logits_are_those_of_transformers(originals: Path, converted: Path, tmp_path: Path) -> None:

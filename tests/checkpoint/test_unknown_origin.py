@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -313,7 +315,7 @@ def test_the_remedy_for_an_older_directory_works(whole: Path, tmp_path: Path) ->
         describe_model(str(given))
     code = re.search(r'python -c "(.*)"', str(error.value))
     assert code is not None
-    exec(code[1])
+    subprocess.run([sys.executable, "-c", code[1]], check=True, cwd=Path(__file__).parents[2])
     assert describe_model(str(given)) == describe_model(str(whole / "model"))
 
 
