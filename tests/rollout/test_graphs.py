@@ -114,7 +114,9 @@ def roll_and_learn(directory: str) -> dict[str, Any]:
             left = [*record.cudagraph_record, *record.cudagraph_inference_record, *Graph.captured, *managers]
             found["left"].append((len(left), Graph.recorded_in_training, role.model.config.cuda_graph_impl))
     found["stream"] = streams[-1]
-    found["tracker"] = get_cuda_rng_tracker().get_states()
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None
+    found["tracker"] = tracker.get_states()
     return found
 
 
