@@ -24,7 +24,7 @@ from megarlhf.checkpoint.sharded import MODEL, describe_model, load_model
 from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig
 from megarlhf.data.prompts import PromptSet, load_prompts
-from megarlhf.data.rows import DataConfig
+from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, printable
 from megarlhf.eval.accuracy import Evaluation, evaluate
@@ -40,7 +40,7 @@ from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.runtime.checks import checked_model, resolve_tokenizer
+from megarlhf.runtime.checks import Model, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import LOCK, check_directory, sole_writer
 from megarlhf.runtime.roles import role_settings
 from megarlhf.trainers import ppo, reward, sft
@@ -157,7 +157,7 @@ def _shared(cfg: DemoConfig, stage: str) -> dict[str, Any]:
 
 def _data(cfg: DemoConfig, rows: int, *, seed: int, split: str = "train") -> DataConfig:
     problems = ArithmeticConfig(level=cfg.level, rows=rows, seed=seed)
-    return DataConfig(split=split, template="plain", max_tokens=MAX_TOKENS, arithmetic=problems)
+    return DataConfig(source=BUILT_IN, split=split, template="plain", max_tokens=MAX_TOKENS, arithmetic=problems)
 
 
 def _run(cfg: DemoConfig, argv: Sequence[str]) -> None:
@@ -222,7 +222,7 @@ class Outcome:
 
 def _evaluated(cfg: DemoConfig, mesh: Mesh) -> Outcome:
     inits = [str(sft_config(cfg).model_dir), str(ppo_config(cfg).model_dir)]
-    tokenizer = resolve_tokenizer("", inits[0])
+    tokenizer = resolve_tokenizer("", Model("model", inits[0], describe_model(inits[0])))
     prompts = load_prompts(_data(cfg, cfg.problems, seed=cfg.seed + 3, split="heldout"), tokenizer)
     settings = role_settings(ppo_config(cfg), mesh)
     judge = describe_model(str(reward_config(cfg).model_dir))

@@ -38,7 +38,7 @@ PPO = (
 )
 GENERATE = (
     *("generate", "model=runs/tiny/ppo/model", "prompts.template=plain", "prompts.split=heldout", "group_size=2"),
-    *("prompts.arithmetic.rows=3", "sampling.max_new_tokens=12", "output=responses.jsonl"),
+    *("prompts.source=arithmetic", "prompts.arithmetic.rows=3", "sampling.max_new_tokens=12", "output=responses.jsonl"),
 )
 
 
@@ -86,6 +86,35 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+SAID = {
+    "sft": [
+        "data: arithmetic (train), 192 rows, 0 dropped, ",
+        "data, first row, response: ",
+        "steps: 3, each of 64 rows",
+    ],
+    "reward": [
+        *(
+            "pairs: arithmetic (train), ",
+            "pairs, first row, rejected: <|begin_of_text|>",
+            "labelled: arithmetic (train), ",
+        ),
+        *("heldout: arithmetic (heldout), 32 rows", "steps: 2, each of 32 rows of pairs and 64 rows of labelled"),
+    ],
+    "ppo": [
+        *("prompts: arithmetic (train), 64 rows, 0 dropped, ", "prompts, first row, prompt: <|begin_of_text|>"),
+        *("epochs 0.5", "a response ends at <|eot_id|> (4)", "verifier: arithmetic, of the 64 of 64 prompts"),
+        "iterations: 2, each of 16 rollouts and 2 optimiser steps",
+    ],
+}
+
+
+@pytest.mark.parametrize("stage", SAID)
+def test_a_start_says_what_it_reads_and_how_long_it_takes(stage: str, runs: Path) -> None:
+    said = (runs / f"{stage}.txt").read_text()
+    for line in (*SAID[stage], "template plain"):
+        assert line in said, said
+
+
 @pytest.mark.parametrize(("stage", "steps"), [("sft", 3), ("reward", 2), ("ppo", 2)])
 def test_a_run_leaves_its_metrics_and_its_provenance(stage: str, steps: int, runs: Path) -> None:
     run = runs / "runs" / "tiny" / stage
@@ -100,7 +129,8 @@ def test_a_run_leaves_its_metrics_and_its_provenance(stage: str, steps: int, run
 NEXT = {
     "sft": "generate model=MODEL prompt='...', or megarlhf reward model=MODEL pairs.source=FILE",
     "reward": "ppo actor.init=runs/tiny/sft/model reward.init=MODEL prompts.source=FILE",
-    "ppo": "eval model=MODEL prompts.source=FILE, or python tools/convert_hf.py to-hf MODEL OUT --verify",
+    "ppo": "eval model=MODEL prompts.source=FILE verifier=maths, or python tools/convert_hf.py to-hf MODEL OUT "
+    "--verify",
 }
 
 

@@ -175,8 +175,8 @@ def build(sizes: Sizes, directory: Path) -> tuple[Bench, Mesh]:
     mesh = start(cfg.layout, seed=1)
     roles, prompts = build_roles(cfg, prepare(cfg), mesh), _prompts(sizes)
     peer = Peer(directory / "language", sizes, prompts, mesh.device)
-    width = sizes.prompt_tokens + sizes.new_tokens
-    engine = FixedLengths(roles.actor.model, roles.actor.spec, mesh, eos_id=EOS, pad_id=EOS, max_sequence_length=width)
+    actor, longest = roles.actor, sizes.prompt_tokens + sizes.new_tokens
+    engine = FixedLengths(actor.model, actor.spec, mesh, eos_ids=[EOS], pad_id=EOS, max_sequence_length=longest)
     return Bench(*_phases(sizes, cfg, roles, engine, prompts, peer)), mesh
 
 
@@ -299,7 +299,7 @@ def _config(sizes: Sizes, directory: Path) -> PPOConfig:
             "actor": {"init": str(directory / "language")},
             "reward": {"init": str(directory / "scalar")},
             "tokenizer": "arithmetic",
-            "prompts": {"template": "plain"},
+            "prompts": {"source": "arithmetic", "template": "plain"},
             "compute": {"dtype": "float32"},
             "sampling": {"temperature": 1.0, "max_new_tokens": sizes.new_tokens},
             "iterations": 1_000_000,

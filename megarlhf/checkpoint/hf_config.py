@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megarlhf.checkpoint.hf_extras import bare
 from megarlhf.checkpoint.hf_names import OURS, Normalisation
-from megarlhf.checkpoint.sharded import ModelDescription
+from megarlhf.checkpoint.sharded import TOLD, ModelDescription
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import ModelSpec, read_config
@@ -21,14 +22,17 @@ def hf_config(described: ModelDescription, dtype: str, original: Path, tokenizer
     directory, whose token ids a new config.json takes.
     Raises:   CheckpointError when the original describes another model.
     """
-    config = _kept(original, described.spec) if original.is_file() else _new(described.spec, tokenizer)
+    config = _kept(original, described.spec) if original.is_file() else _new(described, tokenizer)
+    if described.head == "scalar" and config.get("pad_token_id") is None:
+        config |= _ids(described, tokenizer, "pad_token_id")  # transformers finds the end of a row by it
     config |= {"architectures": [ARCHITECTURES[described.head]], "dtype": dtype, "torch_dtype": dtype}
     if described.head == "scalar":
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     config.pop(OURS, None)
     scores = Normalisation(described.score_offset, described.score_scale, described.score_wrong)
-    if scores != Normalisation():
-        config[OURS] = scores._asdict()
+    told = described.model_dump(mode="json", include=set(TOLD), exclude_defaults=True)
+    if told or scores != Normalisation():
+        config[OURS] = {**scores._asdict(), **told}
     return config
 
 
@@ -44,7 +48,8 @@ def _kept(original: Path, spec: ModelSpec) -> dict[str, Any]:
     return config
 
 
-def _new(spec: ModelSpec, tokenizer: Path) -> dict[str, Any]:
+def _new(described: ModelDescription, tokenizer: Path) -> dict[str, Any]:
+    spec = described.spec
     # The form of Meta's own files, which transformers 4 and 5 and other engines read alike.
     scaling = spec.rope_scaling
     rope = scaling and {
@@ -78,9 +83,16 @@ def _new(spec: ModelSpec, tokenizer: Path) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    if (tokenizer / "tokenizer.json").is_file():
-        known = load_tokenizer(tokenizer)
-        ids = {"bos_token_id": known.bos_id, "eos_token_id": known.eos_id, "pad_token_id": known.pad_id}
-        # transformers refuses to build an embedding without a row for its padding.
-        config |= {name: number for name, number in ids.items() if number is not None and number < spec.vocab_size}
-    return config
+    return config | _ids(described, tokenizer, "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _ids(described: ModelDescription, tokenizer: Path, *names: str) -> dict[str, Any]:
+    """Those entries, by the tokenizer where there is one."""
+    if not (tokenizer / "tokenizer.json").is_file():
+        return {}
+    known = load_tokenizer(tokenizer)
+    ends = known.of_model(described.eos_ids, None).eos_ids
+    ids = {"bos_token_id": [known.bos_id], "eos_token_id": ends, "pad_token_id": [known.pad_id]}
+    # transformers refuses to build an embedding without a row for its padding.
+    fitting = {name: [i for i in ids[name] if i is not None and i < described.spec.vocab_size] for name in names}
+    return {name: bare(each) for name, each in fitting.items() if each}

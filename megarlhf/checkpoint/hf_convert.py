@@ -23,13 +23,14 @@ from torch import Tensor
 from megarlhf.checkpoint.checksums import check_checksums, write_checksums
 from megarlhf.checkpoint.dist_files import ITEM_OVERHEAD, CheckpointReader, write_pieces
 from megarlhf.checkpoint.hf_config import hf_config
+from megarlhf.checkpoint.hf_extras import CONFIG, EXTRAS, GENERATION
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory, SafetensorsWriter
 from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
 from megarlhf.checkpoint.nearby import check_place
-from megarlhf.checkpoint.sharded import EXTRAS, MODEL, TOKENIZER, WEIGHTS, describe_model, say_left_out
+from megarlhf.checkpoint.sharded import MODEL, TOKENIZER, WEIGHTS, describe_model, say_left_out
 from megarlhf.errors import CheckpointError
-from megarlhf.models.spec import CONFIG, ModelSpec
+from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.observe.memory import PeakMemory
 from megarlhf.observe.progress import Progress
@@ -43,7 +44,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-GENERATION = "generation_config.json"
 
 CUTS = 8
 """Pieces of each matrix in a checkpoint: up to 8 tensor ranks then read no more than their own part of it."""

@@ -3,7 +3,7 @@
     DIR/model.json       architecture and head
     DIR/tokenizer/       Hugging Face tokenizer
     DIR/weights/         sharded weights, loadable in any layout, and their checksums
-    DIR/huggingface/     of a converted model: what training does not need and the way back does
+    DIR/huggingface/     of a model that comes from there: what training does not need and the way back does
     DIR/checksums.json   of all but the weights, by way of theirs of these too
 
 A directory is written under a temporary name and renamed when it is whole, so a partial one never looks complete.
@@ -11,12 +11,13 @@ A directory is written under a temporary name and renamed when it is whole, so a
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -27,13 +28,15 @@ from megarlhf.checkpoint.buckets import write_now
 from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, leave_checksums, write_checksums
 from megarlhf.checkpoint.disk import check_room, saving
 from megarlhf.checkpoint.dist_files import saved_tensors
+from megarlhf.checkpoint.hf_extras import EXTRAS, end_ids, kept
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory
 from megarlhf.checkpoint.hf_load import RandomTensors, load_tensors
-from megarlhf.checkpoint.hf_names import normalisation
+from megarlhf.checkpoint.hf_names import OURS, normalisation
 from megarlhf.checkpoint.nearby import check_place
 from megarlhf.checkpoint.plain_metadata import PlainLoad, PlainReader
 from megarlhf.config import Config
-from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.data.rows import BUILT_IN, DataConfig
+from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import CheckpointError, TrainingError
 from megarlhf.models.finite import not_finite
 from megarlhf.models.role import Role
@@ -45,10 +48,10 @@ from megarlhf.parallel.collectives import all_reduce, barrier, on_main
 MODEL = "model.json"
 WEIGHTS = "weights"
 TOKENIZER = "tokenizer"
-EXTRAS = "huggingface"
-"""Folder of a converted model with config.json and generation_config.json as they came."""
 AGAIN = "save the model again"
 HEADS: dict[str, HeadKind] = {"LlamaForCausalLM": "language", "LlamaForSequenceClassification": "scalar"}
+TOLD = ("template", "date", "task")
+"""Entries of MODEL that are kept in a Hugging Face config.json too, under OURS."""
 
 
 class ModelDescription(Config):
@@ -64,6 +67,14 @@ class ModelDescription(Config):
     """What the centred scores are divided by."""
     score_wrong: float | None = None
     """Mean score, so normalised, of wrong or rejected responses; null where nobody measured it."""
+    template: Template | None = None
+    """How the prompts were rendered that it was trained on; null where nobody knows."""
+    date: datetime.date | None = None
+    """The date in them, where the chat template renders one."""
+    eos_ids: tuple[int, ...] = ()
+    """Ids that end a response, whatever the tokenizer says; those of Hugging Face's configurations."""
+    task: Literal["", "arithmetic"] = ""
+    """The built-in task, where the model was last trained on that."""
 
 
 def describe_model(init: str) -> ModelDescription:
@@ -116,12 +127,15 @@ def save_model(
     directory: Path,
     tokenizer: Tokenizer,
     *,
+    data: DataConfig | None = None,
+    origin: str = "",
     score_offset: float = 0.0,
     score_scale: float = 1.0,
     score_wrong: float | None = None,
 ) -> None:
     """Write `role` as a model directory, replacing an older one only once the new one is whole.
 
+    data: what it was trained on. origin: where its weights started; what is not known of them here is copied from it.
     score_*: what `ModelDescription` keeps of a reward model.
     Ranks:    collective over the mesh; rank 0 renames.
     Raises:   TrainingError where the model gives numbers that are not finite, OutputError where the disk refuses.
@@ -143,11 +157,17 @@ def save_model(
             score_offset=score_offset,
             score_scale=score_scale,
             score_wrong=score_wrong,
+            template=data.template if data else None,
+            date=tokenizer.date,
+            eos_ids=tokenizer.eos_ids,
+            task="arithmetic" if data and data.source == BUILT_IN else "",
         )
         old = directory.with_name(directory.name + ".old")
         with saving(partial):
             (partial / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
             tokenizer.save(partial / TOKENIZER)
+            if origin and origin not in PRESETS:
+                _write_extras(partial / EXTRAS, kept(Path(origin), tokenizer.eos_id))
             write_checksums(partial)
             if directory.exists():
                 directory.rename(old)
@@ -192,6 +212,12 @@ def weight_bytes(role: Role) -> int:
     return int(all_reduce(mine, role.mesh, "world")) // role.mesh.size("data")
 
 
+def _write_extras(directory: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        directory.mkdir(exist_ok=True)
+        (directory / name).write_text(text, encoding="utf-8")
+
+
 def tokenizer_directory(init: str) -> Path:
     """Where the tokenizer of the model directory `init` lies."""
     inside = Path(init) / TOKENIZER
@@ -208,7 +234,15 @@ def _describe_hf(directory: Path) -> ModelDescription:
     head = HEADS[named[0]]
     # Opening it finds missing files and tensors now, before a model is built.
     SafetensorsDirectory(directory, spec, head)
-    return ModelDescription(spec=spec, head=head, **normalisation(config, path)._asdict())
+    scores = normalisation(config, path)
+    known = {name: value for name, value in config.get(OURS, {}).items() if name in TOLD}
+    try:
+        return ModelDescription(spec=spec, head=head, eos_ids=end_ids(directory), **scores._asdict(), **known)
+    except pydantic.ValidationError as error:
+        reason = error.errors()[0]
+        raise CheckpointError(
+            f"{path}: {OURS}.{reason['loc'][0]}={reason['input']!r}: {reason['msg']}; correct it."
+        ) from None
 
 
 def _describe_saved(directory: Path) -> ModelDescription:

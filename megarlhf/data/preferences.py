@@ -38,6 +38,16 @@ class PreferenceSet:
         """Tokens of the longest sequence."""
         return max(map(len, [*self.chosen, *self.rejected]))
 
+    @property
+    def count(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, [*self.chosen, *self.rejected]))
+
+    @property
+    def example(self) -> dict[str, Sequence[int]]:
+        """The parts of the first row, by name."""
+        return {"chosen": self.chosen[0], "rejected": self.rejected[0]}
+
     def batch(self, indices: Tensor) -> PreferencePairs:
         """The pairs at `indices` (int64 [P]), chosen and rejected interleaved, padded to the longest of them."""
         chosen: list[int] = indices.tolist()
@@ -64,6 +74,16 @@ class LabelledSet:
         """Tokens of the longest sequence."""
         return max(map(len, self.tokens))
 
+    @property
+    def count(self) -> int:
+        """Tokens of all sequences."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def example(self) -> dict[str, Sequence[int]]:
+        """The parts of the first row, by name."""
+        return {"prompt and response": self.tokens[0]}
+
     def batch(self, indices: Tensor) -> LabelledResponses:
         """The responses at `indices` (int64 [B]), padded to the longest of them, weight 1 each."""
         chosen: list[int] = indices.tolist()
@@ -80,8 +100,8 @@ def load_preferences(config: DataConfig, tokenizer: Tokenizer) -> PreferenceSet:
     rows = load_rows(config, preference_rows)
     tokenizer = tokenizer.taking(config.control_tokens)
     margins = [_margin(row) for row in rows]
-    chosen = [_encode(row, "chosen", tokenizer, config.template) for row in rows]
-    rejected = [_encode(row, "rejected", tokenizer, config.template) for row in rows]
+    chosen = [_encode(row, "chosen", tokenizer, config.rendering) for row in rows]
+    rejected = [_encode(row, "rejected", tokenizer, config.rendering) for row in rows]
     for row in rows:
         if row.columns["chosen"] == row.columns["rejected"]:
             raise row.fault("rejected", "the same text as chosen; a pair must differ")
@@ -98,7 +118,7 @@ def load_labelled(config: DataConfig, tokenizer: Tokenizer) -> LabelledSet:
     rows = load_rows(config, labelled_rows)
     tokenizer = tokenizer.taking(config.control_tokens)
     correct = [row.number_in("correct", 0, 1) for row in rows]
-    tokens = [_encode(row, "response", tokenizer, config.template) for row in rows]
+    tokens = [_encode(row, "response", tokenizer, config.rendering) for row in rows]
     kept = within_limit(config, rows, [len(ids) for ids in tokens])
     return LabelledSet([tokens[i] for i in kept], [correct[i] for i in kept], tokenizer.pad_id, len(rows) - len(kept))
 

@@ -39,6 +39,16 @@ class PromptSet:
         """Tokens of the longest prompt."""
         return max(map(len, self.tokens))
 
+    @property
+    def count(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def example(self) -> dict[str, Sequence[int]]:
+        """The parts of the first row, by name."""
+        return {"prompt": self.tokens[0]}
+
     def batch(self, indices: Tensor, again: Tensor | None = None) -> Prompts:
         """The prompts at `indices` (int64 [P]), padded to the longest of them.
 
@@ -64,7 +74,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     """
     rows = load_rows(config, prompt_rows)
     tokenizer = tokenizer.taking(config.control_tokens)
-    tokens = [row.prompt_ids(tokenizer, config.template) for row in rows]
+    tokens = [row.prompt_ids(tokenizer, config.rendering) for row in rows]
     answers = ["" if row.columns.get("answer") is None else row.text("answer") for row in rows]
     kept = within_limit(config, rows, [len(ids) for ids in tokens])
     return PromptSet(

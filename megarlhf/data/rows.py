@@ -32,15 +32,17 @@ _NAMED = 5
 class DataConfig(Config):
     """Where rows come from and how they become tokens."""
 
-    source: str = BUILT_IN
-    """`arithmetic` (the built-in task), a .jsonl or .parquet file, or a directory or hub name that `datasets` loads."""
+    source: str = ""
+    """A .jsonl or .parquet file, a directory or hub name that `datasets` loads, or `arithmetic` (the built-in task).
+    Required, except where the model is a preset or was trained on the built-in task: then empty means that task."""
     subset: str = ""
     """Configuration of a hub data set; empty for its default."""
     split: str = ""
     """Split: `train` or `heldout` of the built-in task, or one of the hub data set; empty for `train`, in `eval` for
     `heldout` of the built-in task. A file is one split and needs none."""
-    template: Template = "chat"
-    """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models)."""
+    template: Template | None = None
+    """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models); null
+    for what the model was trained with, or chat where nobody knows."""
     max_tokens: int = pydantic.Field(default=1024, ge=2)
     """Longest row allowed, in tokens: the prompt of prompt sets, prompt and response with EOS of every other kind."""
     control_tokens: ControlTokens = "refuse"
@@ -50,6 +52,11 @@ class DataConfig(Config):
     """What to do with longer rows: stop and list them, or drop and count them. Rows are never cut."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """What the built-in task generates."""
+
+    @property
+    def rendering(self) -> Template:
+        """How a prompt is rendered, by default."""
+        return self.template or "chat"
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,10 @@ def load_rows(config: DataConfig, generate: Callable[[ArithmeticConfig, Split], 
 
     Raises:   DataError if the source is missing, empty or unreadable; ConfigError for an unknown split.
     """
+    if not config.source:
+        raise ConfigError(
+            f"source is empty; name a file, directory or hub data set, or {BUILT_IN} (the built-in task)."
+        )
     source = Path(config.source)
     if config.source == BUILT_IN:
         if config.split not in ("", "train", "heldout"):

@@ -36,6 +36,16 @@ class SftSet:
         """Tokens of the longest row."""
         return max(len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True))
 
+    @property
+    def count(self) -> int:
+        """Tokens of all rows, prompts too."""
+        return sum(map(len, [*self.prompts, *self.responses]))
+
+    @property
+    def example(self) -> dict[str, Sequence[int]]:
+        """The parts of the first row, by name."""
+        return {"prompt": self.prompts[0], "response": self.responses[0]}
+
     def batch(self, indices: Tensor) -> TokenBatch:
         """The rows at `indices` (int64 [B]), padded to the longest of them; responses are supervised, EOS in."""
         chosen: list[int] = indices.tolist()
@@ -52,7 +62,7 @@ def load_sft(config: DataConfig, tokenizer: Tokenizer) -> SftSet:
     """
     rows = load_rows(config, sft_rows)
     tokenizer = tokenizer.taking(config.control_tokens)
-    encoded = [encode_demonstration(row, tokenizer, config.template) for row in rows]
+    encoded = [encode_demonstration(row, tokenizer, config.rendering) for row in rows]
     kept = within_limit(config, rows, [len(prompt) + len(response) for prompt, response in encoded])
     prompts, responses = zip(*(encoded[i] for i in kept), strict=True)
     return SftSet(prompts, responses, tokenizer.pad_id, len(rows) - len(kept))

@@ -6,11 +6,14 @@ Files only: nothing is downloaded, and code that a tokenizer directory brings al
 from __future__ import annotations
 
 import copy
+import datetime
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
+from megarlhf.data.same_tokenizer import encoding_of, first_difference
 from megarlhf.errors import ConfigError, DataError
 from megarlhf.observe.files import link_out
 
@@ -39,6 +42,8 @@ _PAD_FALLBACKS = (PAD, "<|reserved_special_token_0|>")
 
 Template = Literal["chat", "plain"]
 ControlTokens = Literal["refuse", "text", "control"]
+_DATE_FIELDS = "aAbBcdDeFgGhHIjklmMnpPrRsSTuUVwWxXyYzZC"
+"""Letters of strftime."""
 
 
 class Message(TypedDict):
@@ -81,6 +86,10 @@ class Tokenizer:
         """Id that ends a response: <|eot_id|> if there is a chat template that knows turns, else the EOS token."""
         self.pad_id: int = vocabulary[cast(str, pad)]
         """Id of padding, never `eos_id`."""
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
+        """Every id that ends a response where it is drawn, `eos_id` first."""
+        self.date: datetime.date | None = None
+        """The day that a chat template is told; null for today."""
         self.vocab_size: int = max(vocabulary.values()) + 1
         """Rows that an embedding needs: the largest id + 1."""
         self.control_tokens: ControlTokens = "refuse"
@@ -95,6 +104,18 @@ class Tokenizer:
         told = copy.copy(self)
         told.control_tokens = control_tokens
         return told
+
+    def of_model(self, eos_ids: Iterable[int], date: datetime.date | None) -> Tokenizer:
+        """This tokenizer for a model that ends responses with `eos_ids` too, and whose chat template is told `date`."""
+        told = copy.copy(self)
+        told.eos_ids = tuple(dict.fromkeys((self.eos_id, *eos_ids)))
+        told.date = date if self.renders_date else None
+        return told
+
+    @property
+    def renders_date(self) -> bool:
+        """Whether the chat template asks for the date (Llama 3.2's does), so that prompts depend on the day."""
+        return self._fast.chat_template is not None and "strftime_now" in self._fast.get_chat_template()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens added.
@@ -141,6 +162,15 @@ class Tokenizer:
         """Readable text of `ids`; special tokens, padding among them, are left out."""
         return cast(str, self._fast.decode(list(ids), skip_special_tokens=True))
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of `ids` with special tokens."""
+        return cast(str, self._fast.decode(list(ids), skip_special_tokens=False))
+
+    def difference(self, other: Tokenizer) -> str:
+        """The first difference in how both make ids of text, in words; empty for none. Files and names do not count."""
+        ours, theirs = (encoding_of(json.loads(each._backend.to_str())) for each in (self, other))
+        return first_difference(ours, theirs)
+
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation in the tokenizer's own chat template, by default up to where the assistant speaks.
 
@@ -181,7 +211,7 @@ class Tokenizer:
         }
         template = self._fast.get_chat_template()
         try:
-            return render(template, variables, trusted=template == LLAMA3_CHAT_TEMPLATE)
+            return render(_clock(self.date) + template, variables, trusted=template == LLAMA3_CHAT_TEMPLATE)
         except DataError as error:
             raise DataError(f"the chat template of {self.source} refuses the roles {roles}: {error}.") from error
 
@@ -217,6 +247,18 @@ class Tokenizer:
         vocabulary = self._fast.get_vocab()
         pieces = pre_tokenizer.pre_tokenize_str(text) if pre_tokenizer else [(text, (0, len(text)))]
         return [word for word, _ in pieces if word not in vocabulary]
+
+
+def _clock(date: datetime.date | None) -> str:
+    """What to put before a chat template for which it shall be midnight of `date`: a `strftime_now` of its own.
+
+    transformers lets no function of ours into a template, but a template may define one.
+    """
+    if date is None:
+        return ""
+    fields = [f"%{flag}{letter}" for flag in ("-", "") for letter in _DATE_FIELDS]
+    told = "".join(f" | replace({field!r}, {date.strftime(field)!r})" for field in fields)
+    return "{%- macro strftime_now(format) -%}{{ format" + told + " }}{%- endmacro -%}"
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

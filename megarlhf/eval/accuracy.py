@@ -55,7 +55,7 @@ def evaluate(
         policy.model,
         policy.spec,
         mesh,
-        eos_id=tokenizer.eos_id,
+        eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id,
         max_sequence_length=prompts.longest + sampling.max_new_tokens,
         cuda_graphs=policy.settings.compute.cuda_graphs,

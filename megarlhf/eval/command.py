@@ -12,9 +12,9 @@ from rich.table import Table
 
 from megarlhf.checkpoint.sharded import ModelDescription, load_model
 from megarlhf.data.prompts import PromptSet, load_prompts
-from megarlhf.data.rows import DataConfig
+from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import DataError
+from megarlhf.errors import ConfigError, DataError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
@@ -23,11 +23,21 @@ from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.rollout.verifiers import Verifier
-from megarlhf.runtime.checks import check_room, check_rows, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.rollout.verifiers import AutoVerifier, Verifier
+from megarlhf.runtime.checks import (
+    Model,
+    check_room,
+    check_rows,
+    check_same_tokenizer,
+    check_tokenizer,
+    checked_model,
+    resolve_tokenizer,
+)
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import role_settings
+from megarlhf.runtime.said import DataSet, ends, remarks, say
 from megarlhf.runtime.settings import RanksConfig
+from megarlhf.runtime.texts import check_one_day, chosen_data, chosen_verifier
 
 
 class EvalConfig(RanksConfig):
@@ -39,14 +49,15 @@ class EvalConfig(RanksConfig):
     """Reward model whose mean score is reported too; empty for none."""
     tokenizer: str = ""
     """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
-    prompts: DataConfig = DataConfig(split="heldout")
+    prompts: DataConfig = DataConfig()
     """Problems: columns prompt and answer."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the sampled responses; 1 is the policy itself. The greedy ones are at 0."""
     max_new_tokens: int = Field(default=512, ge=1)
     """A response that has not ended after this many tokens is cut."""
-    verifier: Verifier = "arithmetic"
-    """What decides that a response is right: the built-in task's exact one, or math-verify (`maths`)."""
+    verifier: AutoVerifier = "auto"
+    """What decides that a response is right: the built-in task's exact one, or math-verify (`maths`). `auto` is
+    arithmetic for the built-in task; for your own data one must be named."""
     output: Path | None = None
     """File for the responses, one JSON object a line, which must not exist; none are kept without it."""
 
@@ -58,7 +69,9 @@ class EvalInputs:
     model: ModelDescription
     reward: ModelDescription | None
     tokenizer: Tokenizer
+    data: DataConfig
     prompts: PromptSet
+    verifier: Verifier
 
 
 def prepare(cfg: EvalConfig) -> EvalInputs:
@@ -67,8 +80,20 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
         check_new_file(cfg.output)
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     reward = checked_model(cfg.reward, cfg.layout, "reward") if cfg.reward else None
-    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
-    prompts = load_prompts(cfg.prompts, tokenizer)
+    policy = Model("model", cfg.model, model)
+    tokenizer = resolve_tokenizer(cfg.tokenizer, policy, cfg.date)
+    if reward is not None:
+        check_same_tokenizer(tokenizer, str(policy), Model("reward", cfg.reward, reward))
+    data = chosen_data(cfg.prompts, "prompts", policy)
+    data = data.model_copy(update={"split": data.split or ("heldout" if data.source == BUILT_IN else "train")})
+    verifier = chosen_verifier(cfg.verifier, data.source)
+    if verifier is None:
+        raise ConfigError(
+            f"verifier: there is none by default for data of your own, here prompts.source={data.source}; set "
+            "verifier=maths (answers equal as mathematics) or verifier=arithmetic (responses that end in 'The answer "
+            "is N.')."
+        )
+    prompts = load_prompts(data, tokenizer)
     if "" in prompts.answers:
         row = prompts.ids[list(prompts.answers).index("")] + 1
         raise DataError(f"{cfg.prompts.source}, row {row}: no answer to check against; fill the column 'answer'.")
@@ -77,7 +102,7 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
             check_tokenizer(tokenizer, found.spec, name)
             check_room(prompts.longest, cfg.max_new_tokens, found.spec, name, "max_new_tokens")
     check_rows("layout.data", cfg.layout.data, "prompts", len(prompts))
-    return EvalInputs(model, reward, tokenizer, prompts)
+    return EvalInputs(model, reward, tokenizer, data, prompts, verifier)
 
 
 def main(cfg: EvalConfig, argv: Sequence[str]) -> int:
@@ -87,6 +112,7 @@ def main(cfg: EvalConfig, argv: Sequence[str]) -> int:
 
 def _run(cfg: EvalConfig, inputs: EvalInputs) -> None:
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    check_one_day(inputs.tokenizer, mesh)
     with nullcontext() if cfg.output is None else sole_writer(lock_of_file(cfg.output), "output", cfg.output, mesh):
         _evaluate(cfg, inputs, mesh)
 
@@ -95,6 +121,10 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
     settings = role_settings(cfg, mesh)
     policy = FrozenRole("policy", inputs.model.spec, "language", LabelLogprobs(cfg.temperature), settings, mesh)
     load_model(policy, cfg.model, seed=cfg.seed)
+    sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
+    readers = [Model("reward", cfg.reward, inputs.reward)] if inputs.reward else []
+    said = remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model), readers)
+    say([*map(str, sets), *said, ends(inputs.tokenizer), f"verifier: {inputs.verifier}"], mesh)
     reward = None
     if inputs.reward is not None:
         reading = SequenceScores(inputs.reward.score_offset, inputs.reward.score_scale)
@@ -108,7 +138,7 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
             inputs.tokenizer,
             SamplingConfig(temperature=temperature, max_new_tokens=cfg.max_new_tokens),
             seed=cfg.seed,
-            verifier=cfg.verifier,
+            verifier=inputs.verifier,
         )
         for name, temperature in (("sampled", cfg.temperature), ("greedy", 0.0))
     }

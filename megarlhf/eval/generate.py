@@ -28,10 +28,12 @@ from megarlhf.parallel.collectives import gather_rows, on_main
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.runtime.checks import check_room, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.checks import Model, check_room, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import print_choices, print_dropped, role_settings
+from megarlhf.runtime.said import DataSet, ends, remarks, say
 from megarlhf.runtime.settings import RanksConfig
+from megarlhf.runtime.texts import check_one_day, chosen_data, chosen_template
 
 ROLLOUTS = 512
 """Responses drawn between two writes; the engine itself decodes as many of them at once as fit."""
@@ -62,6 +64,8 @@ class GenerateInputs:
 
     model: ModelDescription
     tokenizer: Tokenizer
+    data: DataConfig
+    """Without a source for `prompt`."""
     prompts: PromptSet
     said: Sequence[Any]
     """The prompts as the data has them, text or conversations, by row of the data."""
@@ -77,15 +81,22 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
             "wants one model chunk a rank; set layout.virtual_pipeline=1."
         )
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
-    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
+    speaker = Model("model", cfg.model, model)
+    tokenizer = resolve_tokenizer(cfg.tokenizer, speaker, cfg.date)
     check_tokenizer(tokenizer, model.spec, "model")
-    prompts, said = _prompts(cfg, tokenizer)
+    if cfg.prompt:
+        data = cfg.prompts.model_copy(update={"template": chosen_template(cfg.prompts.template, speaker)})
+        tokens = tokenizer.taking(data.control_tokens).encode_prompt(cfg.prompt, data.rendering)
+        prompts, said = PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0, said=[cfg.prompt]), [cfg.prompt]
+    else:
+        data = chosen_data(cfg.prompts, "prompts", speaker)
+        prompts, said = load_prompts(data, tokenizer), [row.columns["prompt"] for row in load_rows(data, prompt_rows)]
     if len(prompts) < cfg.layout.data:
         raise LayoutError(
             f"layout.data={cfg.layout.data} is more than the {len(prompts)} prompts; set it to at most {len(prompts)}."
         )
     check_room(prompts.longest, cfg.sampling.max_new_tokens, model.spec, "model")
-    return GenerateInputs(model, tokenizer, prompts, said)
+    return GenerateInputs(model, tokenizer, data, prompts, said)
 
 
 def main(cfg: GenerateConfig, argv: Sequence[str]) -> int:
@@ -95,6 +106,7 @@ def main(cfg: GenerateConfig, argv: Sequence[str]) -> int:
 
 def _run(cfg: GenerateConfig, inputs: GenerateInputs) -> None:
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    check_one_day(inputs.tokenizer, mesh)
     with _open(cfg, mesh) as file:
         _generate(cfg, inputs, file, mesh)
 
@@ -104,6 +116,7 @@ def _generate(cfg: GenerateConfig, inputs: GenerateInputs, file: IO[str], mesh: 
     policy = FrozenRole("model", inputs.model.spec, "language", LabelLogprobs(cfg.sampling.temperature), settings, mesh)
     load_model(policy, cfg.model, seed=cfg.seed)
     print_choices(settings.compute.choices, mesh)
+    _say_start(cfg, inputs, mesh)
     print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
     with Progress(len(inputs.prompts), "generate", enabled=mesh.is_main) as bar:
         for rollout in rollouts(policy, inputs, cfg):
@@ -114,6 +127,14 @@ def _generate(cfg: GenerateConfig, inputs: GenerateInputs, file: IO[str], mesh: 
             bar.advance(len(rollout) // cfg.group_size)
 
 
+def _say_start(cfg: GenerateConfig, inputs: GenerateInputs, mesh: Mesh) -> None:
+    model, tokenizer = Model("model", cfg.model, inputs.model), inputs.tokenizer
+    asked = cfg.prompts.model_copy(update={"source": "prompt"}) if cfg.prompt else cfg.prompts
+    sets = [DataSet("prompts", asked, inputs.data, inputs.prompts)]
+    rows = [f"prompt: template {inputs.data.rendering}"] if cfg.prompt else [*map(str, sets)]
+    say([*rows, *remarks(sets, tokenizer, model), ends(tokenizer)], mesh)
+
+
 def rollouts(policy: FrozenRole, inputs: GenerateInputs, cfg: GenerateConfig) -> Iterator[Rollout]:
     """Responses to all prompts in order, a part at a time. Collective; equal on every rank."""
     mesh, prompts = policy.mesh, inputs.prompts
@@ -121,7 +142,7 @@ def rollouts(policy: FrozenRole, inputs: GenerateInputs, cfg: GenerateConfig) ->
         policy.model,
         policy.spec,
         mesh,
-        eos_id=inputs.tokenizer.eos_id,
+        eos_ids=inputs.tokenizer.eos_ids,
         pad_id=inputs.tokenizer.pad_id,
         max_sequence_length=prompts.longest + cfg.sampling.max_new_tokens,
         cuda_graphs=policy.settings.compute.cuda_graphs,
@@ -148,13 +169,6 @@ def rows_of(rollout: Rollout, inputs: GenerateInputs) -> Iterator[dict[str, Any]
             "tokens": int(rollout.lengths[row]) - start,
             "terminated": terminated,
         }
-
-
-def _prompts(cfg: GenerateConfig, tokenizer: Tokenizer) -> tuple[PromptSet, Sequence[Any]]:
-    if cfg.prompt:
-        tokens = tokenizer.taking(cfg.prompts.control_tokens).encode_prompt(cfg.prompt, cfg.prompts.template)
-        return PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0, said=[cfg.prompt]), [cfg.prompt]
-    return load_prompts(cfg.prompts, tokenizer), [row.columns["prompt"] for row in load_rows(cfg.prompts, prompt_rows)]
 
 
 @contextmanager

@@ -28,14 +28,15 @@ from megarlhf.errors import ConfigError
 from megarlhf.eval.scored_file import Done, ScoredFile, content
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
 from megarlhf.observe.progress import Progress
-from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import broadcast_object, gather
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.runtime.checks import check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.checks import Model, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import lock_of_file, sole_writer
 from megarlhf.runtime.roles import print_choices, role_settings
+from megarlhf.runtime.said import say
 from megarlhf.runtime.settings import RanksConfig
+from megarlhf.runtime.texts import chosen_template
 
 PART_ROWS = 256
 """Rows of a data rank between two writes: at most these are lost when a run is killed, or held as tensors at once."""
@@ -58,22 +59,26 @@ class ScoreConfig(RanksConfig):
     output: Path
     """JSON lines file to write: every row of the input with all its fields, in order, and what is added. If it is
     there already, the same command goes on with it."""
-    template: Template = "chat"
-    """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models)."""
+    template: Template | None = None
+    """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models); null
+    for what the model was trained with, or chat where nobody knows."""
     control_tokens: ControlTokens = "refuse"
     """What a control token in a text, such as <|eot_id|>, is: an error that names the row (`refuse`), its letters
     (`text`), or what ends turns and responses (`control`)."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of a language model before its log-probs; 1 is the model itself."""
 
-    def decisive(self) -> dict[str, Any]:
-        """The settings that decide what is added to a row, by name. The layout is none: it changes rounding at most."""
+    def decisive(self, own: Template | None = None) -> dict[str, Any]:
+        """The settings that decide what is added to a row, by name. The layout is none: it changes rounding at most.
+
+        own: what the model was trained with.
+        """
         return {
             "model": _place(self.model),
             "model's content": _content(self.model),
             "tokenizer": _place(self.tokenizer),
             "tokenizer's content": _content(self.tokenizer),
-            "template": self.template,
+            "template": self.template or own or "chat",
             "control_tokens": self.control_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -97,16 +102,18 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
     if cfg.input.suffix != ".jsonl":
         raise ConfigError(f"input={cfg.input} is not a .jsonl file; write one JSON object a line, and name it so.")
     model = checked_model(cfg.model, cfg.layout, "model", needs="scalar")
-    output = ScoredFile(cfg.output, cfg.decisive(), ADDED[model.head])
+    reader = Model("model", cfg.model, model)
+    settings = cfg.decisive(model.template)
+    output = ScoredFile(cfg.output, settings, ADDED[model.head])
     output.check_writable()
 
     @cache
     def tokenizer() -> Tokenizer:
-        found = resolve_tokenizer(cfg.tokenizer, cfg.model)
+        found = resolve_tokenizer(cfg.tokenizer, reader, cfg.date)
         check_tokenizer(found, model.spec, "model")
         return found.taking(cfg.control_tokens)
 
-    rows = load_score_rows(cfg.input, tokenizer, cfg.template)
+    rows = load_score_rows(cfg.input, tokenizer, settings["template"])
     rows.check(model.spec.vocab_size, model.spec.max_positions, output.added)
     done = output.done(rows.rows)
     output.check_room(rows.rows[done.rows :])
@@ -125,11 +132,17 @@ def run(cfg: ScoreConfig, inputs: ScoreInputs) -> None:
     done = broadcast_object(inputs.done, mesh, "world")
     left = len(inputs.rows) - done.rows
     if done.rows:
-        _say(f"{cfg.output}: {done.rows} of {len(inputs.rows)} rows are there, {left or 'nothing is'} left to do", mesh)
+        say(
+            [f"{cfg.output}: {done.rows} of {len(inputs.rows)} rows are there, {left or 'nothing is'} left to do"], mesh
+        )
     if not left:
         return
     with sole_writer(lock_of_file(cfg.output), "output", cfg.output, mesh):
         model = build(cfg, inputs.model, mesh)
+        reader = Model("model", cfg.model, inputs.model)
+        used, own = chosen_template(cfg.template, reader), inputs.model.template
+        say([f"{cfg.input}: {len(inputs.rows):,} rows, template {used}"], mesh)
+        say([f"template is {used}, but {reader} was trained with {own}"] if own not in (None, used) else [], mesh)
         print_choices(model.settings.compute.choices, mesh)
         opened = inputs.output.open_after(done) if mesh.is_main else nullcontext()
         with opened as file, Progress(left, "score", enabled=mesh.is_main) as bar:
@@ -197,7 +210,3 @@ def _place(name: str) -> str:
 def _content(name: str) -> str:
     """What tells a directory from one that was trained anew in its place; nothing of a built-in name."""
     return content(Path(name)) if name and Path(name).is_dir() else ""
-
-
-def _say(text: str, mesh: Mesh) -> None:
-    Terminal(stderr=True, quiet=not mesh.is_main, soft_wrap=True).print(text)

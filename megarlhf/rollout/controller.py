@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,19 @@ class RolloutController(TextGenerationController):
     """
 
     def __init__(
-        self, model: GPTInferenceWrapper, ledger: Ledger, sampling: SamplingConfig, *, vocab_size: int, eos_id: int
+        self,
+        model: GPTInferenceWrapper,
+        ledger: Ledger,
+        sampling: SamplingConfig,
+        *,
+        vocab_size: int,
+        eos_ids: Sequence[int],
     ) -> None:
         super().__init__(model, tokenizer=None, pp_group=model.pp_group)
         self.ledger = ledger
         self.sampling = sampling
         self.vocab_size = vocab_size
-        self.eos_id = eos_id
+        self.ends = torch.tensor(eos_ids, device=ledger.tokens.device)
 
     @torch.inference_mode()
     async def async_generate_output_tokens_dynamic_batch(self) -> dict[str, Any]:
@@ -64,7 +71,7 @@ class RolloutController(TextGenerationController):
         self.ledger.logprobs.view(-1)[cells] = logprobs
         lengths += 1
         self.ledger.lengths[rows] = lengths
-        going_on = (drawn != self.eos_id) & (lengths < context.get_max_sequence_lengths())
+        going_on = ~torch.isin(drawn, self.ends) & (lengths < context.get_max_sequence_lengths())
         context.update_requests(going_on.byte(), drawn)
         return {}
 

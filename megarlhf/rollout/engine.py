@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -43,7 +43,7 @@ CUDA_GRAPHS = 8
 class RolloutEngine:
     """Draws responses from `model`; holds no memory of its own between calls.
 
-    model: the actor, a GPTModel of `spec` on `mesh`. eos_id: ends a response. pad_id: fills rows to the right.
+    model: the actor, a GPTModel of `spec` on `mesh`. eos_ids: each ends a response. pad_id: fills rows to the right.
     max_sequence_length: prompt plus response never get longer, in tokens. max_requests: rows decoded at once, for which
     the KV cache is allocated; on a GPU no more than its free memory holds. Further rows wait until some have finished.
     cuda_graphs: capture decode steps.
@@ -55,7 +55,7 @@ class RolloutEngine:
         spec: ModelSpec,
         mesh: Mesh,
         *,
-        eos_id: int,
+        eos_ids: Sequence[int],
         pad_id: int,
         max_sequence_length: int,
         max_requests: int = 512,
@@ -69,7 +69,7 @@ class RolloutEngine:
         self.model = model
         self.spec = spec
         self.mesh = mesh
-        self.eos_id = eos_id
+        self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.max_sequence_length = max_sequence_length
         self.max_requests = max_requests
@@ -123,14 +123,15 @@ class RolloutEngine:
             inference_max_seq_length=width,
         )
         wrapped = GPTInferenceWrapper(self.model, config, context, self.mesh.groups)
-        controller = RolloutController(wrapped, ledger, sampling, vocab_size=self.spec.vocab_size, eos_id=self.eos_id)
+        controller = RolloutController(wrapped, ledger, sampling, vocab_size=self.spec.vocab_size, eos_ids=self.eos_ids)
         engine = _Engine(
             controller, context, random_seed=0, enable_chunked_prefill=False, pg_collection=self.mesh.groups
         )
         try:
             for row, _, tokens in requests:
                 room = min(sampling.max_new_tokens, width - len(tokens))
-                engine.add_request(row, tokens, SamplingParams(num_tokens_to_generate=room, termination_id=self.eos_id))
+                # No id of termination: the controller knows them all.
+                engine.add_request(row, tokens, SamplingParams(num_tokens_to_generate=room, termination_id=-1))
             yield engine
         finally:
             engine.release()
@@ -207,7 +208,7 @@ class RolloutEngine:
             tokens=ledger.tokens[:, :width],
             prompt_lengths=rows.lengths,
             lengths=ledger.lengths,
-            terminated=last == self.eos_id,
+            terminated=torch.isin(last, last.new_tensor(self.eos_ids)),
             sampler_logprobs=ledger.logprobs[:, 1:width],
             prompt_ids=rows.ids,
             answers=rows.answers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -13,6 +14,8 @@ from megarlhf.data.arithmetic import is_correct
 from megarlhf.errors import ConfigError
 
 Verifier = Literal["arithmetic", "maths"]
+AutoVerifier = Literal["auto", "arithmetic", "maths"]
+"""A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 _SAID = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
@@ -65,12 +68,17 @@ def _braced(text: str) -> str | None:
     return None
 
 
+def check_verifier(verifier: Verifier) -> None:
+    """Raise ConfigError where `verifier` needs a package that is not installed."""
+    if verifier == "maths" and importlib.util.find_spec("math_verify") is None:
+        raise ConfigError("verifier=maths needs the package math-verify; pip install math-verify.")
+
+
 def _equal(said: str, answer: str) -> bool:
-    try:
-        from math_verify import LatexExtractionConfig, parse
-        from math_verify import verify as equal
-    except ImportError as error:
-        raise ConfigError("verifier=maths needs the package math-verify; pip install math-verify.") from error
+    check_verifier("maths")
+    from math_verify import LatexExtractionConfig, parse
+    from math_verify import verify as equal
+
     if len(said) > _LONGEST_ANSWER:
         return False
     # LaTeX alone: math-verify's other reader, of bare expressions, goes through sympy's parse_expr, which calls eval().

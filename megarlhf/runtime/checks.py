@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+from dataclasses import dataclass
 from pathlib import Path
 
 from megarlhf.checkpoint.sharded import ModelDescription, describe_model, tokenizer_directory
@@ -87,19 +89,67 @@ def check_room(
         )
 
 
-def resolve_tokenizer(tokenizer: str, init: str) -> Tokenizer:
-    """The tokenizer called `tokenizer`: "" for the model's own, "arithmetic" for the tiny one, else a directory.
+@dataclass(frozen=True)
+class Model:
+    """A model as settings name it."""
 
-    Raises:   ConfigError or DataError when there is none.
+    setting: str
+    """The setting, such as `actor.init`."""
+    init: str
+    """Its value."""
+    description: ModelDescription
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """Where its own tokenizer lies; None where it has none."""
+        directory = tokenizer_directory(self.init)
+        return directory if self.init not in PRESETS and (directory / "tokenizer.json").is_file() else None
+
+    def __str__(self) -> str:
+        """The setting with its value."""
+        return f"{self.setting}={self.init}"
+
+
+def resolve_tokenizer(tokenizer: str, model: Model, date: datetime.date | None = None) -> Tokenizer:
+    """The tokenizer called `tokenizer` ("" for the model's own, "arithmetic" for the tiny one, else a directory).
+
+    It ends responses where the model does. date: what a chat template is told; by default what it was when the model
+    was trained, or today's.
+    Raises:   ConfigError or DataError when there is none, or when the model has another.
     """
     if tokenizer == BUILT_IN_TOKENIZER:
-        return build_tiny_tokenizer(words())
-    if not tokenizer and init in PRESETS:
+        found = build_tiny_tokenizer(words())
+    elif not tokenizer and model.init in PRESETS:
         raise ConfigError(
-            f"tokenizer is empty and the preset {init} has none of its own; set tokenizer={BUILT_IN_TOKENIZER} (the "
-            "built-in task's) or name a tokenizer directory."
+            f"tokenizer is empty and the preset {model.init} has none of its own; set tokenizer={BUILT_IN_TOKENIZER} "
+            "(the built-in task's) or name a tokenizer directory."
         )
-    return load_tokenizer(Path(tokenizer) if tokenizer else tokenizer_directory(init))
+    else:
+        found = load_tokenizer(Path(tokenizer) if tokenizer else tokenizer_directory(model.init))
+    if tokenizer:
+        check_same_tokenizer(found, f"tokenizer={tokenizer}", model)
+    description = model.description
+    return found.of_model(description.eos_ids, date or description.date or datetime.date.today())
+
+
+def check_same_tokenizer(tokenizer: Tokenizer, name: str, model: Model) -> None:
+    """Raise ConfigError where the model has another tokenizer than `tokenizer`, which `name` says where from.
+
+    For a model that reads the end of a response, as reward models do, it must be the same end.
+    """
+    if model.tokenizer_directory is None:
+        return
+    own = load_tokenizer(model.tokenizer_directory)
+    difference = tokenizer.difference(own)
+    if not difference and model.description.head == "scalar" and tokenizer.eos_id != own.eos_id:
+        ends = [each.decode_all([each.eos_id]) for each in (tokenizer, own)]
+        difference = f"a response ends with {ends[0]!r} in the first and with {ends[1]!r} in the second"
+    if difference:
+        raise ConfigError(
+            f"{name} ({tokenizer.source}) and {model} ({own.source}) have different tokenizers: {difference}; what one "
+            "writes the other misreads, so use models of one tokenizer, or copy the right tokenizer files over the "
+            "wrong ones."
+        )
 
 
 def check_tokenizer(tokenizer: Tokenizer, spec: ModelSpec, name: str) -> None:

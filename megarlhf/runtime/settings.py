@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Literal
 
 from pydantic import Field
@@ -24,5 +25,8 @@ class RanksConfig(Config):
     """Rows of one forward pass on one data rank. Bounds the memory of activations; changes no result."""
     offload: Literal["host", "none"] = "host"
     """Where a model's bytes wait while another works: host memory (pinned where there is a GPU), or where they are."""
+    date: datetime.date | None = None
+    """The day that a chat template is told, where it renders one (Llama 3.2's does), as YYYY-MM-DD. null: the model's
+    own, of its training, or else the day of the first start."""
     timeout_s: float = Field(default=600.0, ge=1, le=1e7)
     """Longest wait in a collective, in seconds, before the run stops. Source: torch's default for NCCL."""

@@ -92,7 +92,9 @@ def complete(cfg: DoctorConfig) -> DoctorConfig:
             "reward": cfg.reward if cfg.reward.init else cfg.reward.model_copy(update={"init": STAND_IN}),
             "tokenizer": cfg.tokenizer or BUILT_IN_TOKENIZER,
             # The built-in tokenizer has no chat template, and the preset a short context.
-            "prompts": cfg.prompts.model_copy(update={"template": "plain"} if cfg.prompts.source == BUILT_IN else {}),
+            "prompts": cfg.prompts.model_copy(
+                update={"template": "plain"} if cfg.prompts.source in ("", BUILT_IN) else {}
+            ),
             "sampling": cfg.sampling.model_copy(update={"max_new_tokens": min(32, cfg.sampling.max_new_tokens)}),
         }
     )

@@ -33,6 +33,8 @@ from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import occurrence
 from megarlhf.runtime.gates import cheap_gates, check_gates, gate_prompts
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
+from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
+from megarlhf.runtime.texts import check_one_day, verifier_remark
 from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
@@ -222,7 +224,7 @@ def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> Rol
         actor.model,
         actor.spec,
         actor.mesh,
-        eos_id=inputs.tokenizer.eos_id,
+        eos_ids=inputs.tokenizer.eos_ids,
         pad_id=inputs.tokenizer.pad_id,
         max_sequence_length=inputs.prompts.longest + cfg.sampling.max_new_tokens,
         cuda_graphs=actor.settings.compute.cuda_graphs,
@@ -231,10 +233,12 @@ def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> Rol
 
 def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
     """Run every iteration and save the actor to `cfg.model_dir`. Collective; returns the last iteration's metrics."""
+    check_one_day(inputs.tokenizer, mesh)
     roles = build_roles(cfg, inputs, mesh)
     print_choices([*roles.actor.settings.compute.choices, cfg.policy_loss_choice], mesh)
     print_memory_plan(roles.every, mesh)
     print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
+    _say_start(cfg, inputs, mesh)
     print_remark(cut_score_remark(cfg, inputs.reward), mesh)
     engine = build_engine(cfg, inputs, roles.actor)
     per_rank = {"data_rank": mesh.data_rank, "data_size": mesh.size("data")}
@@ -249,7 +253,7 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
         prompts = inputs.prompts.batch(loader.local(rows), again=loader.local(occurrence(rows)))
         done = ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
         rollout = done.experience.rollout
-        judged = judged_rollouts(rollout, done.scores, inputs.tokenizer, cfg.verifier, inputs.prompts)
+        judged = judged_rollouts(rollout, done.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)
         if writer is not None and iteration % cfg.samples_every == 0:
             writer.samples(judged[: cfg.samples], iteration + 1)
         metrics = {**done.metrics, **accuracy_metric(judged)}
@@ -264,7 +268,7 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
             same = cfg.reference_init == cfg.actor.init and first <= cfg.value_warmup_iterations
             check_gates(cheap_gates(roles, engine, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
 
-    with open_run(cfg, argv, mesh) as writer:
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
         metrics = run_steps(
             *(cfg.iterations, "PPO", lambda i: step(i, writer), ("rollout/score_mean", "rollout/accuracy")),
             run=run,
@@ -274,8 +278,19 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
         )
     if watch.ends(metrics):
         print_remark(watch.conclusion(), mesh)
-    save_model(roles.actor, cfg.model_dir, inputs.tokenizer)
+    save_model(roles.actor, cfg.model_dir, inputs.tokenizer, data=inputs.data, origin=cfg.actor.init)
     return metrics
+
+
+def _say_start(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> None:
+    sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
+    epochs = cfg.iterations * cfg.prompts_per_iteration / len(inputs.prompts)
+    say_data(sets, inputs.tokenizer, mesh, epochs={"prompts": epochs})
+    actor, *others = inputs.models(cfg)
+    say([*remarks(sets, inputs.tokenizer, actor, others), ends(inputs.tokenizer)], mesh)
+    say([verifier_remark(inputs.verifier, inputs.prompts)], mesh)
+    each = f"{cfg.rollout_batch:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
+    say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
 
 
 def main(cfg: PPOConfig, argv: Sequence[str]) -> int:
@@ -289,7 +304,7 @@ def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str]) -> None:
         metrics = train(cfg, inputs, argv, mesh=mesh)
         model = shlex.quote(str(cfg.model_dir))
         following = (
-            f"megarlhf eval model={model} prompts.source=FILE",
+            f"megarlhf eval model={model} prompts.source=FILE verifier=maths",
             f"python tools/convert_hf.py to-hf {model} OUT --verify",
         )
         conclude(cfg.run_dir, metrics, ("rollout/score_mean", "rollout/accuracy"), following, mesh)

@@ -18,14 +18,17 @@ from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.rollout.verifiers import Verifier
+from megarlhf.rollout.verifiers import AutoVerifier, Verifier
 from megarlhf.runtime.checks import (
+    Model,
     check_batch,
     check_room,
+    check_same_tokenizer,
     check_tokenizer,
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.texts import chosen_data, chosen_verifier
 from megarlhf.trainers.settings import RunConfig
 
 
@@ -99,8 +102,9 @@ class PPOConfig(RunConfig):
     score_clip: float | None = Field(default=None, gt=0)
     """Scores are clipped to +- this, in reward, before the KL penalty; null clips nothing."""
 
-    verifier: Verifier = "arithmetic"
-    """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's, or `maths`."""
+    verifier: AutoVerifier | Literal["none"] = "auto"
+    """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's exact one, math-verify
+    (`maths`), or `none`, which logs no accuracy. `auto`: arithmetic for the built-in task, none for your own data."""
     kl_bound: float | None = Field(default=24.0, gt=0)
     """Mean KL to the reference, in nats a response, beyond which the run warns; null never warns. Source: four times
     the 6 nats that Ziegler et al. 2019 steer towards."""
@@ -157,7 +161,22 @@ class PPOInputs:
     reference: ModelDescription
     reward: ModelDescription
     tokenizer: Tokenizer
+    data: DataConfig
     prompts: PromptSet
+    verifier: Verifier | None
+
+    def models(self, cfg: PPOConfig) -> list[Model]:
+        """Every model of the run once, the actor's first, by the first setting that names it."""
+        named = (
+            Model("actor.init", cfg.actor.init, self.actor),
+            Model("reward.init", cfg.reward.init, self.reward),
+            Model("critic.init", cfg.critic_init, self.critic),
+            Model("reference.init", cfg.reference_init, self.reference),
+        )
+        found: dict[str, Model] = {}
+        for model in named:
+            found.setdefault(model.init, model)
+        return list(found.values())
 
 
 def prepare(cfg: PPOConfig) -> PPOInputs:
@@ -175,8 +194,10 @@ def prepare(cfg: PPOConfig) -> PPOInputs:
             f"reward.init={cfg.reward.init} is a language model, whose scores would be noise; train a reward model "
             "from it with megarlhf reward."
         )
-    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.actor.init)
-    prompts = load_prompts(cfg.prompts, tokenizer)
+    actor = Model("actor.init", cfg.actor.init, models["actor"])
+    tokenizer = resolve_tokenizer(cfg.tokenizer, actor, cfg.pinned_date)
+    data = chosen_data(cfg.prompts, "prompts", actor)
+    prompts = load_prompts(data, tokenizer)
     check_prompt_count(prompts, cfg.prompts_per_iteration)
     for name, model in models.items():
         check_tokenizer(tokenizer, model.spec, name)
@@ -184,7 +205,11 @@ def prepare(cfg: PPOConfig) -> PPOInputs:
     actor_iterations = cfg.iterations - cfg.value_warmup_iterations
     cfg.actor.optim.check(actor_iterations * cfg.steps_per_iteration, "actor.optim")
     cfg.critic.optim.check(cfg.iterations * cfg.steps_per_iteration, "critic.optim")
-    return PPOInputs(**models, tokenizer=tokenizer, prompts=prompts)
+    verifier = chosen_verifier(cfg.verifier, data.source)
+    inputs = PPOInputs(**models, tokenizer=tokenizer, data=data, prompts=prompts, verifier=verifier)
+    for model in inputs.models(cfg)[1:]:
+        check_same_tokenizer(tokenizer, str(actor), model)
+    return inputs
 
 
 def cut_score_remark(cfg: PPOConfig, reward: ModelDescription) -> str:

@@ -90,9 +90,9 @@ def learner_metrics(actor: Sequence[Update], critic: Sequence[Update]) -> Metric
 
 
 def judged_rollouts(
-    rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier, prompts: PromptSet
+    rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier | None, prompts: PromptSet
 ) -> list[dict[str, Any]]:
-    """Every rollout as text with its score, and the verifier's verdict where the data has an answer (else None).
+    """Every rollout as text with its score, and the verdict where there are a verifier and an answer (else None).
 
     A prompt is shown as `prompts` have it, text or a conversation.
     """
@@ -109,14 +109,14 @@ def judged_rollouts(
             "response": response,
             "answer": answer,
             "score": score,
-            "correct": verify(response, answer, verifier) if answer else None,
+            "correct": verify(response, answer, verifier) if answer and verifier else None,
         }
         for prompt, response, answer, score in columns
     ]
 
 
 def accuracy_metric(judged: Sequence[Mapping[str, object]]) -> Metrics:
-    """How many rollouts were verified, and which share of them is right; nothing where the data has no answers."""
+    """How many rollouts were verified, and which share of them is right; nothing where there are no verdicts."""
     verdicts = [row["correct"] for row in judged if row["correct"] is not None]
     if not verdicts:
         return {}

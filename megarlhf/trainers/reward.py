@@ -10,7 +10,7 @@ weights that make the mean over couples the formula above.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +37,7 @@ from megarlhf.parallel.collectives import gather, own_rows
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.runtime.checks import (
+    Model,
     check_batch,
     check_longest,
     check_rows,
@@ -45,6 +46,8 @@ from megarlhf.runtime.checks import (
     resolve_tokenizer,
 )
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
+from megarlhf.runtime.said import DataSet, remarks, say, say_data
+from megarlhf.runtime.texts import check_one_day, chosen_data
 from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
 from megarlhf.trainers.settings import RunConfig
@@ -164,6 +167,8 @@ class RewardInputs:
 
     model: ModelDescription
     tokenizer: Tokenizer
+    data: Mapping[str, DataConfig]
+    """Of each set that there is."""
     pairs: PreferenceSet | None
     labelled: LabelledSet | None
     heldout: LabelledSet | None
@@ -182,11 +187,14 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
             f"labelled_batch={cfg.labelled_batch} is odd; responses travel two by two, use an even number."
         )
     model = checked_model(cfg.model, cfg.layout, "model")
-    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
+    start_from = Model("model", cfg.model, model)
+    tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
-    pairs = load_preferences(cfg.pairs, tokenizer) if cfg.pairs else None
-    labelled = load_labelled(cfg.labelled, tokenizer) if cfg.labelled else None
-    heldout = load_labelled(cfg.heldout, tokenizer) if cfg.heldout else None
+    given = {"pairs": cfg.pairs, "labelled": cfg.labelled, "heldout": cfg.heldout}
+    data = {name: chosen_data(rows, name, start_from) for name, rows in given.items() if rows}
+    pairs = load_preferences(data["pairs"], tokenizer) if cfg.pairs else None
+    labelled = load_labelled(data["labelled"], tokenizer) if cfg.labelled else None
+    heldout = load_labelled(data["heldout"], tokenizer) if cfg.heldout else None
     couples = (cfg.pairs_batch if pairs else 0) + (cfg.labelled_batch // 2 if labelled else 0)
     check_batch("pairs_batch + labelled_batch / 2", couples, cfg.layout, cfg.micro_batch)
     steps = 1
@@ -199,7 +207,7 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
         check_longest("heldout", heldout.longest, model.spec)
         check_rows("layout.data", cfg.layout.data, "heldout", len(heldout))
     cfg.optim.check(steps, "optim")
-    return RewardInputs(model, tokenizer, pairs, labelled, heldout, steps)
+    return RewardInputs(model, tokenizer, data, pairs, labelled, heldout, steps)
 
 
 def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
@@ -218,12 +226,14 @@ def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> None:
 
 def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
     """Train, measure, normalise and save. Collective; returns the last metrics."""
+    check_one_day(inputs.tokenizer, mesh)
     measured = responses_to_measure(inputs)
     role = build_role(cfg, inputs, mesh)
     pairs, labelled = inputs.pairs, inputs.labelled
     for name, rows in (("pairs", pairs), ("labelled", labelled), ("heldout", inputs.heldout)):
         if rows is not None:
             print_dropped(name, rows.dropped, len(rows), mesh)
+    _say_start(cfg, inputs, mesh)
     if inputs.heldout is None and cfg.normalise != "none":
         used = f"{len(measured)} training responses"
         print_remark(f"heldout is unset: normalise={cfg.normalise} measures the scores of {used}", mesh)
@@ -253,7 +263,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
             **clock.metrics(),
         }
 
-    with open_run(cfg, argv, mesh) as writer:
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
         metrics = run_steps(inputs.steps, "reward model", step, ("reward/loss",), run=run, writer=writer)
         found = measure(role, measured, heldout=inputs.heldout is not None)
         metrics = {**metrics, **found}
@@ -266,11 +276,32 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
         role,
         cfg.model_dir,
         inputs.tokenizer,
+        data=next(iter(inputs.data.values())),
+        origin=cfg.model,
         score_offset=offset,
         score_scale=scale,
         score_wrong=None if wrong is None else (wrong - offset) / scale,
     )
     return metrics
+
+
+def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> None:
+    given = {
+        "pairs": (cfg.pairs, inputs.pairs, cfg.pairs_batch),
+        "labelled": (cfg.labelled, inputs.labelled, cfg.labelled_batch),
+        "heldout": (cfg.heldout, inputs.heldout, 0),
+    }
+    sets = [DataSet(name, asked, inputs.data[name], rows) for name, (asked, rows, _) in given.items() if asked and rows]
+    learnt = {name: (batch, rows) for name, (_, rows, batch) in given.items() if batch and rows}
+    epochs = {name: inputs.steps * batch / len(rows) for name, (batch, rows) in learnt.items()}
+    say_data(sets, inputs.tokenizer, mesh, epochs=epochs)
+    say(remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model)), mesh)
+    templates = {each.name: each.data.rendering for each in sets}
+    if len(set(templates.values())) > 1:
+        used = ", ".join(f"{name}.template={template}" for name, template in templates.items())
+        say([f"prompts are rendered differently ({used}); the model is said to be of the first"], mesh)
+    batches = " and ".join(f"{batch:,} rows of {name}" for name, (batch, _) in learnt.items())
+    say([f"steps: {inputs.steps:,}, each of {batches}"], mesh)
 
 
 def build_role(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> TrainableRole:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -60,6 +61,18 @@ class RunConfig(RanksConfig):
     """Write TensorBoard events besides metrics.jsonl."""
     wandb: bool = False
     """Log to Weights & Biases too; the key is read from the environment variable WANDB_API_KEY."""
+
+    @property
+    def pinned_date(self) -> datetime.date | None:
+        """`date`, or where it is null that of the run in `run_dir`, whose prompts must not change over night."""
+        settings = self.run_dir / "config.yaml"
+        if self.date or not settings.is_file():
+            return self.date
+        return load_config(type(self), settings, []).date
+
+    def pinned(self, date: datetime.date | None) -> Self:
+        """These settings as the run keeps them: a later start is told the same `date`."""
+        return self if date is None else self.model_copy(update={"date": date})
 
     @property
     def states_dir(self) -> Path:
@@ -132,6 +145,8 @@ class RunConfig(RanksConfig):
                 f"run_dir={self.run_dir}: {settings}, which has the settings of the run there, is damaged ({cause}); "
                 "put the file back as it was, or choose another run_dir."
             ) from None
+        if self.date is None:
+            then["date"] = None  # it was pinned, and still is
         return {
             name: (then[name], now[name])
             for name in now

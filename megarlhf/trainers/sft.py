@@ -27,6 +27,7 @@ from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.runtime.checks import (
+    Model,
     check_batch,
     check_longest,
     check_rows,
@@ -35,6 +36,8 @@ from megarlhf.runtime.checks import (
     resolve_tokenizer,
 )
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
+from megarlhf.runtime.said import DataSet, remarks, say, say_data
+from megarlhf.runtime.texts import check_one_day, chosen_data
 from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
 from megarlhf.trainers.settings import RunConfig
@@ -68,6 +71,7 @@ class SftInputs:
 
     model: ModelDescription
     tokenizer: Tokenizer
+    data: DataConfig
     rows: SftSet
     steps: int
 
@@ -76,15 +80,17 @@ def prepare(cfg: SftConfig) -> SftInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
-    tokenizer = resolve_tokenizer(cfg.tokenizer, cfg.model)
+    start_from = Model("model", cfg.model, model)
+    tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
     check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
-    rows = load_sft(cfg.data, tokenizer)
+    data = chosen_data(cfg.data, "data", start_from)
+    rows = load_sft(data, tokenizer)
     check_longest("data", rows.longest, model.spec)
     check_rows("global_batch", cfg.global_batch, "data", len(rows))
     steps = max(1, round(cfg.epochs * len(rows) / cfg.global_batch))
     cfg.optim.check(steps, "optim")
-    return SftInputs(model, tokenizer, rows, steps)
+    return SftInputs(model, tokenizer, data, rows, steps)
 
 
 def main(cfg: SftConfig, argv: Sequence[str]) -> int:
@@ -106,8 +112,13 @@ def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> None:
 
 def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
     """Train and save the model to `cfg.model_dir`. Collective; returns the last step's metrics."""
+    check_one_day(inputs.tokenizer, mesh)
     role = build_role(cfg, inputs, mesh)
     print_dropped("data", inputs.rows.dropped, len(inputs.rows), mesh)
+    sets = [DataSet("data", cfg.data, inputs.data, inputs.rows)]
+    say_data(sets, inputs.tokenizer, mesh, epochs={"data": inputs.steps * cfg.global_batch / len(inputs.rows)})
+    say(remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model)), mesh)
+    say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} rows"], mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     run = Run(cfg, {"model": role}, {"data": loader}, guard, mesh)
@@ -129,9 +140,9 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
             **clock.metrics(),
         }
 
-    with open_run(cfg, argv, mesh) as writer:
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
         metrics = run_steps(inputs.steps, "SFT", step, ("sft/loss",), run=run, writer=writer)
-    save_model(role, cfg.model_dir, inputs.tokenizer)
+    save_model(role, cfg.model_dir, inputs.tokenizer, data=inputs.data, origin=cfg.model)
     return metrics
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -79,6 +80,30 @@ def test_without_generation_prompt_a_conversation_ends_with_its_last_turn() -> N
     ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
     prompt = tokenizer.encode_prompt("How many?", "chat")
     assert ids == prompt + tokenizer.encode_response("The answer is 5.")
+
+
+LLAMA_32_DATE = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = '26 Jul 2024' %}"
+    "{%- endif %}{%- endif %}{{ 'Today Date: ' + date_string + '\n' }}{{ strftime_now('%A %-d/%-m %j %H:%M') }}"
+)
+"""As Llama 3.2's template finds the date, and more of the clock than it asks for."""
+
+
+def test_a_template_is_told_the_date_of_the_model(tmp_path: Path) -> None:
+    tiny().save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(LLAMA_32_DATE + LLAMA3_CHAT_TEMPLATE)
+    dated, message = load_tokenizer(tmp_path), [Message(role="user", content="What?")]
+    assert dated.renders_date
+    assert not tiny().renders_date
+    rendered = dated.of_model([7], datetime.date(2026, 3, 5)).render_chat(message)
+    assert rendered == "Today Date: 05 Mar 2026\nThursday 5/3 064 00:00" + tiny().render_chat(message)
+    # Told nothing, it is today there, as in transformers itself.
+    before = datetime.date.today()
+    said = dated.render_chat(message)
+    assert said.partition("\n")[0] in {f"Today Date: {day:%d %b %Y}" for day in (before, datetime.date.today())}
+    # A template that asks for no date pins none.
+    assert (tiny().of_model([7], before).date, tiny().of_model([7, 4], before).eos_ids) == (None, (4, 7))
 
 
 def test_prompt_lengths_chat_and_plain() -> None:

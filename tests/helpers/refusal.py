@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer
@@ -42,7 +42,9 @@ class ModelWasBuiltError(Exception):
     """A model was about to be built, so no check had found fault."""
 
 
-def write_model(path: Path, *, layers: int = 2, ffn_size: int = 192, vocab_size: int = 160, shard: str = "1GB") -> None:
+def write_model(
+    path: Path, *, layers: int = 2, ffn_size: int = 192, vocab_size: int = 160, shard: str = "1GB", scalar: bool = False
+) -> None:
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -52,7 +54,10 @@ def write_model(path: Path, *, layers: int = 2, ffn_size: int = 192, vocab_size:
         num_key_value_heads=2,
         max_position_embeddings=256,
     )
-    LlamaForCausalLM(config).save_pretrained(path, max_shard_size=shard)
+    if scalar:
+        config.num_labels = 1
+    kind = LlamaForSequenceClassification if scalar else LlamaForCausalLM
+    kind(config).save_pretrained(path, max_shard_size=shard)
     build_tiny_tokenizer(words()).save(path)
 
 

@@ -135,7 +135,7 @@ def test_rows_end_at_eos_or_at_the_limit(reference: tuple) -> None:
 
 def roll_to_the_wall() -> tuple:
     role = actor(ParallelLayout())
-    rollout = engine(role, eos_id=-1).generate(prompts(), SamplingConfig(temperature=1.0, max_new_tokens=35), seed=1)
+    rollout = engine(role, eos_ids=[-1]).generate(prompts(), SamplingConfig(temperature=1.0, max_new_tokens=35), seed=1)
     return rollout.lengths, rollout.terminated
 
 
@@ -145,14 +145,13 @@ def test_no_row_outgrows_the_longest_sequence_allowed() -> None:
     assert not terminated.any()
 
 
-def greedy_of(directory: Path, layout: ParallelLayout) -> torch.Tensor:
-    rows = prompts(8)
+def greedy_of(directory: Path, layout: ParallelLayout, ends: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=24)
-    return engine(actor(layout, directory=directory)).generate(rows, sampling, seed=0).tokens
+    rollout = engine(actor(layout, directory=directory), eos_ids=ends).generate(prompts(8), sampling, seed=0)
+    return rollout.tokens, rollout.terminated
 
 
-@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, pipeline=2)], ids=str)
-def test_greedy_rollouts_are_transformers_greedy_generation(layout: ParallelLayout, tmp_path: Path) -> None:
+def greedy_model(directory: Path) -> Any:
     torch.manual_seed(6)
     model: Any = LlamaForCausalLM(
         LlamaConfig(
@@ -171,14 +170,41 @@ def test_greedy_rollouts_are_transformers_greedy_generation(layout: ParallelLayo
             initializer_range=0.2,
         )
     ).eval()
-    model.save_pretrained(tmp_path)
-    tokens = run_ranks(greedy_of, layout.world_size, tmp_path, layout)[0]
-    for row, length, prompt in zip(tokens, prompts(8).lengths.tolist(), prompts(8).tokens, strict=True):
-        limit = min(24, 40 - length)
-        expected = model.generate(
-            prompt[None, :length], attention_mask=torch.ones(1, length).long(), do_sample=False, max_new_tokens=limit
-        )[0]
-        assert row[: len(expected)].tolist() == expected.tolist()
+    model.save_pretrained(directory)
+    return model
+
+
+def greedily(model: Any, ends: list[int]) -> list[list[int]]:
+    """What transformers generates, prompts left out."""
+    found = []
+    for length, prompt in zip(prompts(8).lengths.tolist(), prompts(8).tokens, strict=True):
+        said = model.generate(
+            prompt[None, :length],
+            attention_mask=torch.ones(1, length).long(),
+            do_sample=False,
+            max_new_tokens=min(24, 40 - length),
+            eos_token_id=ends,
+        )
+        found.append(said[0, length:].tolist())
+    return found
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, pipeline=2)], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_greedy_rollouts_are_transformers_greedy_generation(count: int, layout: ParallelLayout, tmp_path: Path) -> None:
+    model = greedy_model(tmp_path)
+    # Ends that rows come to, each at another place, and before any of them reaches its limit.
+    endless = greedily(model, [SPEC.vocab_size])
+    ends = [EOS] if count == 1 else [endless[row][3 + row] for row in range(count)]
+    assert len(set(ends)) == count
+    tokens, terminated = run_ranks(greedy_of, layout.world_size, tmp_path, layout, ends)[0]
+    expected = greedily(model, ends)
+    for row, done, length, said in zip(tokens, terminated, prompts(8).lengths.tolist(), expected, strict=True):
+        assert row[length : length + len(said)].tolist() == said
+        assert row[length + len(said) :].tolist() == [PAD] * (len(row) - length - len(said))
+        assert bool(done) == (said[-1] in ends)
+    if count > 1:
+        assert len({said[-1] for said in expected} & set(ends)) > 1
 
 
 class Watched(RolloutEngine):
@@ -198,7 +224,7 @@ def live_bytes() -> int:
 
 def memory_around_a_rollout() -> tuple[int, int, int, int]:
     role = actor(ParallelLayout())
-    sampler = Watched(role.model, SPEC, role.mesh, eos_id=EOS, pad_id=PAD, max_sequence_length=40)
+    sampler = Watched(role.model, SPEC, role.mesh, eos_ids=[EOS], pad_id=PAD, max_sequence_length=40)
     # Megatron keeps the rotary table of each width; it is not the cache's.
     sampler.generate(prompts(), SAMPLING, seed=1, group_size=SAMPLES)
     before = live_bytes()
@@ -220,7 +246,7 @@ def roll_as_on_a_gpu(block: int, free: int) -> tuple | str:
     """The geometry that GPUs use: blocks shorter than a sequence, handed out in any order, as many as memory holds."""
     role = actor(ParallelLayout())
     on_gpu = dataclasses.replace(role.mesh, device=torch.device("cuda"))
-    sampler = RolloutEngine(role.model, SPEC, on_gpu, eos_id=EOS, pad_id=PAD, max_sequence_length=40)
+    sampler = RolloutEngine(role.model, SPEC, on_gpu, eos_ids=[EOS], pad_id=PAD, max_sequence_length=40)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "CUDA_BLOCK_TOKENS", block)
         patch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 * 2**30))
@@ -255,7 +281,7 @@ def test_too_little_memory_for_one_row_is_an_error() -> None:
 
 def errors() -> list[str]:
     role = actor(ParallelLayout())
-    sampler = RolloutEngine(role.model, SPEC, role.mesh, eos_id=EOS, pad_id=PAD, max_sequence_length=10)
+    sampler = RolloutEngine(role.model, SPEC, role.mesh, eos_ids=[EOS], pad_id=PAD, max_sequence_length=10)
     messages = []
     with pytest.raises(DataError) as caught:
         sampler.generate(prompts(), SAMPLING, seed=1)
@@ -273,7 +299,7 @@ def test_a_prompt_without_room_for_a_response_is_named() -> None:
 def interleaved() -> str:
     mesh = start(ParallelLayout(pipeline=2, virtual_pipeline=2), seed=1)
     with pytest.raises(LayoutError) as caught:
-        RolloutEngine(torch.nn.Module(), SPEC, mesh, eos_id=EOS, pad_id=PAD, max_sequence_length=10)  # type: ignore[arg-type]
+        RolloutEngine(torch.nn.Module(), SPEC, mesh, eos_ids=[EOS], pad_id=PAD, max_sequence_length=10)  # type: ignore[arg-type]
     return str(caught.value)
 
 

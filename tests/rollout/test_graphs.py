@@ -91,7 +91,7 @@ def roll_and_learn(directory: str) -> dict[str, Any]:
     on_gpu = dataclasses.replace(mesh, device=torch.device("cuda"))
     plain, graphed = (
         RolloutEngine(
-            role.model, role.spec, on_gpu, eos_id=EOS, pad_id=PAD, max_sequence_length=40, cuda_graphs=compute
+            role.model, role.spec, on_gpu, eos_ids=[EOS], pad_id=PAD, max_sequence_length=40, cuda_graphs=compute
         )
         for compute in (False, shared.compute.cuda_graphs)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,9 +45,9 @@ def actor(layout: ParallelLayout, *, temperature: float = 1.0, directory: Path |
     return role
 
 
-def engine(role: FrozenRole, *, eos_id: int = EOS, max_requests: int = 512) -> RolloutEngine:
+def engine(role: FrozenRole, *, eos_ids: Sequence[int] = (EOS,), max_requests: int = 512) -> RolloutEngine:
     return RolloutEngine(
-        role.model, SPEC, role.mesh, eos_id=eos_id, pad_id=PAD, max_sequence_length=40, max_requests=max_requests
+        role.model, SPEC, role.mesh, eos_ids=eos_ids, pad_id=PAD, max_sequence_length=40, max_requests=max_requests
     )
 
 

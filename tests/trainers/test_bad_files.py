@@ -120,7 +120,7 @@ GOOD_ROW = json.dumps({"prompt": "Tom has 5 apples.", "response": "The answer is
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "data is empty: rows.jsonl, split train; it needs at least one row"),
+        ([], "data is empty: rows.jsonl; it needs at least one row"),
         ([GOOD_ROW, "{"], "bad row: rows.jsonl, row 2, character 2: not JSON .*; every line must be one object"),
         ([GOOD_ROW, '{"prompt": "Tom has 5 apples."}'], "bad row: rows.jsonl, row 2, column 'response': missing; "),
         (

@@ -59,7 +59,7 @@ def config(folder: str, layout: ParallelLayout, **changes: Any) -> DoctorConfig:
         "actor": {"init": f"{folder}/actor", "optim": {"lr": 1e-3}},
         "reward": {"init": f"{folder}/judge"},
         "tokenizer": "arithmetic",
-        "prompts": {"template": "plain", "arithmetic": {"rows": 32}},
+        "prompts": {"source": "arithmetic", "template": "plain", "arithmetic": {"rows": 32}},
         "sampling": {"temperature": 0.7, "max_new_tokens": 12},
         "rollout_batch": 16,
         "global_batch": 16,
@@ -350,7 +350,13 @@ def test_a_model_file_with_a_nan_is_refused(tmp_path: Path) -> None:
     done = run_command(
         tmp_path,
         *("actor.init=actor", "reward.init=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain"),
-        *("prompts.arithmetic.rows=32", "rollout_batch=16", "global_batch=16", "sampling.max_new_tokens=12"),
+        *(
+            "prompts.source=arithmetic",
+            "prompts.arithmetic.rows=32",
+            "rollout_batch=16",
+            "global_batch=16",
+            "sampling.max_new_tokens=12",
+        ),
     )
     assert done.returncode == 1, done.stderr
     assert "gates fail: Hugging Face, sampler, first pass, reference, micro-batches; do what" in done.stderr

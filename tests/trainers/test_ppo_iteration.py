@@ -113,7 +113,7 @@ def train(layout: ParallelLayout, folder: str) -> dict[str, Any]:
         roles = ppo_roles(cfg, mesh)
         peaks = {"build": watch.take()}
         idle = roles.resident_bytes()
-        engine = RolloutEngine(roles.actor.model, roles.actor.spec, mesh, eos_id=3, pad_id=0, max_sequence_length=20)
+        engine = RolloutEngine(roles.actor.model, roles.actor.spec, mesh, eos_ids=[3], pad_id=0, max_sequence_length=20)
         own = own_rows(prompts(), mesh)
         metrics = []
         for iteration in range(2):

@@ -73,7 +73,12 @@ def ppo_settings(run_dir: Path, layout: ParallelLayout, folder: str, **changes: 
         f"{folder}/judge",
         **{
             "tokenizer": "arithmetic",
-            "prompts": {"template": "plain", "max_tokens": 64, "arithmetic": {"level": 1, "rows": 20, "seed": 4}},
+            "prompts": {
+                "source": "arithmetic",
+                "template": "plain",
+                "max_tokens": 64,
+                "arithmetic": {"level": 1, "rows": 20, "seed": 4},
+            },
             "sampling": {"temperature": 1.0, "max_new_tokens": 8},
             "missing_eos_score": None,
             "iterations": ITERATIONS,

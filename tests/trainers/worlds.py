@@ -47,7 +47,13 @@ def ppo_roles(cfg: PPOConfig, mesh: Mesh) -> Roles:
         "reference": describe_model(cfg.reference_init),
         "reward": describe_model(cfg.reward.init),
     }
-    return build_roles(cfg, PPOInputs(**models, tokenizer=build_tiny_tokenizer(words()), prompts=NO_PROMPTS), mesh)
+    return build_roles(
+        cfg,
+        PPOInputs(
+            **models, tokenizer=build_tiny_tokenizer(words()), data=cfg.prompts, prompts=NO_PROMPTS, verifier=None
+        ),
+        mesh,
+    )
 
 
 class Canned(RolloutEngine):
@@ -55,7 +61,7 @@ class Canned(RolloutEngine):
 
     def __init__(self, rollout: Rollout, roles: Roles) -> None:
         role = roles.actor
-        super().__init__(role.model, role.spec, role.mesh, eos_id=1, pad_id=0, max_sequence_length=64)
+        super().__init__(role.model, role.spec, role.mesh, eos_ids=[1], pad_id=0, max_sequence_length=64)
         self._answer = rollout
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:

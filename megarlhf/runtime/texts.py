@@ -1,0 +1,71 @@
+"""Which rows a command reads and how they become text, where its settings leave that open."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Literal
+
+import torch
+
+from megarlhf.data.prompts import PromptSet
+from megarlhf.data.rows import BUILT_IN, DataConfig
+from megarlhf.data.tokenizer import Template, Tokenizer
+from megarlhf.errors import ConfigError
+from megarlhf.models.spec import PRESETS
+from megarlhf.parallel.collectives import all_reduce
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.rollout.verifiers import Verifier, check_verifier
+from megarlhf.runtime.checks import Model
+
+
+def chosen_data(data: DataConfig, name: str, model: Model) -> DataConfig:
+    """`data`, the setting `name`, with a source and a template: where it has none, those of the model that reads it.
+
+    Raises:   ConfigError when no source is named, and the model is neither a preset nor one of the built-in task.
+    """
+    knows_task = model.init in PRESETS or model.description.task == BUILT_IN
+    if not data.source and not knows_task:
+        raise ConfigError(
+            f"{name}.source is empty, and {model} is neither a preset nor was it trained on the "
+            f"built-in task; name a file, directory or hub data set, or set {name}.source={BUILT_IN} for that task."
+        )
+    template = chosen_template(data.template, model)
+    return data.model_copy(update={"source": data.source or BUILT_IN, "template": template})
+
+
+def chosen_template(template: Template | None, model: Model) -> Template:
+    """`template`, or where it is None what the model was trained with, or chat where nobody knows."""
+    return template or model.description.template or "chat"
+
+
+def check_one_day(tokenizer: Tokenizer, mesh: Mesh) -> None:
+    """Raise ConfigError where the chat template was told different days on different ranks. Collective."""
+    day = torch.tensor(tokenizer.date.toordinal() if tokenizer.date else 0, device=mesh.device)
+    first, last = -int(all_reduce(-day, mesh, "world", "max")), int(all_reduce(day, mesh, "world", "max"))
+    if first != last:
+        days = " and ".join(str(datetime.date.fromordinal(number)) for number in (first, last))
+        raise ConfigError(f"date: midnight came while the ranks started, and they saw {days}; start again.")
+
+
+def chosen_verifier(setting: Literal["auto", "none"] | Verifier, source: str) -> Verifier | None:
+    """What judges responses to the prompts of `source`; none by default for data of the user's own.
+
+    Raises:   ConfigError where it needs a package that is not installed.
+    """
+    if setting == "auto":
+        return "arithmetic" if source == BUILT_IN else None
+    if setting == "none":
+        return None
+    check_verifier(setting)
+    return setting
+
+
+def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
+    """What the logged accuracy is of, or why none is logged."""
+    answered = sum(map(bool, prompts.answers))
+    if verifier is None:
+        there = f", though {answered:,} of {len(prompts):,} prompts have an answer" if answered else ""
+        return f"verifier: none, so no accuracy is logged{there}"
+    if not answered:
+        return f"verifier: {verifier}, but no prompt has an answer (column 'answer'), so no accuracy is logged"
+    return f"verifier: {verifier}, of the {answered:,} of {len(prompts):,} prompts that have an answer"
