@@ -21,7 +21,7 @@ from megarlhf.errors import LayoutError, MegarlhfError, RunFinished, RunStopped,
 from megarlhf.parallel import local_ranks
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.local_ranks import COURTESY_S, FAILED, FAILURES, LAUNCHER, exit_code, is_echo
-from megarlhf.parallel.processes import end_children, end_with_parent
+from megarlhf.parallel.processes import end_helpers, end_with_parent
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def run(
         try:
             work(prepare())
         except BaseException:
-            end_children()  # nobody waits for what they write
+            end_helpers()  # nobody waits for what they write
             raise
         return 0
     gpus = torch.cuda.device_count()
@@ -132,7 +132,7 @@ def _leave(code: int) -> NoReturn:
     """Exit without the interpreter's shutdown, which could wait for collectives that no peer will join."""
     sys.stdout.flush()
     sys.stderr.flush()
-    end_children()
+    end_helpers()
     os._exit(code)
 
 

@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.process import BaseProcess
 
-import psutil
+HELPER = "megarlhf helper"
+"""Name of the processes that `start_helper` starts."""
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that this process gets when its parent is gone."""
@@ -22,7 +22,7 @@ ANSWERED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 def start_helper(work: Callable[..., object], *args: object) -> BaseProcess:
     """Fork a process that does `work(*args)`, deaf to the signals that this one answers, and gone once this one is."""
-    helper = multiprocessing.get_context("fork").Process(target=_help, args=(os.getpid(), work, args))
+    helper = multiprocessing.get_context("fork").Process(name=HELPER, target=_help, args=(os.getpid(), work, args))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ANSWERED)  # what comes before it is deaf waits, and is lost then
     try:
         helper.start()
@@ -50,8 +50,8 @@ def end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def end_children() -> None:
-    """Kill all that this process has started."""
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
+def end_helpers() -> None:
+    """Kill the helpers that this process has started, and no other child: it may be part of a larger program."""
+    for child in multiprocessing.active_children():
+        if child.name == HELPER:
             child.kill()
