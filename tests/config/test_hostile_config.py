@@ -75,7 +75,8 @@ def test_no_number_of_any_command_takes_a_value_without_sense(command: str, valu
     with pytest.raises(pydantic.ValidationError) as caught:
         cls.model_validate_json(json.dumps(given).replace('"VALUE"', value), strict=True)
     refused = {".".join(map(str, detail["loc"])) for detail in caught.value.errors() if detail["type"] != "missing"}
-    assert refused == set(numbers)
+    # Where a word would do too, each branch says why it is none, under its name.
+    assert {name for name in numbers if any(f"{said}.".startswith(f"{name}.") for said in refused)} == set(numbers)
 
 
 @pytest.mark.parametrize(

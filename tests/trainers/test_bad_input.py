@@ -41,7 +41,7 @@ def test_settings(command: tuple[str, ...], override: str, message: str, refused
     [
         (SFT, ["layout.tensor=8"], "model heads=4 is not divisible by layout.tensor=8; choose a layout.tensor that"),
         (SFT, ["layout.tensor=4"], "model query groups=2 is not divisible by layout.tensor=4; choose"),
-        (SFT, ["layout.pipeline=3"], "model layers=4 is not divisible by layout.pipeline=3; choose"),
+        (SFT, ["layout.pipeline=5"], "model layers=4 is not divisible by layout.pipeline=5; choose"),
         (
             PPO,
             ["critic.init=odd", "layout.tensor=2"],
