@@ -202,11 +202,16 @@ def test_the_time_limit_saves_before_it_is_over(tmp_path: Path) -> None:
 
 
 def stop_without_room(cfg: SftConfig, number: int) -> str:
-    """As `stop_softly`, but the disk is full."""
-    usage = shutil.disk_usage("/")._replace(free=1000)
+    """As `stop_softly`, but by then the disk is full."""
+    full = shutil.disk_usage("/")._replace(free=1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage)
-        patch.setattr(sft, "next_token_loss", signalled(sft.next_token_loss, number))
+
+        def fill(*args: Any) -> Any:
+            patch.setattr(shutil, "disk_usage", lambda _: full)
+            return loss(*args)
+
+        loss = sft.next_token_loss
+        patch.setattr(sft, "next_token_loss", signalled(fill, number))
         with pytest.raises(TrainingError) as stopped:
             train(cfg)
     assert stopped.value.exit_code == 1
@@ -224,7 +229,7 @@ def signalled(function: Callable[..., Any], number: int) -> Callable[..., Any]:
 def test_a_stop_that_cannot_save_says_so(tmp_path: Path) -> None:
     said = run_ranks(stop_without_room, 1, config(tmp_path, ParallelLayout(), save_every=50), signal.SIGUSR1)[0]
     assert said.startswith("stopped by SIGUSR1 after step 1, whose state cannot be saved: ")
-    assert "MiB are free and a state takes" in said
+    assert "3.5 MiB are needed and 1,000 bytes are free" in said
 
 
 def stops_asked_for(clock_jumps_s: float) -> list[str]:
