@@ -36,7 +36,7 @@ from megarlhf.observe.lock import check_free
 from megarlhf.observe.report import JudgedResponse, Report, SampleRow, SummaryRow, write_report
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import on_main
+from megarlhf.parallel.collectives import barrier, on_main
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
@@ -192,7 +192,10 @@ def _stage(
         return float(json.loads(clock.read_text()))
     with sole_run(settings, mesh):
         on_main(lambda: _clear(settings.run_dir), mesh)
+    # Every rank looks whether the directory is free: after rank 0 has let go of it, and before it takes it again.
+    barrier(mesh)
     inputs = prepare(settings)
+    barrier(mesh)
     with sole_run(settings, mesh):
         began = time.monotonic()
         train(settings, inputs, argv, mesh=mesh)

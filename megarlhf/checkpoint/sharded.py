@@ -37,7 +37,7 @@ from megarlhf.checkpoint.plain_metadata import PlainLoad, PlainReader
 from megarlhf.config import Config
 from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Template, Tokenizer
-from megarlhf.errors import CheckpointError, TrainingError
+from megarlhf.errors import CheckpointError, TrainingError, printable
 from megarlhf.models.finite import not_finite
 from megarlhf.models.role import Role
 from megarlhf.models.spec import CONFIG, PRESETS, ModelSpec, RopeScaling, preset, read_config
@@ -297,7 +297,7 @@ def _check_links(directory: Path) -> None:
 def say_left_out(source: str, names: tuple[str, ...]) -> None:
     """Say, once, which tensors of `source` are known not to be needed."""
     if names:
-        sys.stderr.write(f"{source}: {len(names)} tensors are not needed and left out, first {names[0]}\n")
+        sys.stderr.write(printable(f"{source}: {len(names)} tensors are not needed and left out, first {names[0]}\n"))
 
 
 def sharded_weights(role: Role) -> dict[str, Any]:

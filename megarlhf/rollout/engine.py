@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import itertools
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,6 +30,10 @@ from megarlhf.rollout.sampling import SamplingConfig, occurrence, stream_ids, un
 
 # Megatron's decorators hide from type checkers that this is a class.
 DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
+
+# Importing it has a stack of this process printed at each of these, in front of whatever the run itself has to say.
+for _number in (signal.SIGTERM, signal.SIGINT):
+    faulthandler.unregister(_number)
 
 PREFILL_TOKENS = 16_384
 """Prompt tokens that may enter one step; bounds the memory of its activations. Source: Megatron-Core's default."""

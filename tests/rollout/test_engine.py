@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +308,10 @@ def interleaved() -> str:
 
 def test_interleaved_schedules_are_refused() -> None:
     assert "virtual_pipeline=2" in run_ranks(interleaved, 2)[0]
+
+
+def test_a_signal_prints_no_stack() -> None:
+    code = "import os, signal, megarlhf.rollout.engine; os.kill(os.getpid(), signal.SIGTERM)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGTERM
+    assert "most recent call first" not in done.stderr
