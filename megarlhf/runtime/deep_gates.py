@@ -51,7 +51,7 @@ def hugging_face_gate(actor: Role, init: str) -> Gate:
     return Gate(
         name,
         logit_gap(actor, tokens, logits) / float(logits.abs().max()),
-        bounds_of(actor.settings.compute).logits,
+        bounds_of(actor).logits,
         "largest difference of a logit to transformers in fp32, over the largest logit",
         "the model is not the one in the files: check rope and norm settings in its config.json, then try "
         "compute.dtype=float32 and compute.layers=local to tell kernels from weights",
@@ -106,7 +106,7 @@ def micro_batch_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed
     return Gate(
         "micro-batches",
         worst(torch.tensor(gaps, dtype=torch.float64), actor.mesh),
-        bounds_of(actor.settings.compute).gradient,
+        bounds_of(actor).gradient,
         f"largest relative difference of a tensor's gradient between micro_batch={usual} and {other}",
         "a loss is divided where it should be summed, or padding leaks into real rows: try compute.layers=local and "
         "policy_loss=composed",
@@ -160,7 +160,7 @@ def measure(role: TrainableRole, rollout: Rollout, loss: Loss, *, seed: int) -> 
 
 def layout_gates(role: TrainableRole, here: Measured, one_rank: Measured) -> list[Gate]:
     """This layout gives the log-probs and gradients that one rank gives. role: what `here` was measured on."""
-    bounds, mesh = bounds_of(role.settings.compute), role.mesh
+    bounds, mesh = bounds_of(role), role.mesh
     gaps = [
         relative(abs(norm - one_rank.gradient_norms[name]), one_rank.gradient_norms[name])
         for name, norm in here.gradient_norms.items()

@@ -16,7 +16,6 @@ from torch import Tensor
 from megarlhf.batch import Experience, Prompts, Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.errors import TrainingError
-from megarlhf.models.compute import Compute
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.roles import Roles
 from megarlhf.parallel.collectives import all_reduce
@@ -85,22 +84,27 @@ class Bounds:
 
 FLOAT32 = Bounds(sampler=1e-4, first_pass=0.0, reference=1e-4, gradient=1e-3, logits=1e-3, layout=1e-4)
 """Sums in another order: tiny models show 1e-6, the reference too, whose weights are aligned otherwise in memory. The
-first pass repeats the same sums on the same weights: to the bit."""
+first pass repeats the same sums on the same weights: on a CPU to the bit."""
+FLOAT32_GPU = replace(FLOAT32, first_pass=1e-4)
+"""A GPU may choose other kernels with gradients than without, which is another order of sums."""
 BFLOAT16 = Bounds(sampler=0.5, first_pass=1e-2, reference=0.05, gradient=0.05, logits=0.1, layout=0.5)
 """8 bits round a logit of 16 by up to 0.06, layers add to that, and the worst of a hundred tokens is several times the
 typical one. Models of random weights, 8 layers on a CPU, show 0.02 to 0.1 for the sampler, 0.01 to 0.04 for logits and
-0.003 for gradients. A GPU may choose other kernels with gradients than without, so the first pass has room too."""
+0.003 for gradients. The first pass has room for a GPU, as in FLOAT32_GPU."""
 FP8 = Bounds(sampler=1.0, first_pass=0.05, reference=1.0, gradient=1.0, logits=0.5, layout=1.0)
 """4 bits, of numbers whose scale is the largest of the batch. Small models of random weights, rounded so on a CPU, show
 0.01 to 0.4 for the sampler, 0.1 to 0.6 for gradients, and 0 for the first pass; weights that are one step old show 0.4
 to 13. No GPU has been measured."""
 
 
-def bounds_of(compute: Compute) -> Bounds:
-    """The bounds for the number formats of a run."""
+def bounds_of(role: Role) -> Bounds:
+    """The bounds for a role's number formats and device."""
+    compute = role.settings.compute
     if compute.fp8 is not None:
         return FP8
-    return FLOAT32 if compute.dtype == torch.float32 else BFLOAT16
+    if compute.dtype != torch.float32:
+        return BFLOAT16
+    return FLOAT32_GPU if role.mesh.device.type == "cuda" else FLOAT32
 
 
 def skip(name: str, reason: str) -> Gate:
@@ -165,7 +169,7 @@ def sampler_gate(actor: TrainableRole, rollout: Rollout) -> Gate:
     return Gate(
         "sampler",
         worst(gap.abs(), actor.mesh),
-        bounds_of(actor.settings.compute).sampler,
+        bounds_of(actor).sampler,
         "largest difference of a token's log-prob between sampler and trainer, in nats",
         "ratios would start away from 1: try compute.layers=local and compute.cuda_graphs=false to find which "
         "implementation is off, or compute.dtype=float32 to rule out rounding",
@@ -183,7 +187,7 @@ def first_pass_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed:
     return Gate(
         "first pass",
         worst(torch.tensor([told["ratio"] - 1.0, told["clip_fraction"], told["approx_kl"]]).abs(), actor.mesh),
-        bounds_of(actor.settings.compute).first_pass,
+        bounds_of(actor).first_pass,
         "largest of |mean ratio - 1|, clip fraction and approximate KL on rows just scored",
         "scoring and training disagree on the same weights: try policy_loss=composed and compute.layers=local to find "
         "which forward is off",
@@ -199,7 +203,7 @@ def reference_gate(roles: Roles, rollout: Rollout, *, reference_is_actor: bool) 
     return Gate(
         name,
         worst(gap.abs(), roles.actor.mesh),
-        bounds_of(roles.actor.settings.compute).reference,
+        bounds_of(roles.actor).reference,
         "largest difference of a token's log-prob between the actor and a reference of the same weights, in nats",
         "the KL penalty would pull towards another model: check that nothing is writing to actor.init, and try "
         "offload=none",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.offload import Offloader
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.runtime.gates import Gate, cheap_gates, check_gates, fingerprint, gate_prompts, skip, state_of
+from megarlhf.runtime.gates import Gate, bounds_of, cheap_gates, check_gates, fingerprint, gate_prompts, skip, state_of
 from megarlhf.trainers import doctor, ppo
 from megarlhf.trainers.doctor import DoctorConfig
 from megarlhf.trainers.ppo import build_engine, build_roles, policy_loss
@@ -339,6 +340,13 @@ def test_the_command_needs_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(verdicts) == ["holds"] * 9 + ["skipped"]  # a preset has no Hugging Face twin
     assert done.stdout.splitlines()[-1] == "9 of 9 gates hold, 1 skipped"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("device", "first_pass"), [("cpu", 0.0), ("cuda", 1e-4)])
+def test_the_first_pass_is_exact_where_kernels_do_not_depend_on_gradients(device: str, first_pass: float) -> None:
+    settings = SimpleNamespace(compute=SimpleNamespace(fp8=None, dtype=torch.float32))
+    role: Any = SimpleNamespace(settings=settings, mesh=SimpleNamespace(device=torch.device(device)))
+    assert bounds_of(role).first_pass == first_pass
 
 
 def test_a_model_file_with_a_nan_is_refused(tmp_path: Path) -> None:
