@@ -89,13 +89,11 @@ def test_the_chain_raises_sampled_and_greedy_accuracy(chain: tuple[Path, list[st
 
 def test_the_over_optimised_example_is_found_out_by_iteration_6(chain: tuple[Path, list[str]]) -> None:
     directory, _ = chain
-    ppo, weak = commands(OVER_OPTIMISED.read_text(encoding="utf-8"))
-    megarlhf(weak, directory)
+    (ppo,) = commands(OVER_OPTIMISED.read_text(encoding="utf-8"))
     said = megarlhf(ppo, directory)
     found = re.findall(r"warning, iteration (\d+): the score rose from \S+ to \S+ while accuracy fell", said)
     assert len(found) == 1, said
     assert int(found[0]) <= 6
-    assert "missing_eos_score=-1 is more than" in said
     run_dir = directory / "runs/tiny/over_optimised"
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert next(row["step"] for row in rows if row["warning/over_optimised"]) == int(found[0])

@@ -144,6 +144,10 @@ class Role:
         weights = sum(parameter.numel() * parameter.element_size() for c in self.chunks for parameter in c.parameters())
         return weights, 0, 0
 
+    def staged_bytes(self) -> int:
+        """Bytes of host memory that this rank takes while it saves a training state of this role."""
+        return 0
+
     def resident_bytes(self) -> int:
         """Bytes of this role on the device now."""
         copies = fp8_copies(self.chunks) if self.settings.compute.fp8 else []
@@ -254,10 +258,21 @@ class TrainableRole(Role):
     def planned_bytes(self) -> tuple[int, int, int]:
         """Bytes of weights, gradients and optimiser state (two moments, fp32 masters of bf16 weights) on this rank."""
         weights, _, _ = super().planned_bytes()
-        numbers = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
         copies = 2 if self.settings.compute.dtype == torch.float32 else 3
         share = self.mesh.size("data") if self.optim.distributed else 1
-        return weights, 4 * numbers, 4 * copies * numbers // share
+        return weights, 4 * self._numbers, 4 * copies * self._numbers // share
+
+    def staged_bytes(self) -> int:
+        """Bytes of host memory that this rank takes while it saves a training state of this role.
+
+        Megatron's distributed optimiser gathers masters and both moments in fp32 on every data rank, so that a state
+        can be read in any layout.
+        """
+        return 12 * self._numbers if self.optim.distributed else 0
+
+    @property
+    def _numbers(self) -> int:
+        return sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
 
     def tensors(self, part: Part) -> list[Tensor]:
         """This rank's tensors of `part`."""

@@ -31,10 +31,10 @@ def print_choices(choices: Sequence[Choice], mesh: Mesh) -> None:
 def print_memory_plan(roles: Sequence[Role], mesh: Mesh) -> None:
     """Say, on rank 0, how many bytes each role's parts take on one rank."""
     table = Table(title=f"memory on rank 0 ({mesh.layout.world_size} ranks)", title_justify="left")
-    for column in ("role", "weights", "gradients", "optimiser state*"):
+    for column in ("role", "weights", "gradients", "optimiser state*", "host, while saving"):
         table.add_column(column, justify="left" if column == "role" else "right")
     for role in roles:
-        table.add_row(role.name, *[_mebibytes(size) for size in role.planned_bytes()])
+        table.add_row(role.name, *[_mebibytes(size) for size in (*role.planned_bytes(), role.staged_bytes())])
     table.caption = "* allocated at the first step"
     _console(mesh).print(table)
 

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megarlhf.batch import TokenBatch
+from megarlhf.checkpoint.training_state import role_state
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import LabelLogprobs, TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
@@ -26,6 +30,7 @@ CASES = [
 ]
 ROWS = ragged_rollout(4)
 BATCH = TokenBatch(ROWS.tokens, ROWS.lengths, ROWS.response_mask)
+SHARDED = (ShardedTensor, ShardedTensorFactory)
 PARTS = ("weights", "gradients", "optimizer")
 
 
@@ -67,10 +72,18 @@ def travel(layout: ParallelLayout, distributed: bool, dtype: str, directory: str
     report["gap"] = worst(whole_weights(traveller), whole_weights(homebody))
     report["moved"] = float((before["weights"][0] - learner_start(directory, shared, mesh)).abs().max())
     report["planned"] = traveller.planned_bytes()
+    report["staged"] = (traveller.staged_bytes(), gathered_bytes(traveller) if distributed else 0)
     with pytest.raises(KeyError), traveller.resident("weights"):
         raise KeyError  # a failure inside the block must not leave the role on the device
     report["after failure"] = traveller.resident_bytes()
     return report
+
+
+def gathered_bytes(role: Any) -> int:
+    """What Megatron's distributed optimiser makes to save a state."""
+    with role.resident(*PARTS):
+        state = role_state(role, loading=False)["optimizer"]
+        return sum(value.data.numel() * 4 for value in nested_values(state) if isinstance(value, SHARDED))
 
 
 def learner_start(directory: str, shared: Any, mesh: Any) -> torch.Tensor:
@@ -108,3 +121,5 @@ def test_a_role_leaves_and_returns(layout: ParallelLayout, distributed: bool, dt
         assert home["weights"] == pytest.approx(weights, rel=0.03)
         assert home["gradients"] == pytest.approx(gradients, rel=0.03)
         assert home["optimizer"] - shared == pytest.approx(state, rel=0.05)
+        staged, gathered = rank["staged"]
+        assert staged == gathered
