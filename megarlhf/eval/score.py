@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megarlhf.checkpoint.sharded import ModelDescription, load_model
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
 from megarlhf.errors import ConfigError
-from megarlhf.eval.scored_file import Done, ScoredFile, content
+from megarlhf.eval.scored_file import DAY, Done, ScoredFile, content
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel import launch
@@ -34,9 +34,9 @@ from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.runtime.checks import Model, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import lock_of_file, sole_writer
 from megarlhf.runtime.roles import print_choices, role_settings
-from megarlhf.runtime.said import say
+from megarlhf.runtime.said import say, told_day
 from megarlhf.runtime.settings import RanksConfig
-from megarlhf.runtime.texts import chosen_template
+from megarlhf.runtime.texts import check_one_day, chosen_template
 
 PART_ROWS = 256
 """Rows of a data rank between two writes: at most these are lost when a run is killed, or held as tensors at once."""
@@ -92,6 +92,8 @@ class ScoreInputs:
     """Everything that was read and checked before the model is built."""
 
     model: ModelDescription
+    tokenizer: Tokenizer | None
+    """None where every row has ids."""
     rows: ScoreSet
     output: ScoredFile
     done: Done
@@ -109,15 +111,19 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
 
     @cache
     def tokenizer() -> Tokenizer:
-        found = resolve_tokenizer(cfg.tokenizer, reader, cfg.date)
+        # An output that is gone on with after midnight has rows of one day.
+        found = resolve_tokenizer(cfg.tokenizer, reader, cfg.date or output.day())
         check_tokenizer(found, model.spec, "model")
         return found.taking(cfg.control_tokens)
 
     rows = load_score_rows(cfg.input, tokenizer, settings["template"])
     rows.check(model.spec.vocab_size, model.spec.max_positions, output.added)
+    used = tokenizer() if tokenizer.cache_info().currsize else None
+    if used is not None and used.date is not None:
+        output = replace(output, settings={**settings, DAY: str(used.date)})
     done = output.done(rows.rows)
     output.check_room(rows.rows[done.rows :])
-    return ScoreInputs(model, rows, output, done)
+    return ScoreInputs(model, used, rows, output, done)
 
 
 def main(cfg: ScoreConfig, argv: Sequence[str]) -> int:
@@ -128,6 +134,8 @@ def main(cfg: ScoreConfig, argv: Sequence[str]) -> int:
 def run(cfg: ScoreConfig, inputs: ScoreInputs) -> None:
     """Score what the output lacks and write it. Collective: every rank of the layout calls it."""
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+    if inputs.tokenizer is not None:
+        check_one_day(inputs.tokenizer, mesh)
     # The file is rank 0's; another machine may see it late, or not at all.
     done = broadcast_object(inputs.done, mesh, "world")
     left = len(inputs.rows) - done.rows
@@ -143,6 +151,7 @@ def run(cfg: ScoreConfig, inputs: ScoreInputs) -> None:
         used, own = chosen_template(cfg.template, reader), inputs.model.template
         say([f"{cfg.input}: {len(inputs.rows):,} rows, template {used}"], mesh)
         say([f"template is {used}, but {reader} was trained with {own}"] if own not in (None, used) else [], mesh)
+        say(told_day(inputs.tokenizer), mesh)
         print_choices(model.settings.compute.choices, mesh)
         opened = inputs.output.open_after(done) if mesh.is_main else nullcontext()
         with opened as file, Progress(left, "score", enabled=mesh.is_main) as bar:

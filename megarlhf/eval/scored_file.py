@@ -6,6 +6,7 @@ Y.jsonl.settings.json     the settings that decide those fields
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ from megarlhf.runtime.outputs import check_parent, check_room
 
 CONTENT = ("*.safetensors", "*.distcp", "*.pt", ".metadata", "*.json", "*.jinja", "*.model")
 """Files of a model's or a tokenizer's directory that decide what it says."""
+DAY = "date"
+"""Setting that is kept where a chat template renders one."""
 BLOCKS, BLOCK = 64, 1 << 16
 """So many blocks of so many bytes are read of a file: a step of training changes every block of weights, and all of a
 70B model's would take minutes."""
@@ -62,6 +65,15 @@ class ScoredFile:
         """Where the settings lie."""
         return self.path.with_name(f"{self.path.name}.settings.json")
 
+    def day(self) -> datetime.date | None:
+        """The day that the chat template was told when the file was begun; None where it was not, or nobody knows."""
+        if not self._begun():
+            return None
+        try:
+            return datetime.date.fromisoformat(_object(self.settings_path.read_bytes())[DAY])
+        except (OSError, ValueError, KeyError, TypeError):  # what is wrong with the file, `done` says
+            return None
+
     def check_writable(self) -> None:
         """Raise ConfigError where the file cannot be written."""
         check_parent(self.path)
@@ -84,7 +96,7 @@ class ScoredFile:
 
         Raises:   ConfigError when the file was begun by something else, with other settings or with other rows.
         """
-        if not self.path.exists() or not self.path.stat().st_size:
+        if not self._begun():
             return Done(0, 0)
         self._check_settings()
         count = size = 0
@@ -122,6 +134,9 @@ class ScoredFile:
         text = json.dumps({**row.columns, **fields}, ensure_ascii=False)
         # Half a surrogate pair, which JSON may hold and UTF-8 may not, becomes the \udXXX that JSON writes for it.
         return text.encode("utf-8", "backslashreplace") + b"\n"
+
+    def _begun(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size > 0
 
     def _check_settings(self) -> None:
         try:

@@ -89,14 +89,20 @@ def remarks(sets: Iterable[DataSet], tokenizer: Tokenizer, model: Model, readers
             own, used = reader.description.template, each.data.rendering
             if own and own != used:
                 said.append(f"{each.name}.template is {used}, but {reader} was trained with {own}")
-    if tokenizer.date:
-        said.append(f"the chat template is told that it is {tokenizer.date}; date=YYYY-MM-DD tells it another day")
+    said += told_day(tokenizer)
     said += [
         f"{reader} has no tokenizer of its own: that it reads ids as {model} writes them cannot be checked"
         for reader in readers
         if reader.tokenizer_directory is None and reader.init not in PRESETS
     ]
     return said
+
+
+def told_day(tokenizer: Tokenizer | None) -> list[str]:
+    """The day that a chat template is told, where it renders one; nothing without a tokenizer."""
+    if tokenizer is None or tokenizer.date is None:
+        return []
+    return [f"the chat template is told that it is {tokenizer.date}; date=YYYY-MM-DD tells it another day"]
 
 
 def ends(tokenizer: Tokenizer) -> str:
