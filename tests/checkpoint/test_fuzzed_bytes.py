@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from megarlhf.checkpoint.hf_convert import TOKENIZER_FILES, Options, to_hf, to_megatron
+from megarlhf.checkpoint.hf_extras import CONFIG, GENERATION
 from megarlhf.checkpoint.sharded import load_model
 from megarlhf.data.loader import Loader
 from megarlhf.errors import MegarlhfError
@@ -154,14 +155,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def excused(kind: str, done: Damage, header: int) -> set[str]:
     """What may come out other than it was, without a word: what nothing in the directory tells from the truth.
 
-    Hugging Face's have no checksums: a number in the middle of a weight, a setting that describes another Llama, or a
-    tokenizer's file that describes another tokenizer, are what the model is.
+    Hugging Face's have no checksums: a number in the middle of a weight, a setting that describes another Llama or
+    another end, or a tokenizer's file that describes another tokenizer, are what the model is.
     """
     if kind != "hf":
         return set()
     if done.file.endswith(".safetensors"):
         return {"weights"} if done.last >= header else set()
-    return {"description"} if done.file == "config.json" else {"ids"} if done.file in TOKENIZER_FILES else set()
+    if done.file in (CONFIG, GENERATION):
+        return {"description"}
+    return {"ids"} if done.file in TOKENIZER_FILES else set()
 
 
 def header_of(path: Path) -> int:
