@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlhf.errors import CheckpointError
+from megarlhf.observe.files import read_object
 
 EXTRAS = "huggingface"
 """Folder of a model directory with CONFIG and GENERATION as they came."""
@@ -56,12 +57,9 @@ def json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); download the model again.") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds {type(found).__name__}, not an object; download the model again.")
-    return found
 
 
 def _ids(found: dict[str, Any], path: Path) -> list[int]:

@@ -21,7 +21,7 @@ from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
-from megarlhf.observe.files import read_object
+from megarlhf.observe.files import MOST_BYTES, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -247,6 +247,10 @@ def _mapped(name: str, stored: Stored, part: Part | None = None) -> Tensor:
 
 def _headers(path: Path) -> dict[str, Stored]:
     try:
+        with path.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if length > MOST_BYTES:
+            raise SafetensorError(f"its header claims {length:,} bytes, at most {MOST_BYTES:,} are read")
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             return {name: Stored(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
@@ -288,7 +292,7 @@ def _listed(directory: Path) -> dict[Path, set[str] | None]:
 def _indexed(index: Path) -> dict[str, set[str]]:
     listed: dict[str, set[str]] = {}
     for name, file in _weight_map(index).items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not isinstance(file, str) or "/" in file or not file.endswith(".safetensors"):
             raise CheckpointError(f"{index}: {file!r} is not the name of a safetensors file beside it; {AGAIN}")
         listed.setdefault(file, set()).add(name)
     for file in listed:

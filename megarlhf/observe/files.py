@@ -18,6 +18,9 @@ from megarlhf.errors import DataError, OutputError
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
+MOST_BYTES = 8 << 20
+"""Of what lists the tensors or files of a model, some 50 times the largest Llama's: more takes seconds to refuse."""
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` so that a reader finds all of it or what was there before, whenever this process is stopped.
@@ -147,6 +150,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:   OSError; ValueError with the reason where it holds anything else.
     """
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, at most {MOST_BYTES:,} are read")
     try:
         found = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_number)
     except UnicodeDecodeError:

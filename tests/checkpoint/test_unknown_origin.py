@@ -153,6 +153,16 @@ FOREIGN: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "index: numbers": ("sharded", text(INDEX, '{"weight_map": {"x": 5}}'), f"{INDEX}: 5 is not the name"),
     **{f"index: {name}": ("sharded", text(INDEX, content), f"{INDEX}: not an index of tensors (") for name, content in
        (("text", "{"), ("a list", "[]"), ("Latin-1", '{"é": 1}'.encode("latin-1")), ("deep", "[" * 100_000))},
+    "a header that claims terabytes": (
+        "hf", text(SINGLE, (10**13).to_bytes(8, "little") + bytes(64)), "claims 10,000,000,000,000 bytes, at most",
+    ),
+    "a header of very many names": (
+        "hf", text(SINGLE, (9 << 20).to_bytes(8, "little") + bytes(9 << 20)), "claims 9,437,184 bytes, at most 8,388",
+    ),
+    "an index of very many names": (
+        "sharded", text(INDEX, "[" + "0," * (5 << 20) + "0]"), f"{INDEX}: not an index of tensors (it has 10,485,763 b",
+    ),
+    "an endless generation config": ("hf", text("generation_config.json", " " * (9 << 20)), "it has 9,437,184 bytes"),
     **{f"config: {name}": ("hf", text("config.json", content), "config.json: not JSON (") for name, content in
        (("text", "{"), ("a list", "[]"), ("null", "null"), ("UTF-16", '{"a": 1}'.encode("utf-16")),
         ("deep", '{"a":' * 100_000), ("digits", '{"a": ' + "9" * 5000 + "}"), ("NaN", '{"rms_norm_eps": NaN}'))},
