@@ -8,13 +8,13 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megarlhf import __version__
-from megarlhf.errors import ConfigError, MegarlhfError, complain, printable
+from megarlhf.errors import ConfigError, MegarlhfError, RunStopped, complain, printable
 
 if TYPE_CHECKING:
     from megarlhf.config import Config
@@ -27,6 +27,8 @@ class Command(NamedTuple):
     summary: str
     settings: str
     entry: str
+    goes_on: bool = False
+    """The same command takes up again what a signal stopped."""
 
 
 COMMANDS = {
@@ -35,16 +37,20 @@ COMMANDS = {
         "megarlhf.demo:DemoConfig",
         "megarlhf.demo:main",
     ),
-    "sft": Command("supervised fine-tuning", "megarlhf.trainers.sft:SftConfig", "megarlhf.trainers.sft:main"),
+    "sft": Command(
+        "supervised fine-tuning", "megarlhf.trainers.sft:SftConfig", "megarlhf.trainers.sft:main", goes_on=True
+    ),
     "reward": Command(
         "train a reward model on preference pairs, on labelled responses, or on both",
         "megarlhf.trainers.reward:RewardConfig",
         "megarlhf.trainers.reward:main",
+        goes_on=True,
     ),
     "ppo": Command(
         "PPO with actor, critic, reference and reward model on the same ranks",
         "megarlhf.trainers.ppo:PPOConfig",
         "megarlhf.trainers.ppo:main",
+        goes_on=True,
     ),
     "doctor": Command(
         "check this machine and a PPO run's settings: environment, and gates for correct results",
@@ -80,7 +86,7 @@ FAILED, INTERRUPTED = 1, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0, or 2 when the input must be changed, 1 when a run failed, 75 when it was stopped and has saved its state first,
+    0, or 2 when the input must be changed, 1 when a run failed, 75 when it was stopped and the same command goes on,
     130 when it was interrupted.
     """
     from megarlhf.observe.terminal import guard
@@ -123,19 +129,30 @@ def _interrupted() -> int:
     return INTERRUPTED
 
 
-@contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """Inside, Ctrl-C ends the process, without an exception: modules that are being imported swallow or wrap it."""
+def _stopped_at_start(number: int) -> int:
+    if _speaks() and "MEGARLHF_LAUNCHER" not in os.environ:  # which says so itself
+        name = signal.Signals(number).name
+        sys.stderr.write(f"stopped by {name} before the first step; start the same command again.\n")
+        sys.stderr.flush()
+    return RunStopped.exit_code
 
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # ignored, or somebody else's
-        return
-    signal.signal(signal.SIGINT, lambda *_: os._exit(_interrupted()))
+
+@contextmanager
+def _ending_at_once(*, goes_on: bool) -> Iterator[None]:
+    """Inside, a signal ends the process, without an exception: modules that are being imported swallow or wrap it."""
+    answers: dict[int, Callable[[int], int]] = {signal.SIGINT: lambda _: _interrupted()}
+    if goes_on:
+        answers |= dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), _stopped_at_start)
+    main, usual = threading.current_thread() is threading.main_thread(), (signal.default_int_handler, signal.SIG_DFL)
+    # What is ignored, or somebody else's, stays so.
+    before = {number: signal.getsignal(number) for number in answers if main and signal.getsignal(number) in usual}
+    for number in before:
+        signal.signal(number, lambda number, _: os._exit(answers[number](number)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(arguments: list[str]) -> int:
@@ -157,7 +174,7 @@ def _run(arguments: list[str]) -> int:
         _print_settings(name, _load(command.settings))
         return 0
     path, overrides = _split(name, rest)
-    with _ending_at_once():
+    with _ending_at_once(goes_on=command.goes_on):
         from megarlhf.config import load_config
 
         cfg = load_config(_load(command.settings), path, overrides)

@@ -49,7 +49,7 @@ class RunFinished(MegarlhfError):
 
 
 class RunStopped(MegarlhfError):
-    """A run was asked to stop and has saved its state first; the same command goes on from there."""
+    """A run was asked to stop, and loses nothing: its state is saved, or it had not begun; the same command goes on."""
 
     exit_code = 75
     """EX_TEMPFAIL of sysexits.h: try again. A batch script can requeue its job on it."""

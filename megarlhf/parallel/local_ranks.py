@@ -63,7 +63,7 @@ def start_ranks(ranks: int, command: Sequence[str]) -> int:
             codes = _first_to_end(started, caught, Path(directory))
         finally:
             _end(started, caught)
-        ended = next((number for number in caught if number in ENDING), None)
+        ended = next((number for number in caught if number in ENDING or not started), None)
         if ended == signal.SIGINT:
             raise KeyboardInterrupt
         if ended is not None:
@@ -212,8 +212,12 @@ def _report_first_failure(codes: dict[int, int], directory: Path) -> int:
         complain(f"{_last_words(rank, directory)}rank {rank} was killed by {name}{hint}; the other ranks were stopped.")
         return FAILED
     notes = _notes(directory)
-    silent = [rank for rank, code in codes.items() if code and rank not in notes]
-    if notes and not silent:
+    # One that was stopped while it imported its modules leaves no note.
+    silent = [rank for rank, code in codes.items() if code not in (0, RunStopped.exit_code) and rank not in notes]
+    if not silent and not notes:
+        complain("stopped before the first step; start the same command again.")
+        return RunStopped.exit_code
+    if not silent:
         first = min(notes.values(), key=lambda note: (note["echo"], note["time"]))
         complain(first["text"])
         return first["exit_code"]

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megarlhf.checkpoint.disk import check_room
@@ -40,7 +40,7 @@ from megarlhf.runtime.outputs import LOCK, sole_writer
 from megarlhf.trainers.capsule import capsule_directory, last_seen, leave_capsule, missing_ranks, sign_of_life
 from megarlhf.trainers.run_logs import check_logs, cut_logs, lengths, sums
 from megarlhf.trainers.settings import RunConfig, spelled
-from megarlhf.trainers.stopping import StopRequest
+from megarlhf.trainers.stopping import StopRequest, before_first_step
 
 
 class StepGuard:
@@ -174,7 +174,7 @@ class Run:
         trail.sign = sign_of_life(run_dir, self.mesh.rank)
         trail.sign.parent.mkdir(parents=True, exist_ok=True)
         watch = watched(trail, self._cfg.timeout_s, self.mesh.device, self._give_up)
-        with watch, self._stop.listening() if self._cfg.save_every else nullcontext():
+        with watch, self._stop.listening():
             try:
                 yield
                 self.states.finish()
@@ -209,7 +209,10 @@ class Run:
         )
 
     def check(self, gates: Callable[[], object]) -> None:
-        """Call `gates`; where one fails, leave a capsule and raise its TrainingError with the place added."""
+        """Call `gates`; where one fails, leave a capsule and raise its TrainingError with the place added.
+
+        Raises:   RunStopped when a signal came meanwhile.
+        """
         try:
             gates()
         except TrainingError as error:
@@ -217,16 +220,16 @@ class Run:
             raise TrainingError(
                 f"{error}\n{words}; megarlhf doctor measures more, and gates=off goes on anyway."
             ) from None
+        if asked := self._stop.signalled():
+            raise before_first_step(asked)
         self._stop.step_begins()
 
     def step_ended(self, step: int, metrics: Metrics) -> None:
-        """Save the state after `step` steps if it is time, or if the run shall stop.
+        """Save the state after `step` steps if it is time, or, whatever save_every is, if the run shall stop.
 
         Raises:   RunStopped once the state is saved, when a signal or the time limit asked for it, TrainingError where
                   it cannot be saved then; else OutputError where one cannot.
         """
-        if not self._cfg.save_every:
-            return
         reason = self._stop.step_ended()
         try:
             self._save_if_due(step, metrics, bool(reason))
@@ -244,7 +247,8 @@ class Run:
 
     def _save_if_due(self, step: int, metrics: Metrics, stopping: bool) -> None:
         self.states.poll()
-        if step % self._cfg.save_every and not stopping:
+        every = self._cfg.save_every
+        if not stopping and (not every or step % every):
             return
         began = time.monotonic()
         self.save(step, metrics)

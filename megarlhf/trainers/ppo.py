@@ -45,6 +45,7 @@ from megarlhf.trainers.ppo_metrics import (
     judged_rollouts,
     learner_metrics,
 )
+from megarlhf.trainers.stopping import stopping_at_start
 from megarlhf.trainers.watch import Watch
 from megarlhf_kernels import PolicyTerms
 
@@ -295,7 +296,8 @@ def _say_start(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> None:
 
 def main(cfg: PPOConfig, argv: Sequence[str]) -> int:
     """`megarlhf ppo`."""
-    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
+    with stopping_at_start():
+        return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
 
 
 def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str]) -> None:

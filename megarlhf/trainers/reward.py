@@ -51,6 +51,7 @@ from megarlhf.runtime.texts import check_one_day, chosen_data
 from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
 from megarlhf.trainers.settings import RunConfig
+from megarlhf.trainers.stopping import stopping_at_start
 
 MEASURED = 1024
 """Training responses of a kind that stand in for held-out ones."""
@@ -212,7 +213,8 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
 
 def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
     """`megarlhf reward`."""
-    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
+    with stopping_at_start():
+        return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
 
 
 def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> None:

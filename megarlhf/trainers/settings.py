@@ -43,7 +43,7 @@ class RunConfig(RanksConfig):
     """`auto`: the same command again goes on from the newest saved state in run_dir, or from the start where there is
     none. `never` refuses a used run_dir."""
     save_every: int = Field(default=100, ge=0)
-    """Steps (PPO: iterations) between two saved states; 0 saves none, whatever asks the run to stop."""
+    """Steps (PPO: iterations) between two saved states; 0 saves none, but one where a signal stops the run."""
     keep_last: int = Field(default=2, ge=1)
     """Newest states to keep; each holds weights and optimiser of every role that learns."""
     keep_every: int = Field(default=0, ge=0)

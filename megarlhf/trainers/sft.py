@@ -41,6 +41,7 @@ from megarlhf.runtime.texts import check_one_day, chosen_data
 from megarlhf.trainers.ending import conclude
 from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
 from megarlhf.trainers.settings import RunConfig
+from megarlhf.trainers.stopping import stopping_at_start
 
 
 class SftConfig(RunConfig):
@@ -95,7 +96,8 @@ def prepare(cfg: SftConfig) -> SftInputs:
 
 def main(cfg: SftConfig, argv: Sequence[str]) -> int:
     """`megarlhf sft`."""
-    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
+    with stopping_at_start():
+        return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
 
 
 def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> None:

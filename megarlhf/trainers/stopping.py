@@ -4,18 +4,47 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 import psutil
 import torch
 
+from megarlhf.errors import RunStopped
 from megarlhf.parallel.collectives import all_reduce
+from megarlhf.parallel.launch import fail
 from megarlhf.parallel.mesh import Mesh
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Slurm sends SIGTERM before it kills, and with --signal=USR1@300 SIGUSR1 300 seconds before the limit."""
+
+
+@contextmanager
+def stopping_at_start() -> Iterator[None]:
+    """Inside, and until a run listens, a signal ends the process at once: nothing is lost yet."""
+    with _answered_by(_leave_before_first_step):
+        yield
+
+
+def before_first_step(name: str) -> RunStopped:
+    """What a run says that the signal `name` stopped before its first step."""
+    return RunStopped(f"stopped by {name} before the first step; start the same command again.")
+
+
+def _leave_before_first_step(number: int, _: FrameType | None) -> None:
+    fail(before_first_step(signal.Signals(number).name))
+
+
+@contextmanager
+def _answered_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, last in before.items():
+            # After the steps there is little left to do, and it is done: the process that was starting is ending.
+            signal.signal(number, signal.SIG_IGN if last is _leave_before_first_step else last)
 
 
 class StopRequest:
@@ -35,13 +64,9 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the signals are noted instead of obeyed."""
-        before = {number: signal.signal(number, self._catch) for number in SIGNALS}
-        try:
+        """Inside, the signals are noted instead of obeyed; after it, those of `stopping_at_start` are ignored."""
+        with _answered_by(self._catch):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def step_begins(self) -> None:
         """Time the next step from now, not from when the last one ended."""
@@ -51,9 +76,15 @@ class StopRequest:
         """Note how long the step took; return why the run shall stop, or nothing. Collective over the mesh."""
         now = time.monotonic()
         self._longest_step, self._step_began = max(self._longest_step, now - self._step_began), now
+        return self._agreed(late=now + self._longest_step + self._longest_save >= self._deadline)
+
+    def signalled(self) -> str:
+        """The signal that has come, or nothing. Collective over the mesh."""
+        return self._agreed(late=False)
+
+    def _agreed(self, *, late: bool) -> str:
         # Rank 0's clock decides, a signal to any rank does: the largest number is everybody's.
-        late = self._mesh.is_main and now + self._longest_step + self._longest_save >= self._deadline
-        mine = torch.tensor(max(self._caught, int(late)), device=self._mesh.device)
+        mine = torch.tensor(max(self._caught, int(late and self._mesh.is_main)), device=self._mesh.device)
         agreed = int(all_reduce(mine, self._mesh, "world", op="max"))
         if agreed > 1:
             return signal.Signals(agreed).name

@@ -175,9 +175,12 @@ def stop_softly(cfg: SftConfig, number: int, after: int) -> str:
     return str(stopped.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_saves_after_the_step(number: signal.Signals, whole: Path, tmp_path: Path) -> None:
-    cfg = config(tmp_path, save_every=1000, keep_best="")
+@pytest.mark.parametrize(("number", "every"), [(signal.SIGTERM, 1000), (signal.SIGUSR1, 0)])
+def test_a_signal_to_one_rank_saves_after_the_step(
+    number: signal.Signals, every: int, whole: Path, tmp_path: Path
+) -> None:
+    """Also where no state is asked for: the steps until then are not lost."""
+    cfg = config(tmp_path, save_every=every, keep_best="")
     said = run_ranks(stop_softly, 2, cfg, number, 4)
     assert said[0] == said[1]
     assert said[0].startswith(f"stopped by {number.name} after step 5; its state is in ")
