@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from megarlhf.checkpoint.hf_convert import Conversion
 
-BAD_INPUT, FAILED = 2, 1
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -51,10 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _convert(options)
     except MegarlhfError as error:
-        from megarlhf.checkpoint.hf_convert import ConversionError
-
         print(error, file=sys.stderr)
-        return FAILED if isinstance(error, ConversionError) else BAD_INPUT
+        return error.exit_code
     except StoppedError as stopped:
         print(f"{stopped}; nothing was written.", file=sys.stderr)
         return 128 + stopped.number

@@ -62,6 +62,8 @@ Verify = Callable[[Path, Path], None]
 class ConversionError(CheckpointError):
     """The input was good, but the result could not be written, or is not equal to it."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Options:
@@ -126,8 +128,7 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
         _copy(source, partial / TOKENIZER, TOKENIZER_FILES)
         _copy(source, partial / EXTRAS, (CONFIG, GENERATION))
         write_checksums(partial)
-        if options.verify:
-            options.verify(source, partial)
+        _verify(options, source, partial)
     return run.result()
 
 
@@ -163,9 +164,18 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _copy(source / TOKENIZER, partial, TOKENIZER_FILES)
         _copy(source / EXTRAS, partial, (GENERATION,))
-        if options.verify:
-            options.verify(partial, source)
+        _verify(options, partial, source)
     return run.result()
+
+
+def _verify(options: Options, hugging_face: Path, model: Path) -> None:
+    """Raises ConversionError whatever is wrong: what was given has been read, and was good."""
+    if options.verify is None:
+        return
+    try:
+        options.verify(hugging_face, model)
+    except CheckpointError as error:
+        raise ConversionError(str(error)) from error
 
 
 def _write_parts(run: _Run, reader: CheckpointReader, writer: SafetensorsWriter) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from megarlhf.checkpoint import hf_convert
 from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
 from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, pieces_of
@@ -24,13 +25,14 @@ from megarlhf.checkpoint.hf_verify import compare_logits
 from megarlhf.checkpoint.sharded import describe_model, load_model, save_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
-from megarlhf.errors import CheckpointError
+from megarlhf.errors import CheckpointError, OutputError
 from megarlhf.models.spec import PRESETS, ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import STRETCHED, blank, language_model, llama_config, score_model, whole_weights
+from tools import convert_hf
 from tools.convert_hf import main
 
 TENSOR, STAGES = ParallelLayout(tensor=2), ParallelLayout(pipeline=2)
@@ -206,6 +208,26 @@ def test_a_rounded_result_is_verified_against_its_source_rounded_alike(
 
 def type_of(name: str) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def fail_verifying(*_: object, **__: object) -> None:
+    raise CheckpointError("transformers cannot load it.")
+
+
+def fail_writing(*_: object) -> None:
+    raise OutputError("the disk took less than it was given.")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"), [(convert_hf, "_verify", fail_verifying), (hf_convert, "_write_parts", fail_writing)]
+)
+def test_what_fails_after_the_input_was_read_is_not_its_fault(
+    where: Any, name: str, fault: Any, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, name, fault)
+    monkeypatch.setattr(signal, "signal", print)  # the tool takes over two
+    assert main(["to-hf", str(converted / "llama3"), str(tmp_path / "out"), "--verify", "--quiet"]) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_type_that_cannot_hold_the_numbers_is_refused(originals: Path, tmp_path: Path) -> None:
