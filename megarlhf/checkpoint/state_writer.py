@@ -16,6 +16,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -117,10 +118,18 @@ class StateWriter:
         # A name of its own: what outlives a killed run may still be writing under the old one.
         attempt = broadcast_object(uuid.uuid4().hex[:8], self._mesh, "world")
         partial = self._directory / f"{state_name(position.step)}.{attempt}{PARTIAL}"
+        pending = _Pending(position, partial, [])
+        try:
+            self._begin(pending)
+        except BaseException:
+            self._remove(pending)
+            raise
+        self._pending = pending
+
+    def _begin(self, pending: _Pending) -> None:
+        partial, mesh, states = pending.partial, self._mesh, random_states(self._mesh.device)
         self._on_main(lambda: self._make(partial), f"{partial} cannot be made")
-        mesh, states = self._mesh, random_states(self._mesh.device)
         self._everywhere(lambda: save_file(states, partial / random_file(mesh)), f"{partial} cannot be written")
-        parts = []
         for name, role in self._roles.items():
             with role.resident(*role.parts), saving(partial):
                 request: Any = dist_checkpointing.save(
@@ -129,8 +138,7 @@ class StateWriter:
                     content_metadata={},
                     async_sharded_save=True,
                 )
-                parts.append(_started(request, partial / name, self._mesh.rank))
-        self._pending = _Pending(position, partial, parts)
+                pending.parts.append(_started(request, partial / name, mesh.rank))
 
     def state_bytes(self) -> int:
         """Bytes of the numbers in a state, over all ranks. Collective."""
@@ -153,6 +161,38 @@ class StateWriter:
         if status == WRITING:
             return
         self._pending = None
+        try:
+            self._complete(pending, status)
+        except OutputError:
+            self._remove(pending)  # it would take up room, often on a disk that is full
+            raise
+
+    def leave(self) -> None:
+        """After an error: complete the pending state if this rank is alone; else nobody knows what the others do.
+
+        Ranks:    not collective.
+        """
+        if self._mesh.size("world") == 1:
+            with suppress(OutputError):
+                self.finish()
+        self.drop()
+
+    def drop(self) -> None:
+        """Remove the pending state. Not collective."""
+        if self._pending is not None:
+            self._remove(self._pending)
+        self._pending = None
+
+    def _remove(self, pending: _Pending) -> None:
+        """Stop writing, and remove what is there; what another rank writes meanwhile, the next save removes."""
+        for part in pending.parts:
+            if part.process is not None:
+                part.process.kill()
+                part.process.join()
+        if self._mesh.is_main:
+            shutil.rmtree(pending.partial, ignore_errors=True)
+
+    def _complete(self, pending: _Pending, status: int) -> None:
         where = pending.partial
         if status == FAILED:
             raise OutputError(f"{where}: a process that wrote it was killed; the state before it stands.")

@@ -178,6 +178,9 @@ class Run:
             try:
                 yield
                 self.states.finish()
+            except KeyboardInterrupt:
+                self.states.drop()  # nobody who presses Ctrl-C waits for it
+                raise
             except MegarlhfError:
                 raise  # says itself what to do
             except Exception as error:
@@ -188,6 +191,7 @@ class Run:
                     raise OutputError(f"{run_dir}: {reason(error)}; {remedy(run_dir)}.") from error
                 raise
             finally:
+                self.states.leave()
                 with suppress(OSError):
                     trail.sign.unlink(missing_ok=True)
 

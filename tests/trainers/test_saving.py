@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -18,13 +19,13 @@ from megarlhf.checkpoint.checksums import CHECKSUMS
 from megarlhf.checkpoint.disk import ROOM
 from megarlhf.checkpoint.state_writer import Retention, StateWriter, saved_bytes
 from megarlhf.checkpoint.training_state import STATE, Best, Position, latest_state, load_state
-from megarlhf.errors import CheckpointError, ConfigError, OutputError
+from megarlhf.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import LabelLogprobs, TrainableRole
 from megarlhf.parallel.collectives import all_reduce
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.trainers.loop import better
+from megarlhf.trainers.loop import Run, StepGuard, better
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import language_model, learner, name_of, settings
 from tests.trainers.test_resume import ppo_settings
@@ -195,7 +196,38 @@ def test_a_full_disk_leaves_the_state_before(kind: str, model: str, tmp_path: Pa
     assert expected in said[0]
     assert all("stand" in one for one in said)
     assert latest_state(tmp_path) == tmp_path / "step_00000001"
-    assert not (tmp_path / "step_00000002").exists()
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000001"]
+
+
+def leave_after_an_error(model: str, where: str) -> None:
+    writer = writer_of(the_role(model, start(ParallelLayout(data=int(os.environ["WORLD_SIZE"])), seed=1)), Path(where))
+    writer.start(at(1))
+    writer.leave()
+
+
+@pytest.mark.parametrize(("ranks", "left"), [(1, ["latest", "step_00000001"]), (2, [])])
+def test_an_error_leaves_no_half_of_a_state(ranks: int, left: list[str], model: str, tmp_path: Path) -> None:
+    """One rank alone can complete it; of several, others may be gone."""
+    run_ranks(leave_after_an_error, ranks, model, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def save_weights_that_are_none(where: str, model: str) -> str:
+    cfg = ppo_settings(Path(where), ParallelLayout(), "unused")
+    role = the_role(model, start(ParallelLayout(), seed=1))
+    run = Run(cfg, {"actor": role}, {}, StepGuard(cfg.run_dir, 3, role.mesh), role.mesh)
+    run.save(1, {})
+    run.states.finish()
+    next(iter(role.tensors("weights"))).view(-1)[0].fill_(math.nan)
+    with pytest.raises(TrainingError) as refused:
+        run.save(2, {})
+    return str(refused.value)
+
+
+def test_a_state_of_weights_that_are_not_finite_pushes_out_no_good_one(model: str, tmp_path: Path) -> None:
+    said = run_ranks(save_weights_that_are_none, 1, str(tmp_path), model)[0]
+    assert said.startswith("the learner after step 2 is not saved: 1 of its numbers are not finite; lower the learning")
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001"]
 
 
 def save_where_a_file_is(model: str, where: str) -> str:
