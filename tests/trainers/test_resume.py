@@ -21,10 +21,11 @@ from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.trainers import ppo, reward
+from megarlhf.trainers import ppo, reward, sft
 from megarlhf.trainers.loop import Run
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
+from megarlhf.trainers.sft import SftConfig
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import (
     frozen,
@@ -224,6 +225,35 @@ def test_other_settings_and_finished_runs_are_refused(folder: str, tmp_path: Pat
     (tmp_path / "model" / "model.json").touch()
     with pytest.raises(RunFinished, match="this run is done; its model is in"):
         same.check_run_dir()
+
+
+def go_on_slower(where: str) -> None:
+    """A run of three steps that goes on after its first one as a stop for skipped steps says that it may."""
+    mesh = start(ParallelLayout(), seed=1)
+    changes: list[dict[str, Any]] = [{"optim": {"lr": 1e-3}}, {"optim": {"lr": 4e-4}, "max_skipped_steps": 9}]
+    for stop, change in zip((stopped_after(1), nullcontext()), changes, strict=True):
+        cfg = SftConfig.model_validate(
+            {
+                "run_dir": where,
+                "model": "tiny-xs",
+                "tokenizer": "arithmetic",
+                "data": {"template": "plain", "arithmetic": {"level": 1, "rows": 12}},
+                "global_batch": 4,
+                "micro_batch": 2,
+                "save_every": 1,
+                "tensorboard": False,
+                **change,
+                "optim": {"schedule": "constant", "warmup_steps": 0, **change["optim"]},
+            }
+        )
+        with stop:
+            sft.train(cfg, sft.prepare(cfg), [], mesh=mesh)
+
+
+def test_a_run_goes_on_with_a_lower_learning_rate(tmp_path: Path) -> None:
+    """And with it alone: the saved optimiser has its own."""
+    run_ranks(go_on_slower, 1, str(tmp_path))
+    assert [row["sft/learning_rate"] for row in logged_lines(tmp_path)] == [1e-3, 4e-4, 4e-4]
 
 
 def test_a_state_that_is_half_written_is_never_taken(folder: str, tmp_path: Path) -> None:
