@@ -1,4 +1,4 @@
-"""SHA-256 of every file of a training state, or of a model's weights: made when it is saved, compared before use."""
+"""SHA-256 of every file of a training state or model: made when it is saved, compared before use."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def write_checksums(directory: Path) -> None:
 
 
 def check_checksums(
-    directory: Path, remedy: str, mesh: Mesh | None = None, *, within: tuple[str, ...] = (), but: str = ""
+    directory: Path, remedy: str, mesh: Mesh | None = None, *, within: tuple[str, ...] | None = None, but: str = ""
 ) -> None:
     """Compare every file of `directory` with its sum; each rank reads its share of them.
 
-    within: the files and folders in it that must be listed; all of them by default.
+    within: the files and folders in it that must be listed; all of them by default, with () none.
     but: leave out files whose names end so; what they hold is checked later.
     Ranks:    collective over the mesh; this process alone without one.
     Raises:   CheckpointError with the remedy, on every rank, naming the first file that is missing, was changed, leads
@@ -58,7 +58,7 @@ def check_checksums(
     if away is not None:
         raise CheckpointError(f"{away} is a link out of {directory}; put the file itself there, or {remedy}.")
     for name in _summed(directory):
-        if name not in sums and (not within or name.partition("/")[0] in within):
+        if name not in sums and (within is None or name.partition("/")[0] in within):
             raise CheckpointError(f"{directory / CHECKSUMS} does not list {name!r}; {remedy}.")
     names = sorted(name for name in sums if not (but and name.endswith(but)))
     mine = range(len(names)) if mesh is None else range(mesh.rank, len(names), mesh.size("world"))
@@ -69,6 +69,17 @@ def check_checksums(
         path = directory / names[first]
         what = "was changed after it was saved" if path.is_file() else "is missing"
         raise CheckpointError(f"{path} {what}; {remedy}.")
+
+
+def check_hugging_face(directory: Path, mesh: Mesh | None = None) -> None:
+    """Compare the weights of a Hugging Face directory with the sums that `to-hf` left there; others have none.
+
+    Ranks:    as `check_checksums`.
+    Raises:   CheckpointError naming the first file that is missing or was changed, and the remedies.
+    """
+    if (directory / CHECKSUMS).is_file():
+        remedy = f"convert the model again or, if the change was meant, remove {directory / CHECKSUMS}"
+        check_checksums(directory, remedy, mesh, within=())
 
 
 def _read(directory: Path, remedy: str) -> dict[str, str]:

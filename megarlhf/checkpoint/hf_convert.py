@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlhf.checkpoint.checksums import check_checksums, write_checksums
+from megarlhf.checkpoint.checksums import check_checksums, check_hugging_face, write_checksums
 from megarlhf.checkpoint.dist_files import ITEM_OVERHEAD, CheckpointReader, write_pieces
 from megarlhf.checkpoint.hf_config import hf_config
 from megarlhf.checkpoint.hf_extras import CONFIG, EXTRAS, GENERATION
@@ -107,6 +107,7 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
     check_place(str(source), CONFIG)
     # A relative name could be a preset's; a path that begins with / is not.
     found = describe_model(str(source.absolute()))
+    check_hugging_face(source)
     files = SafetensorsDirectory(source, found.spec, found.head)
     say_left_out(str(source), files.left_out)
     groups = pieces_of(found.spec, found.head, layer_cuts=CUTS, vocabulary_cuts=CUTS)
@@ -161,6 +162,7 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
             shapes = {name: shape_of(name, spec) for name in tensor_names(spec, head)}
             with SafetensorsWriter(partial, shapes, run.dtypes, options.max_shard_bytes) as writer:
                 _write_parts(run, reader, writer)
+            write_checksums(partial)  # of the weights alone: the rest is text that a user may edit
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         _copy(source / TOKENIZER, partial, TOKENIZER_FILES)
         _copy(source / EXTRAS, partial, (GENERATION,))

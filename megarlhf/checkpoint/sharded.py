@@ -25,7 +25,13 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megarlhf.checkpoint.buckets import write_now
-from megarlhf.checkpoint.checksums import CHECKSUMS, check_checksums, leave_checksums, write_checksums
+from megarlhf.checkpoint.checksums import (
+    CHECKSUMS,
+    check_checksums,
+    check_hugging_face,
+    leave_checksums,
+    write_checksums,
+)
 from megarlhf.checkpoint.disk import check_room, saving
 from megarlhf.checkpoint.dist_files import saved_tensors
 from megarlhf.checkpoint.hf_extras import EXTRAS, end_ids, kept
@@ -116,6 +122,7 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
         check_checksums(Path(init) / WEIGHTS, AGAIN, role.mesh)
         load_weights(role, Path(init) / WEIGHTS, body_only=body_only)
     else:
+        check_hugging_face(Path(init), role.mesh)
         files = SafetensorsDirectory(Path(init), role.spec, found.head)
         if role.mesh.is_main:
             say_left_out(init, files.left_out)

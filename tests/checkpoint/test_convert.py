@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from megarlhf.checkpoint import hf_convert
+from megarlhf.checkpoint.checksums import CHECKSUMS
 from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
 from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, pieces_of
@@ -136,6 +137,28 @@ def test_shards_are_as_transformers_writes_them(originals: Path, converted: Path
         assert sum(tensors[name].nbytes for name in names) <= 60_000
     to_hf(converted / "llama3", tmp_path / "single", QUIET)
     assert [path.name for path in (tmp_path / "single").glob("model*")] == ["model.safetensors"]
+
+
+def test_a_changed_byte_of_an_exported_weight_is_found(converted: Path, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    to_hf(converted / "llama3", exported, QUIET)
+    file = exported / "model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-3] ^= 1  # a weight that is finite before and after
+    file.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed .*, remove .*checksums\.json"):
+        to_megatron(exported, tmp_path / "again", QUIET)
+    for said in run_ranks(refusal_of_two, 2, str(exported)):
+        assert "model.safetensors was changed after it was saved; convert" in said
+    (exported / CHECKSUMS).unlink()  # as the message says
+    to_megatron(exported, tmp_path / "again", QUIET)
+
+
+def refusal_of_two(directory: str) -> str:
+    role = blank(describe_model(directory).spec, "language", start(ParallelLayout(data=2), seed=1))
+    with pytest.raises(CheckpointError) as refused:
+        load_model(role, directory, seed=1)
+    return str(refused.value)
 
 
 def test_every_layout_reads_it_and_what_a_layout_saves_goes_back(
