@@ -41,7 +41,6 @@ EXTRAS = {
         "math-verify>=0.8",
         "pytest>=8",
         "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",  # two files at a time: most of a test is one process that starts
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",
         "import-linter>=2.3",
