@@ -132,7 +132,7 @@ def _interrupted() -> int:
 def _stopped_at_start(number: int) -> int:
     if _speaks() and "MEGARLHF_LAUNCHER" not in os.environ:  # which says so itself
         name = signal.Signals(number).name
-        sys.stderr.write(f"stopped by {name} before the first step; start the same command again.\n")
+        sys.stderr.write(printable(f"stopped by {name} before the first step; start the same command again.\n"))
         sys.stderr.flush()
     return RunStopped.exit_code
 

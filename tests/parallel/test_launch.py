@@ -99,7 +99,7 @@ def test_an_exception_takes_the_run_down_with_its_traceback_alone(tmp_path: Path
     ("behaviour", "code", "message"),
     [
         ("all_bad", 2, "found in ranks: 2 faults; mend them.\n"),
-        ("stops", 1, "10 steps were skipped; lower the rate.\n"),
+        pytest.param("stops", 1, "10 steps were skipped; lower the rate.\n", marks=pytest.mark.slow),
     ],
 )
 def test_errors_with_a_remedy_are_said_once_without_a_traceback(
@@ -119,7 +119,10 @@ def test_a_killed_rank_is_named_and_what_it_started_ends_too(tmp_path: Path, mar
 
 @pytest.mark.parametrize(
     ("behaviour", "said"),
-    [("aborts", "rank 1 was killed by SIGABRT"), ("exits", "rank 1 ended with exit code 3")],
+    [
+        ("aborts", "rank 1 was killed by SIGABRT"),
+        pytest.param("exits", "rank 1 ended with exit code 3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_crash_is_reported_with_the_last_words(
     behaviour: str, said: str, tmp_path: Path, marked: dict[str, str]
@@ -130,7 +133,10 @@ def test_a_crash_is_reported_with_the_last_words(
     assert "rank 0" not in err
 
 
-@pytest.mark.parametrize(("number", "code", "said"), [("SIGINT", 130, "interrupted\n"), ("SIGTERM", 143, "stopped")])
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [("SIGINT", 130, "interrupted\n"), pytest.param("SIGTERM", 143, "stopped", marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_ends_cleanly(number: str, code: int, said: str, tmp_path: Path, marked: dict[str, str]) -> None:
     # As on a cluster, whose ranks are on many machines: it must not matter here.
     process = started("hangs", tmp_path, {**marked, "GLOO_SOCKET_IFNAME": "eth0"})
