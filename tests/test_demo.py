@@ -92,6 +92,7 @@ def test_the_whole_demo_helps_and_warns_of_nothing(tmp_path: Path):
     assert "warning, iteration" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_call_runs_no_finished_stage_again(finished: tuple[Path, str]):
     before = {path: path.stat().st_mtime_ns for path in finished[0].glob("*/metrics.jsonl")}
     done = demo(finished[0], *SMALL)
@@ -99,6 +100,7 @@ def test_a_second_call_runs_no_finished_stage_again(finished: tuple[Path, str]):
     assert {path: path.stat().st_mtime_ns for path in finished[0].glob("*/metrics.jsonl")} == before
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_mix_with_finished_stages(finished: tuple[Path, str]):
     done = demo(finished[0], *SMALL, "seed=2")
     assert done.returncode == 2
