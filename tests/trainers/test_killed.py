@@ -65,6 +65,7 @@ def train(cfg: SftConfig) -> None:
 def train_as(rank: int, port: int, cfg: SftConfig) -> None:
     """One rank of a run, leader of a session as the launcher makes it."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which these tests may run under, has it ignored
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
