@@ -179,7 +179,9 @@ def scalar_weights(model: str) -> dict[str, torch.Tensor]:
     return whole_weights(frozen(model, SequenceScores(), start(ParallelLayout(), seed=1)))
 
 
-@pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(data=2)], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", [ParallelLayout(tensor=2), pytest.param(ParallelLayout(data=2), marks=pytest.mark.slow)], ids=name_of
+)
 def test_a_stopped_run_goes_on_bit_for_bit(layout: ParallelLayout, folder: str, tmp_path: Path) -> None:
     """Stopped while only the critic learns, and again later."""
     whole = in_pieces([(layout, None)], tmp_path / "whole", folder)

@@ -42,8 +42,9 @@ def while_models_are_built(number: int) -> None:
 
 def while_the_model_is_saved(number: int) -> None:
     """The model, the page, the last words: all that comes after the steps."""
+    alone: Any = None  # no step ends here: nobody is asked
     with stopping_at_start():
-        with StopRequest(0, start(ParallelLayout(), seed=1)).listening():
+        with StopRequest(0, alone).listening():
             pass
         signal_myself(number)
     assert signal.getsignal(number) is signal.SIG_DFL  # who called the command is as before
