@@ -83,7 +83,8 @@ def gathered_bytes(role: Any) -> int:
     """What Megatron's distributed optimiser makes to save a state."""
     with role.resident(*PARTS):
         state = role_state(role, loading=False)["optimizer"]
-        return sum(value.data.numel() * 4 for value in nested_values(state) if isinstance(value, SHARDED))
+        tensors = [value.data for value in nested_values(state) if isinstance(value, SHARDED)]
+        return sum(4 * tensor.numel() for tensor in tensors if tensor is not None)
 
 
 def learner_start(directory: str, shared: Any, mesh: Any) -> torch.Tensor:
