@@ -201,6 +201,7 @@ def test_generated_rows(runs: Path) -> None:
         assert "<|" not in row["response"]
 
 
+@pytest.mark.slow
 def test_generate_says_the_same_on_two_ranks(runs: Path) -> None:
     done = megarlhf(*GENERATE[:-1], "layout.tensor=2", directory=runs)
     assert done.returncode == 0, done.stderr
@@ -211,6 +212,7 @@ def test_generate_says_the_same_on_two_ranks(runs: Path) -> None:
         assert abs(one["logprob"] - other["logprob"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_on_every_rank_and_the_command_goes_on(tmp_path: Path) -> None:
     command = [
         *("sft", "run_dir=run", "model=tiny-xs", "tokenizer=arithmetic", "data.template=plain", "layout.data=2"),

@@ -323,6 +323,7 @@ print(there.peak_bytes, back.peak_bytes, there.bound_bytes, there.bytes_written)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_near_one_tensor(tmp_path: Path) -> None:
     """A model of 150 MB moves through 27 MB: 1.5 times a layer's gate and up and the embedding."""
     write_llama(tmp_path / "small", hidden=64, layers=2)

@@ -366,6 +366,7 @@ def again(command: list[str]) -> tuple[int, str]:
         return cli.main(command), said.getvalue()
 
 
+@pytest.mark.slow
 def test_the_command_line_on_two_ranks(oracle: Oracle, tmp_path: Path) -> None:
     given = (f"model={oracle.folder / 'speaker'}", f"input={oracle.folder / 'rows.jsonl'}", "output=out.jsonl")
     done = megarlhf("score", *given, "layout.tensor=2", directory=tmp_path)

@@ -98,7 +98,7 @@ def test_an_exception_takes_the_run_down_with_its_traceback_alone(tmp_path: Path
 @pytest.mark.parametrize(
     ("behaviour", "code", "message"),
     [
-        ("all_bad", 2, "found in ranks: 2 faults; mend them.\n"),
+        pytest.param("all_bad", 2, "found in ranks: 2 faults; mend them.\n", marks=pytest.mark.slow),
         pytest.param("stops", 1, "10 steps were skipped; lower the rate.\n", marks=pytest.mark.slow),
     ],
 )

@@ -331,6 +331,7 @@ def run_command(directory: Path, *arguments: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_the_command_needs_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     done = run_command(tmp_path, "layout.data=2")
     assert done.returncode == 0, done.stderr
