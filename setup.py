@@ -56,6 +56,8 @@ setup(
     description="RLHF for Llama 3 on Megatron-Core: one code path for a laptop CPU and for GPU clusters",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["megarlhf", "megarlhf.*"]), "megarlhf_kernels"],
     package_dir={"megarlhf_kernels": "kernels/megarlhf_kernels"},

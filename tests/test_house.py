@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megarlhf.observe.metrics import GLOSSARY
 from tests.helpers import house
@@ -18,6 +20,7 @@ CODE = ("megarlhf", "kernels", "examples", "tools", "tests")
 TOP_LEVEL = {
     *("megarlhf", "kernels", "examples", "tools", "tests", "setup.py", "README.md", "pyproject.toml", "Makefile"),
     *("CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "benchmarks", "docs", ".ci", ".gitignore"),
+    *("LICENSE", "CITATION.cff", ".pre-commit-config.yaml"),
 }
 YAML_LINES = 45
 
@@ -72,6 +75,23 @@ def test_the_tree_is_the_tree() -> None:
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"])
 def test_documents_exist(name: str) -> None:
     assert len((ROOT / name).read_text(encoding="utf-8")) > 200
+
+
+def test_the_documents_draw_the_layers_that_are_enforced() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    # Parentheses mark a layer that may be missing; the documents draw what is there.
+    there = [layer for layer in layers if not layer.startswith("(")]
+    drawn = " -> ".join(there).replace("megarlhf.", "")
+    for name in ("README.md", "CONTRIBUTING.md"):
+        assert drawn in (ROOT / name).read_text(encoding="utf-8"), f"{name} does not draw {drawn}"
+
+
+def test_citation_and_package_agree() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    package = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for field in ("version", "license"):
+        assert f'{field}="{cited[field]}"' in package
 
 
 def test_example_settings_are_short() -> None:
