@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -131,6 +132,9 @@ def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mes
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_model_parallel(seed)
+    # Half a million objects of imported modules would be walked at each collection, of which every save has several.
+    gc.collect()
+    gc.freeze()
     return Mesh(layout=layout, device=device, rank=dist.get_rank(), groups=groups)
 
 

@@ -1,6 +1,6 @@
 """Run a function on N real ranks: gloo processes on a CPU, NCCL where there are GPUs enough.
 
-Ranks are processes that stay up between calls, since starting one means importing Megatron-Core. A call that fails or
+Ranks are processes that stay up between calls, forked off a server that has imported everything. A call that fails or
 hangs ends them all, and the next call starts fresh ones. Some have a stand-in for Transformer Engine.
 """
 
@@ -14,6 +14,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -28,11 +29,19 @@ class RankFailedError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback."""
 
 
+def forking() -> ForkServerContext:
+    """Processes that start at once, off a server that has imported what trains and what these tests call."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["megarlhf.trainers.ppo", "megarlhf.trainers.reward", "tests.helpers.ranks"])
+    return context
+
+
 class Rank:
     """One process that waits for functions to call as some rank."""
 
     def __init__(self, with_engine: bool, on_cpu: bool) -> None:
-        context = mp.get_context("spawn")
+        # Megatron-Core looks for Transformer Engine when it is imported: those with the stand-in import by themselves.
+        context = mp.get_context("spawn") if with_engine else forking()
         self.pipe, theirs = context.Pipe()
         # Not a daemon: those may not have children, and saving a checkpoint starts some.
         self.process: BaseProcess = context.Process(target=_serve, args=(theirs, with_engine, on_cpu))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -29,7 +28,7 @@ from megarlhf.parallel.mesh import start
 from megarlhf.trainers import sft
 from megarlhf.trainers.sft import SftConfig
 from megarlhf.trainers.stopping import StopRequest
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import forking, run_ranks
 from tests.models.worlds import frozen, whole_weights
 from tests.trainers.test_resume import logged_lines
 
@@ -74,12 +73,10 @@ def train_as(rank: int, port: int, cfg: SftConfig) -> None:
 
 def started(cfg: SftConfig) -> list[BaseProcess]:
     """Both ranks, forked off a server that has imported everything: a start costs little."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megarlhf.trainers.sft", "tests.trainers.test_killed"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks: list[BaseProcess] = [context.Process(target=train_as, args=(rank, port, cfg)) for rank in range(2)]
+    ranks: list[BaseProcess] = [forking().Process(target=train_as, args=(rank, port, cfg)) for rank in range(2)]
     for process in ranks:
         process.start()
     return ranks
@@ -273,9 +270,7 @@ def train_in_a_group(cfg: SftConfig, write_s: float) -> None:
 
 
 def begun(cfg: SftConfig, write_s: float) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megarlhf.trainers.sft", "tests.trainers.test_killed"])
-    process: BaseProcess = context.Process(target=train_in_a_group, args=(cfg, write_s))
+    process: BaseProcess = forking().Process(target=train_in_a_group, args=(cfg, write_s))
     process.start()
     return process
 
