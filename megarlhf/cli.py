@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megarlhf import __version__
-from megarlhf.errors import ConfigError, MegarlhfError, RunStopped, complain, printable
+from megarlhf.errors import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    ConfigError,
+    MegarlhfError,
+    complain,
+    printable,
+)
 
 if TYPE_CHECKING:
     from megarlhf.config import Config
@@ -80,8 +90,6 @@ COMMANDS = {
     "report": Command("make the page of a run again", "megarlhf.eval.report:ReportConfig", "megarlhf.eval.report:main"),
 }
 
-FAILED, INTERRUPTED = 1, 130
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
@@ -134,7 +142,7 @@ def _stopped_at_start(number: int) -> int:
         name = signal.Signals(number).name
         sys.stderr.write(printable(f"stopped by {name} before the first step; start the same command again.\n"))
         sys.stderr.flush()
-    return RunStopped.exit_code
+    return STOPPED
 
 
 @contextmanager
@@ -158,10 +166,10 @@ def _ending_at_once(*, goes_on: bool) -> Iterator[None]:
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         _print_commands()
-        return 0 if arguments else ConfigError.exit_code
+        return DONE if arguments else BAD_INPUT
     if arguments[0] == "--version":
         _console().print(f"megarlhf {__version__}")
-        return 0
+        return DONE
     name, *rest = arguments
     if name not in COMMANDS:
         import difflib
@@ -172,7 +180,7 @@ def _run(arguments: list[str]) -> int:
     command = COMMANDS[name]
     if "-h" in rest or "--help" in rest:
         _print_settings(name, _load(command.settings))
-        return 0
+        return DONE
     path, overrides = _split(name, rest)
     with _ending_at_once(goes_on=command.goes_on):
         from megarlhf.config import load_config

@@ -31,6 +31,7 @@ from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import Interval, mean, paired_difference, share
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.observe import run_files
 from megarlhf.observe.files import write_whole
 from megarlhf.observe.lock import check_free
 from megarlhf.observe.report import JudgedResponse, Report, SampleRow, SummaryRow, write_report
@@ -41,7 +42,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runtime.checks import Model, checked_model, resolve_tokenizer
-from megarlhf.runtime.outputs import LOCK, check_directory, sole_writer
+from megarlhf.runtime.outputs import check_directory, sole_writer
 from megarlhf.runtime.roles import role_settings
 from megarlhf.trainers import ppo, reward, sft
 from megarlhf.trainers.loop import sole_run
@@ -50,6 +51,8 @@ from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.settings import RunConfig
 from megarlhf.trainers.sft import SftConfig
 
+SUMMARY = "summary.json"
+"""The figures of the table, in the demo's directory."""
 MAX_NEW_TOKENS = 32
 MAX_TOKENS = 96
 
@@ -91,7 +94,7 @@ def main(cfg: DemoConfig, argv: Sequence[str]) -> int:
 def _check(cfg: DemoConfig) -> None:
     """What could stop a later stage is said before the first one starts."""
     check_directory(cfg.run_dir, "run_dir")
-    check_free(cfg.run_dir / LOCK, f"run_dir={cfg.run_dir}", "run_dir")
+    check_free(cfg.run_dir / run_files.LOCK, f"run_dir={cfg.run_dir}", "run_dir")
     if cfg.rollouts % (4 * cfg.layout.data):
         raise ConfigError(
             f"rollouts={cfg.rollouts} is not divisible by {4 * cfg.layout.data} (4 micro-batches on each data rank); "
@@ -162,7 +165,7 @@ def _data(cfg: DemoConfig, rows: int, *, seed: int, split: str = "train") -> Dat
 
 def _run(cfg: DemoConfig, argv: Sequence[str]) -> None:
     mesh = start(cfg.layout, seed=cfg.seed)
-    with sole_writer(cfg.run_dir / LOCK, "run_dir", cfg.run_dir, mesh):
+    with sole_writer(cfg.run_dir / run_files.LOCK, "run_dir", cfg.run_dir, mesh):
         _run_stages(cfg, argv, mesh)
 
 
@@ -185,7 +188,7 @@ def _stage(
     settings: RunConfig = stage
     clock = settings.run_dir / "seconds.json"
     if clock.exists() and (stage.model_dir / MODEL).exists():
-        if (settings.run_dir / "config.yaml").read_text() != settings.to_yaml():
+        if (settings.run_dir / run_files.CONFIG).read_text() != settings.to_yaml():
             raise ConfigError(f"{settings.run_dir} was made with other settings; remove it or choose another run_dir.")
         if mesh.is_main:
             sys.stderr.write(printable(f"{settings.run_dir} is done; its model is in {stage.model_dir}\n"))
@@ -209,7 +212,7 @@ def _clear(run_dir: Path) -> None:
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name != run_files.LOCK:
             path.unlink()
 
 
@@ -261,7 +264,7 @@ def _conclude(cfg: DemoConfig, outcome: Outcome, *, wall_s: float) -> None:
         "wall_s": wall_s,
         "seed": cfg.seed,
     }
-    write_whole(cfg.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(cfg.run_dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
     page = _report(cfg, outcome, rows)
     _print_table(cfg, rows, page, wall_s)
 

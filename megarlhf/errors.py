@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+
+DONE = 0
+FAILED = 1
+"""Exit code: the run failed."""
+BAD_INPUT = 2
+"""Exit code: the input must be changed."""
+STOPPED = 75
+"""Exit code: the same command goes on. EX_TEMPFAIL of sysexits.h, on which a batch script can requeue its job."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code: the user stopped it."""
 
 
 class MegarlhfError(Exception):
     """Base of all errors that name their own remedy; the command line prints the message alone."""
 
-    exit_code = 2
-    """What the command line returns: the input must be changed."""
+    exit_code = BAD_INPUT
+    """What the command line returns."""
 
 
 class ConfigError(MegarlhfError):
@@ -33,26 +44,25 @@ class CheckpointError(MegarlhfError):
 class TrainingError(MegarlhfError):
     """A run had to stop, for example after too many non-finite gradients; the message says where the evidence is."""
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 class OutputError(MegarlhfError):
     """A file could not be written: the disk is full, read-only or gone; the message says which, and what is left."""
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 class RunFinished(MegarlhfError):
     """There is nothing left to do: the run was finished before; the message says where its model is."""
 
-    exit_code = 0
+    exit_code = DONE
 
 
 class RunStopped(MegarlhfError):
     """A run was asked to stop, and loses nothing: its state is saved, or it had not begun; the same command goes on."""
 
-    exit_code = 75
-    """EX_TEMPFAIL of sysexits.h: try again. A batch script can requeue its job on it."""
+    exit_code = STOPPED
 
 
 def complain(text: str) -> None:

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from megarlhf.config import yaml12
 from megarlhf.errors import ConfigError, DataError, MegarlhfError
+from megarlhf.observe import run_files
 
 EQUAL, DIFFERENT, BAD_INPUT = 0, 1, 2
 CLOCKED = ("time/", "throughput/", "memory/")
@@ -74,7 +75,7 @@ def read_steps(run: Path, *, every_family: bool) -> Steps:
 
     Raises:   DataError when the directory or its metrics.jsonl is missing, has no step, or a line cannot be read.
     """
-    path = run / "metrics.jsonl"
+    path = run / run_files.METRICS
     if not run.is_dir():
         raise DataError(f"run directory does not exist: {run}; check the path.")
     if not path.is_file():
@@ -127,7 +128,7 @@ def read_settings(run: Path) -> dict[str, Any]:
 
     Raises:   DataError when config.yaml cannot be read.
     """
-    path = run / "config.yaml"
+    path = run / run_files.CONFIG
     try:
         return dict(_flat(yaml12.parse(path.read_text(encoding="utf-8")))) if path.is_file() else {}
     except (yaml.YAMLError, ValueError, AttributeError) as error:

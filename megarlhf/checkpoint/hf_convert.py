@@ -29,7 +29,7 @@ from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
 from megarlhf.checkpoint.nearby import check_place
 from megarlhf.checkpoint.sharded import MODEL, TOKENIZER, WEIGHTS, describe_model, say_left_out
-from megarlhf.errors import CheckpointError
+from megarlhf.errors import FAILED, CheckpointError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.observe.memory import PeakMemory
@@ -62,7 +62,7 @@ Verify = Callable[[Path, Path], None]
 class ConversionError(CheckpointError):
     """The input was good, but the result could not be written, or is not equal to it."""
 
-    exit_code = 1
+    exit_code = FAILED
 
 
 @dataclass(frozen=True)

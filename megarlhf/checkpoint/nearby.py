@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megarlhf.errors import CheckpointError
+from megarlhf.observe import run_files
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-STATE = re.compile(r"step_\d+|latest|best")
 
 
 def check_place(init: str, *marks: str) -> None:
@@ -18,10 +18,10 @@ def check_place(init: str, *marks: str) -> None:
     if any((path / mark).is_file() for mark in marks):
         return
     run = _run_of_state(path)
-    places = _places(path) if run is None else [run / "model"]
+    places = _places(path) if run is None else [run / run_files.MODEL]
     meant = next((place for place in places if any((place / mark).is_file() for mark in marks)), None)
     if run is not None:
-        remedy = f"name {meant}" if meant else f"the model will be in {run / 'model'} once the run is finished"
+        remedy = f"name {meant}" if meant else f"the model will be in {run / run_files.MODEL} once the run is finished"
         raise CheckpointError(f"model {init!r} is what a run goes on from, not a model; {remedy}.")
     if meant is not None:
         raise CheckpointError(f"model {init!r} is no model directory; did you mean {meant}?")
@@ -34,16 +34,17 @@ def check_place(init: str, *marks: str) -> None:
 
 def _run_of_state(path: Path) -> Path | None:
     """The run that `path` is a saved state of, or has the states of."""
-    if path.name == "checkpoints" and any(path.glob("step_*")):
+    if path.name == run_files.STATES and run_files.steps_in(path):
         return path.parent
-    return path.parent.parent if path.parent.name == "checkpoints" and STATE.fullmatch(path.name) else None
+    named = path.name in (run_files.LATEST, run_files.BEST) or run_files.step_of(path.name) is not None
+    return path.parent.parent if path.parent.name == run_files.STATES and named else None
 
 
 def _places(path: Path) -> Iterator[Path]:
     """Where the model may be: in the run `path`, beside a slip of the pen, around a part of it, or in a stage's run."""
-    yield path / "model"
+    yield path / run_files.MODEL
     for parent in (path.parent, path.parent.parent) if path.exists() else (path.parent,):
-        yield parent / "model"
+        yield parent / run_files.MODEL
         yield parent
-    yield from sorted(path.glob("*/model"))
+    yield from sorted(path.glob(f"*/{run_files.MODEL}"))
     yield from sorted(path.glob("*/"))

@@ -33,16 +33,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megarlhf.checkpoint.buckets import complete, on_host, write_buckets
 from megarlhf.checkpoint.checksums import leave_checksums, write_checksums
 from megarlhf.checkpoint.disk import causes, check_room, saving
-from megarlhf.checkpoint.training_state import BEST, LATEST, STATE, Position, random_file, role_state, state_name
+from megarlhf.checkpoint.training_state import STATE, Position, random_file, role_state
 from megarlhf.errors import OutputError
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.files import remedy, write_whole
+from megarlhf.observe.run_files import BEST, LATEST, step_name, steps_in
 from megarlhf.parallel.collectives import all_reduce, broadcast_object
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.processes import start_helper
 from megarlhf.parallel.rng import random_states
 
-DONE, WRITING, FAILED = 0, 1, 2
+DONE, WRITING, KILLED = 0, 1, 2
 PARTIAL = ".partial"
 
 
@@ -84,7 +85,7 @@ class _Part:
         try:
             self.written.append(self.word.recv())
         except (EOFError, OSError):  # killed, maybe in the middle of a word
-            return FAILED
+            return KILLED
         self.process.join()
         return DONE
 
@@ -117,7 +118,7 @@ class StateWriter:
         check_room(self._directory, self.state_bytes(), "a state (those before it stand)", self._mesh)
         # A name of its own: what outlives a killed run may still be writing under the old one.
         attempt = broadcast_object(uuid.uuid4().hex[:8], self._mesh, "world")
-        partial = self._directory / f"{state_name(position.step)}.{attempt}{PARTIAL}"
+        partial = self._directory / f"{step_name(position.step)}.{attempt}{PARTIAL}"
         pending = _Pending(position, partial, [])
         try:
             self._begin(pending)
@@ -194,7 +195,7 @@ class StateWriter:
 
     def _complete(self, pending: _Pending, status: int) -> None:
         where = pending.partial
-        if status == FAILED:
+        if status == KILLED:
             raise OutputError(f"{where}: a process that wrote it was killed; the state before it stands.")
         try:
             for part in pending.parts:
@@ -213,7 +214,7 @@ class StateWriter:
             (partial / name).mkdir(parents=True)
 
     def _publish(self, partial: Path, position: Position) -> None:
-        whole = self._directory / state_name(position.step)
+        whole = self._directory / step_name(position.step)
         (partial / STATE).write_text(json.dumps(position.model_dump(mode="json")) + "\n", encoding="utf-8")
         write_checksums(partial)
         shutil.rmtree(whole, ignore_errors=True)
@@ -222,7 +223,7 @@ class StateWriter:
         if position.best is not None and position.best.step == position.step:
             write_whole(self._directory / BEST, whole.name + "\n")
         # A state beyond this one is of a run that stopped before `latest` named it.
-        saved = {int(path.name.removeprefix("step_")): path for path in self._directory.glob("step_*[0-9]")}
+        saved = steps_in(self._directory)
         until = [step for step in saved if step <= position.step]
         kept = self._retention.keeps(until, None if position.best is None else position.best.step)
         for step in saved.keys() - kept:

@@ -14,7 +14,6 @@ and the step. What a rank would draw besides goes on where it was, unless there 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,12 +29,11 @@ from megarlhf.config import Config
 from megarlhf.errors import CheckpointError
 from megarlhf.models.optim import restore_schedule, torch_optimizers
 from megarlhf.models.role import TrainableRole
+from megarlhf.observe.run_files import LATEST, step_name, step_of, steps_in
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.rng import restore_random_states
 
-LATEST, BEST, STATE = "latest", "best", "state.json"
-STATE_NAME = re.compile(r"step_\d{8,}")
-
+STATE = "state.json"
 
 Count = Annotated[int, pydantic.Field(ge=0, lt=2**62)]
 
@@ -68,11 +66,6 @@ class Position(Config):
     """The best of the states so far, this one among them, where the run keeps it."""
 
 
-def state_name(step: int) -> str:
-    """The directory of the state after `step` steps."""
-    return f"step_{step:08d}"
-
-
 def random_file(mesh: Mesh) -> str:
     """The file of this rank's random numbers."""
     return f"random_{mesh.rank}_of_{mesh.size('world')}.safetensors"
@@ -86,7 +79,7 @@ def latest_state(directory: Path) -> Path | None:
     Raises:   CheckpointError where `latest` cannot be read, or names nothing that is there.
     """
     pointer = directory / LATEST
-    states = sorted(path for path in directory.glob("step_*") if _is_state(path))
+    states = _states(directory)
     if not os.path.lexists(pointer):
         return states[-1] if states else None
     there = ", ".join(path.name for path in states[-3:])
@@ -95,16 +88,16 @@ def latest_state(directory: Path) -> Path | None:
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{pointer} cannot be read ({type(error).__name__}); {remedy}.") from None
-    if not STATE_NAME.fullmatch(name):
+    if step_of(name) is None:
         raise CheckpointError(f"{pointer} names {name[:80]!r}, which is no state; {remedy}.")
-    if not _is_state(directory / name):
+    if directory / name not in states:
         raise CheckpointError(f"{pointer} names {name}, which is missing; {remedy}.")
     return directory / name
 
 
-def _is_state(path: Path) -> bool:
-    """Whether it is a whole state, in its directory itself."""
-    return bool(STATE_NAME.fullmatch(path.name)) and not path.is_symlink() and (path / STATE).is_file()
+def _states(directory: Path) -> list[Path]:
+    """The whole states in `directory` itself, by step."""
+    return [path for path in steps_in(directory).values() if (path / STATE).is_file()]
 
 
 def read_position(state: Path) -> Position:
@@ -118,16 +111,16 @@ def read_position(state: Path) -> Position:
         first = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
         cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else type(error).__name__
         raise CheckpointError(f"{state / STATE} cannot be read ({cause}); {_elsewhere(state)}.") from None
-    if state_name(position.step) != state.name:
+    if step_name(position.step) != state.name:
         raise CheckpointError(f"{state / STATE} says that it is of step {position.step}; {_elsewhere(state)}.")
     return position
 
 
 def _elsewhere(state: Path) -> str:
     """What to do about a damaged state."""
-    others = [path.name for path in state.parent.glob("step_*") if _is_state(path) and path != state]
+    others = [path.name for path in _states(state.parent) if path != state]
     pointer = state.parent / LATEST
-    to_another = f"write the name of another state to {pointer} ({', '.join(sorted(others))}), or " if others else ""
+    to_another = f"write the name of another state to {pointer} ({', '.join(others)}), or " if others else ""
     return f"{to_another}remove {state.parent} to start afresh"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from megarlhf.errors import DataError
+from megarlhf.observe import run_files
 from megarlhf.observe.charts import PANELS, Panel, curves_svg, drawable, unit_of
 from megarlhf.observe.files import own_file, write_whole
 from megarlhf.observe.metrics import GLOSSARY, PHASES
@@ -58,7 +59,7 @@ class Report:
 
 def write_report(run_dir: Path, report: Report) -> Path:
     """Write `report.html`, and `report.json` from which it can be made again, in `run_dir`; return the page's path."""
-    write_whole(run_dir / "report.json", _printable(json.dumps(asdict(report), indent=1, ensure_ascii=False)))
+    write_whole(run_dir / run_files.REPORT_DATA, _printable(json.dumps(asdict(report), indent=1, ensure_ascii=False)))
     return write_page(run_dir)
 
 
@@ -67,7 +68,7 @@ def write_page(run_dir: Path) -> Path:
 
     Raises:   DataError naming the file that is damaged, or that leads out of the run.
     """
-    page = run_dir / "report.html"
+    page = run_dir / run_files.REPORT
     write_whole(page, _printable(_page(run_dir, read_report(run_dir))))
     return page
 
@@ -77,7 +78,7 @@ def read_report(run_dir: Path) -> Report:
 
     Raises:   DataError when it is damaged, or names a run outside of `run_dir`.
     """
-    path = own_file(run_dir, "report.json")
+    path = own_file(run_dir, run_files.REPORT_DATA)
     if path is None:
         return Report(title=run_dir.resolve().name, subtitle=_state(run_dir))
     remedy = "remove it for a page of the curves alone"
@@ -98,7 +99,7 @@ def _state(run_dir: Path) -> str:
     if not rows:
         return "No step was logged."
     steps = f"{rows[-1]['step']:.0f} steps"
-    return f"Finished after {steps}." if (run_dir / "model").is_dir() else f"Not finished: {steps} so far."
+    return f"Finished after {steps}." if (run_dir / run_files.MODEL).is_dir() else f"Not finished: {steps} so far."
 
 
 def _printable(text: str) -> str:
@@ -261,7 +262,7 @@ def _rate(phase: str, rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def _files(run_dir: Path) -> str:
-    names = {"command.txt": "Command", "config.yaml": "Settings", "versions.json": "Versions"}
+    names = {run_files.COMMAND: "Command", run_files.CONFIG: "Settings", run_files.VERSIONS: "Versions"}
     found = {title: own_file(run_dir, name) for name, title in names.items()}
     folds = "".join(
         f"<details class='fold card'><summary>{title}</summary>"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megarlhf.observe.files import json_lines, own_file
+from megarlhf.observe.run_files import SAMPLES
 
 SHOWN = 8
 """Rollouts of a step on the page."""
@@ -53,7 +54,7 @@ def rollouts_section(run_dir: Path) -> str:
     first: list[Rollout] = []
     last: list[Rollout] = []
     unread = 0
-    for row in json_lines(own_file(run_dir, "samples.jsonl")):
+    for row in json_lines(own_file(run_dir, SAMPLES)):
         rollout = None if row is None else _rollout(row)
         if rollout is None:
             unread += 1
@@ -65,7 +66,7 @@ def rollouts_section(run_dir: Path) -> str:
         last.append(rollout)
     parts = [last, first] if last and last[0].step != first[0].step else [last]
     shown = "".join(_of_step(part, open_=part is last) for part in parts if part)
-    unread_note = f"<p class=note>{unread} lines of samples.jsonl that no run writes are left out.</p>"
+    unread_note = f"<p class=note>{unread} lines of {SAMPLES} that no run writes are left out.</p>"
     return f"<h2>Sample rollouts</h2>{unread_note if unread else ''}{shown}" if shown or unread else ""
 
 

@@ -21,8 +21,7 @@ import torch
 from megarlhf.errors import ConfigError
 from megarlhf.observe.files import json_line, json_lines, own_file, write_whole, writing
 from megarlhf.observe.metrics import Metrics, check
-
-METRICS = "metrics.jsonl"
+from megarlhf.observe.run_files import COMMAND, CONFIG, METRICS, SAMPLES, TENSORBOARD, VERSIONS
 
 _PACKAGES = (
     *("torch", "megatron-core", "transformers", "tokenizers", "datasets", "pydantic", "numpy", "safetensors"),
@@ -44,7 +43,7 @@ class RunWriter:
             run_dir.mkdir(parents=True, exist_ok=True)
             # Line buffered: a killed run loses at most the line it was writing.
             self._metrics = (run_dir / METRICS).open("a", encoding="utf-8", buffering=1)
-        self._samples = run_dir / "samples.jsonl"
+        self._samples = run_dir / SAMPLES
         # Opened at the first step, which may not be 1: the events of a run that goes on are cut there.
         self._events: Any = None
         self._tensorboard = tensorboard
@@ -106,7 +105,7 @@ def read_metrics(run_dir: Path) -> MetricLog:
     """
     by_step: dict[int, dict[str, float]] = {}
     unread = 0
-    for row in json_lines(own_file(run_dir, "metrics.jsonl")):
+    for row in json_lines(own_file(run_dir, METRICS)):
         step = None if row is None else row.pop("step", None)
         if row is None or type(step) is not int or not 0 <= step < 2**53:
             unread += 1
@@ -136,9 +135,9 @@ def write_provenance(run_dir: Path, config: Settings, argv: Sequence[str]) -> No
     """
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / "config.yaml", config.to_yaml())
-    write_whole(run_dir / "command.txt", shlex.join(["megarlhf", *argv]) + "\n")
-    write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    write_whole(run_dir / CONFIG, config.to_yaml())
+    write_whole(run_dir / COMMAND, shlex.join(["megarlhf", *argv]) + "\n")
+    write_whole(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -214,7 +213,7 @@ def _tensorboard(run_dir: Path, first: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     # A run that goes on takes steps again that were logged and not saved: readers drop what is there from `first` on.
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first)
+    return SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first)
 
 
 def _wandb(run_dir: Path) -> Any:

@@ -17,16 +17,14 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from megarlhf.errors import LayoutError, MegarlhfError, RunFinished, RunStopped, complain
+from megarlhf.errors import FAILED, INTERRUPTED, LayoutError, MegarlhfError, RunFinished, RunStopped, complain
 from megarlhf.parallel import local_ranks
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.parallel.local_ranks import COURTESY_S, FAILED, FAILURES, LAUNCHER, exit_code, is_echo
+from megarlhf.parallel.local_ranks import COURTESY_S, FAILURES, LAUNCHER, exit_code, is_echo
 from megarlhf.parallel.processes import end_helpers, end_with_parent
 
 T = TypeVar("T")
 
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit code: the user stopped it."""
 PROGRAM = ("-m", "megarlhf.cli")
 """What Python runs in each rank, before the command line."""
 ONE_MACHINE = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "MASTER_PORT")

@@ -23,12 +23,10 @@ from types import FrameType
 import psutil
 import torch
 
-from megarlhf.errors import LayoutError, MegarlhfError, RunStopped, complain
+from megarlhf.errors import BAD_INPUT, FAILED, STOPPED, LayoutError, MegarlhfError, complain
 from megarlhf.observe.files import write_whole
 from megarlhf.parallel.mesh import STORE
 
-FAILED = 1
-"""Exit code: the run failed."""
 FAILURES = "MEGARLHF_FAILURES"
 """Environment variable: the directory in which a launched rank writes why it failed."""
 LAUNCHER = "MEGARLHF_LAUNCHER"
@@ -213,10 +211,10 @@ def _report_first_failure(codes: dict[int, int], directory: Path) -> int:
         return FAILED
     notes = _notes(directory)
     # One that was stopped while it imported its modules leaves no note.
-    silent = [rank for rank, code in codes.items() if code not in (0, RunStopped.exit_code) and rank not in notes]
+    silent = [rank for rank, code in codes.items() if code not in (0, STOPPED) and rank not in notes]
     if not silent and not notes:
         complain("stopped before the first step; start the same command again.")
-        return RunStopped.exit_code
+        return STOPPED
     if not silent:
         first = min(notes.values(), key=lambda note: (note["echo"], note["time"]))
         complain(first["text"])
@@ -225,7 +223,7 @@ def _report_first_failure(codes: dict[int, int], directory: Path) -> int:
     complain(
         f"{_last_words(rank, directory)}rank {rank} ended with exit code {codes[rank]}; the other ranks were stopped."
     )
-    return codes[rank] if codes[rank] in (MegarlhfError.exit_code, RunStopped.exit_code) else FAILED
+    return codes[rank] if codes[rank] in (BAD_INPUT, STOPPED) else FAILED
 
 
 def _say_stopped(number: int) -> int:

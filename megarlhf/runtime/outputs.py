@@ -10,11 +10,9 @@ from pathlib import Path
 from megarlhf.errors import ConfigError
 from megarlhf.observe.files import free_bytes, size_text, writing
 from megarlhf.observe.lock import held
+from megarlhf.observe.run_files import LOCK
 from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.mesh import Mesh
-
-LOCK = "lock"
-"""Name of a directory's lock, and suffix of a file's."""
 
 
 def check_directory(directory: Path, setting: str) -> None:

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megarlhf.batch import Batch
-from megarlhf.checkpoint.training_state import state_name
 from megarlhf.config import Config
 from megarlhf.errors import DataError, OutputError
 from megarlhf.observe.files import write_whole, writing
+from megarlhf.observe.run_files import CAPSULES, COMMAND, CONFIG, step_name
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.rng import random_states
 
@@ -70,7 +70,7 @@ class Note(Config):
 
 def capsule_directory(run_dir: Path, step: int) -> Path:
     """Where the capsules of a failure in the step after `step` lie."""
-    return run_dir / "capsules" / state_name(step)
+    return run_dir / CAPSULES / step_name(step)
 
 
 def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
@@ -92,8 +92,8 @@ def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
         attempt=trail.attempt,
         kind="" if batch is None else type(batch).__name__,
         texts=dict(texts_of(batch)) if batch is not None else {},
-        command=_text(run_dir / "command.txt"),
-        config=_text(run_dir / "config.yaml"),
+        command=_text(run_dir / COMMAND),
+        config=_text(run_dir / CONFIG),
     )
     # Copies: parts of a batch may share memory, which safetensors refuses.
     tensors = {} if batch is None else {name: tensor.cpu().clone() for name, tensor in tensors_of(batch)}

@@ -31,12 +31,13 @@ from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe.files import reason, refused, remedy
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
+from megarlhf.observe.run_files import LOCK, steps_in
 from megarlhf.observe.writers import RunWriter, write_provenance
 from megarlhf.parallel.collectives import broadcast_object, on_main
 from megarlhf.parallel.launch import fail, is_timeout
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.watchdog import watched
-from megarlhf.runtime.outputs import LOCK, sole_writer
+from megarlhf.runtime.outputs import sole_writer
 from megarlhf.trainers.capsule import capsule_directory, last_seen, leave_capsule, missing_ranks, sign_of_life
 from megarlhf.trainers.run_logs import check_logs, cut_logs, lengths, sums
 from megarlhf.trainers.settings import RunConfig, spelled
@@ -158,7 +159,7 @@ class Run:
         kept_for_good = (count // cfg.keep_every - first // cfg.keep_every if cfg.keep_every else 0) + bool(
             cfg.keep_best
         )
-        there = len(list(cfg.states_dir.glob("step_*")))
+        there = len(steps_in(cfg.states_dir))
         # One more than is kept is there while it is written.
         states = min(saves, max(1, cfg.keep_last + 1 - there) + kept_for_good)
         model = weight_bytes(next(iter(self._roles.values())))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -119,11 +118,6 @@ class PPOConfig(RunConfig):
     gates: Literal["on", "off"] = "on"
     """Before the first step, or the first after a resume, measure that sampler, loss and offloading are right, and stop
     if they are not; `megarlhf doctor` measures more. `off` measures nothing."""
-
-    @property
-    def model_dir(self) -> Path:
-        """Where the trained actor goes."""
-        return self.run_dir / "model"
 
     @property
     def policy_loss_choice(self) -> Choice:

@@ -16,10 +16,11 @@ from torch import Tensor
 from megarlhf.batch import Batch, Experience, TokenBatch, cat
 from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.sharded import load_weights
-from megarlhf.checkpoint.training_state import LATEST, latest_state
+from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.config import Config, load_config
 from megarlhf.errors import ConfigError, DataError
 from megarlhf.models.role import TrainableRole, Update
+from megarlhf.observe import run_files
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
@@ -145,7 +146,7 @@ def _role(capsule: Path, note: Note, mesh: Mesh) -> tuple[TrainableRole, Loss]:
     trainer = TRAINERS[KINDS[note.kind]]
     # A directory of its own: the run's belongs to the run, and nothing is written.
     with TemporaryDirectory() as directory:
-        file = Path(directory) / "config.yaml"
+        file = Path(directory) / run_files.CONFIG
         file.write_text(note.config, encoding="utf-8")
         try:
             cfg = load_config(trainer.config, file, [*ALONE, f"run_dir={directory}/replay"])
@@ -170,10 +171,10 @@ def _load(role: TrainableRole, capsule: Path) -> str:
         check_checksums(capsule / "weights", "remove it to take the newest saved state", role.mesh)
         load_weights(role, capsule / "weights")
         return "of the failed step"
-    state = latest_state(capsule.absolute().parent.parent / "checkpoints")
+    state = latest_state(capsule.absolute().parent.parent / run_files.STATES)
     if state is None:
         return "of the run's start: it had saved no state"
-    check_checksums(state, f"write the name of another state to {state.parent / LATEST}", role.mesh)
+    check_checksums(state, f"write the name of another state to {state.parent / run_files.LATEST}", role.mesh)
     load_weights(role, state / role.name)
     return f"of {state.name}, the newest saved state"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import scipy.stats
@@ -84,11 +83,6 @@ class RewardConfig(RunConfig):
     """Optimiser."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the larger of the two data sets; more tend to over-fit. Source: Huang et al. 2024 use 1."""
-
-    @property
-    def model_dir(self) -> Path:
-        """Where the trained model goes."""
-        return self.run_dir / "model"
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,7 @@ from pathlib import Path
 from megarlhf.checkpoint.training_state import Position
 from megarlhf.errors import CheckpointError
 from megarlhf.observe.files import writing
-
-LOGS = ("metrics.jsonl", "samples.jsonl")
-"""What a run appends to."""
+from megarlhf.observe.run_files import LOGS
 
 
 def lengths(run_dir: Path) -> dict[str, int]:

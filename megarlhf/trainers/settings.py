@@ -14,15 +14,13 @@ from megarlhf.checkpoint.sharded import MODEL
 from megarlhf.checkpoint.training_state import latest_state, read_position
 from megarlhf.config import load_config
 from megarlhf.errors import ConfigError, RunFinished
+from megarlhf.observe import run_files
 from megarlhf.observe.lock import check_free
 from megarlhf.observe.metrics import GLOSSARY
 from megarlhf.observe.writers import check_trackers
-from megarlhf.runtime.outputs import LOCK, check_directory
+from megarlhf.runtime.outputs import check_directory
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.trainers.run_logs import check_logs
-
-TRACES = ("metrics.jsonl", "config.yaml", "model", "checkpoints")
-"""Any of these in a directory means that a run has used it."""
 
 FREE_TO_CHANGE = (
     *("layout", "compute", "micro_batch", "offload", "timeout_s"),
@@ -65,7 +63,7 @@ class RunConfig(RanksConfig):
     @property
     def pinned_date(self) -> datetime.date | None:
         """`date`, or where it is null that of the run in `run_dir`, whose prompts must not change over night."""
-        settings = self.run_dir / "config.yaml"
+        settings = self.run_dir / run_files.CONFIG
         if self.date or not settings.is_file():
             return self.date
         return load_config(type(self), settings, []).date
@@ -75,9 +73,14 @@ class RunConfig(RanksConfig):
         return self if date is None else self.model_copy(update={"date": date})
 
     @property
+    def model_dir(self) -> Path:
+        """Where the trained model goes; PPO's is the actor."""
+        return self.run_dir / run_files.MODEL
+
+    @property
     def states_dir(self) -> Path:
         """Where training states are saved."""
-        return self.run_dir / "checkpoints"
+        return self.run_dir / run_files.STATES
 
     def check_run_dir(self) -> None:
         """Raise ConfigError where `run_dir` cannot be written, or holds a run that this one does not go on with.
@@ -86,8 +89,8 @@ class RunConfig(RanksConfig):
         past is damaged; one that is done raises RunFinished.
         """
         self._check_saving()
-        check_free(self.run_dir / LOCK, f"run_dir={self.run_dir}", "run_dir")
-        used = [trace for trace in TRACES if (self.run_dir / trace).exists()]
+        check_free(self.run_dir / run_files.LOCK, f"run_dir={self.run_dir}", "run_dir")
+        used = [trace for trace in run_files.TRACES if (self.run_dir / trace).exists()]
         if used:
             self._check_same_run(used[0])
         check_trackers(tensorboard=self.tensorboard, wandb=self.wandb)
@@ -112,7 +115,7 @@ class RunConfig(RanksConfig):
             )
 
     def _check_same_run(self, trace: str) -> None:
-        settings = self.run_dir / "config.yaml"
+        settings = self.run_dir / run_files.CONFIG
         if self.resume == "never" or not settings.is_file():
             raise ConfigError(
                 f"run_dir={self.run_dir} already holds a run ({trace} is there); choose another, or remove it."
@@ -123,7 +126,7 @@ class RunConfig(RanksConfig):
                 f"run_dir={self.run_dir} holds a run with other settings ({spelled(changed)}); put them back to go on "
                 "with it, or choose another run_dir."
             )
-        model = self.run_dir / "model"
+        model = self.model_dir
         if (model / MODEL).is_file():
             raise RunFinished(f"run_dir={self.run_dir}: this run is done; its model is in {model}.")
         if model.exists():
@@ -134,7 +137,7 @@ class RunConfig(RanksConfig):
 
         Raises:   ConfigError when the file in `run_dir` cannot be read.
         """
-        settings = self.run_dir / "config.yaml"
+        settings = self.run_dir / run_files.CONFIG
         if not settings.is_file():
             return {}
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from pydantic import Field
@@ -59,11 +58,6 @@ class SftConfig(RunConfig):
     """Passes over the data."""
     global_batch: int = Field(default=64, ge=1)
     """Demonstrations per optimiser step, over all data ranks."""
-
-    @property
-    def model_dir(self) -> Path:
-        """Where the trained model goes."""
-        return self.run_dir / "model"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -16,6 +17,10 @@ PAGE_LINES = 60
 THE_MESH = "megarlhf/parallel/mesh.py"
 THE_PATCHES = "megarlhf/parallel/cpu.py"
 THE_UNPICKLER = "megarlhf/checkpoint/plain_metadata.py"
+THE_RUN_FILES = "megarlhf/observe/run_files.py"
+_RUN_FILES = re.compile(
+    r"(config\.yaml|command\.txt|versions\.json|(metrics|samples)\.jsonl|report\.(html|json)|checkpoints|capsules)|08d"
+)
 _OURS = {"megarlhf", "megarlhf_kernels", "tests", "__future__"}
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 _BLOCK = ast.If | ast.For | ast.AsyncFor | ast.While | ast.With | ast.AsyncWith | ast.Try | ast.TryStar | ast.Match
@@ -31,7 +36,7 @@ class Source(NamedTuple):
 
     @property
     def tree(self) -> ast.Module:
-        return ast.parse(self.text, self.path)
+        return _parsed(self.text, self.path)
 
     @property
     def is_test(self) -> bool:
@@ -39,6 +44,11 @@ class Source(NamedTuple):
 
 
 Found = Iterator[str]
+
+
+@cache
+def _parsed(text: str, path: str) -> ast.Module:
+    return ast.parse(text, path)
 
 
 def file_length(source: Source) -> Found:
@@ -104,6 +114,15 @@ def no_probing(source: Source) -> Found:
             yield f"{source.path}:{node.lineno}: {node.func.id} in place of a type"
 
 
+def run_files_spelt_once(source: Source) -> Found:
+    """What a run leaves has its names in one file; texts may mention them."""
+    if source.path == THE_RUN_FILES or source.is_test:
+        return
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and _RUN_FILES.fullmatch(node.value):
+            yield f"{source.path}:{node.lineno}: spells {node.value!r}; {THE_RUN_FILES} does"
+
+
 def no_star_imports(source: Source) -> Found:
     """Every name says where it comes from."""
     for node in ast.walk(source.tree):
@@ -139,6 +158,7 @@ FILE_RULES: tuple[Callable[[Source], Found], ...] = (
     one_patcher,
     no_probing,
     no_star_imports,
+    run_files_spelt_once,
     nothing_unsafe,
 )
 
