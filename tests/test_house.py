@@ -58,6 +58,23 @@ def test_every_metric_in_the_code_is_in_the_glossary() -> None:
     assert not unknown, "\n".join(unknown)
 
 
+def test_every_metric_of_the_glossary_is_logged() -> None:
+    """A name that nothing writes is a promise to its reader. Those of a phase are of one that is timed, or counted."""
+    text = "\n".join(s.text for s in sources() if s.path.startswith("megarlhf/") and "/observe/" not in s.path)
+    timed = set(re.findall(r'\bclock\("(\w+)"\)', text))
+    counted = {part: set(re.findall(rf'\bclock\.add\("(\w+)",[^)]*{part}=', text)) for part in ("tokens", "flops")}
+    by_phase = {
+        *(f"time/{phase}_s" for phase in timed),
+        *(f"throughput/{phase}_tokens_per_s" for phase in counted["tokens"]),
+        *(f"throughput/{phase}_flops_per_s" for phase in counted["flops"]),
+        *(f"mfu/{phase}" for phase in counted["flops"]),
+        *("time/iteration_s", "memory/peak_bytes"),  # of every clock
+    }
+    written = {name for name in GLOSSARY if f'"{name}"' in text}
+    assert GLOSSARY.keys() - written - by_phase == set()
+    assert by_phase <= GLOSSARY.keys()
+
+
 def test_the_ppo_page_exists() -> None:
     pages = [source.path for source in sources() if re.search(r"^def ppo_iteration\(", source.text, re.MULTILINE)]
     assert pages == ["megarlhf/trainers/ppo.py"]

@@ -24,11 +24,6 @@ class Roles:
         """All four."""
         return (self.actor, self.critic, self.reference, self.reward)
 
-    def leave(self) -> None:
-        """Move all four off the device; each comes back for its own work."""
-        for role in self.every:
-            role.leave()
-
     def resident_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state on the device now."""
         return sum(role.resident_bytes() for role in self.every)

@@ -25,7 +25,6 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Score", ("rollout/score_mean", "rollout/reward_mean")),
     Panel("Accuracy of rollouts", ("rollout/accuracy",)),
-    Panel("Accuracy on held-out problems", ("eval/accuracy_sampled", "eval/accuracy_greedy")),
     Panel("KL to the reference", ("kl/reference_mean",)),
     Panel("Response length", ("rollout/response_length_mean",)),
     Panel("Truncated responses", ("rollout/truncated_fraction",)),
@@ -36,9 +35,9 @@ PANELS = (
     Panel("Explained variance", ("value/explained_variance",)),
     Panel("Gradient norm", ("policy/grad_norm", "value/grad_norm")),
     Panel("Sampler against trainer", ("rollout/sampler_gap_max",)),
-    Panel("SFT loss", ("sft/loss", "sft/heldout_loss")),
-    Panel("Reward-model loss", ("reward/loss", "reward/heldout_loss")),
-    Panel("Reward-model accuracy", ("reward/pair_accuracy", "reward/heldout_pair_accuracy", "reward/auc")),
+    Panel("SFT loss", ("sft/loss",)),
+    Panel("Reward-model loss", ("reward/loss",)),
+    Panel("Reward-model accuracy", ("reward/pair_accuracy", "reward/auc")),
 )
 """What a report draws, in this order; a panel none of whose metrics was logged is left out."""
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 Metrics = dict[str, float]
 
-PHASES = ("data", "rollout", "score", "estimate", "optimise", "train", "evaluate", "checkpoint")
-"""What a Clock may time: the four paragraphs of a PPO iteration, and what surrounds them."""
+PHASES = ("rollout", "score", "estimate", "optimise", "train")
+"""What a Clock may time: the four paragraphs of a PPO iteration, or a step of another trainer."""
 
 
 class Metric(NamedTuple):
@@ -40,7 +40,6 @@ _ROLLOUT = {
     "rollout/score_std": Metric("reward", "sqrt(mean((scores - mean)^2))", "over the rollouts of the iteration"),
     "rollout/score_min": Metric("reward", "min(scores)", "over the rollouts of the iteration"),
     "rollout/score_max": Metric("reward", "max(scores)", "over the rollouts of the iteration"),
-    "rollout/gold_score_mean": Metric("reward", "score by the judge we trust (verifier or gold model)", _ROLLOUTS),
     "rollout/accuracy": Metric("fraction", "[response verified as correct]", _ROLLOUTS),
     "rollout/verified": Metric("rollouts", "rollouts whose prompt has an answer", "count over the iteration"),
     "rollout/reward_mean": Metric("reward", "sum over t of token_level_rewards", _ROLLOUTS),
@@ -54,7 +53,6 @@ _ROLLOUT = {
     "rollout/sampler_gap_mean": Metric(
         "nats", "|sampler_logprobs - logprobs|", "mean over the response tokens of the iteration"
     ),
-    "rollout/distinct_fraction": Metric("fraction", "distinct responses / rollouts", "over the iteration"),
     "rollout/tokens": Metric("tokens", "response tokens", "sum over the rollouts of the iteration"),
 }
 
@@ -76,7 +74,6 @@ _POLICY = {
     "policy/ratio_mean": Metric("1", "exp(new_logprobs - logprobs)", _TOKENS),
     "policy/first_ratio_gap": Metric("1", "|ratio - 1| of the mean ratio in the first optimiser step", _TOKENS_ONCE),
     "policy/first_clip_fraction": Metric("fraction", "policy/clip_fraction of the first optimiser step", "as there"),
-    "policy/advantage_mean": Metric("1", "advantages after whitening", "mean over the response tokens"),
     "policy/advantage_std": Metric("1", "standard deviation of the advantages before whitening", "response tokens"),
     "policy/grad_norm": Metric("1", "2-norm of the gradient before clipping", _STEPS),
     "policy/learning_rate": Metric("1", "the schedule's value", _LAST),
@@ -96,12 +93,9 @@ _VALUE = {
 
 _SFT = {
     "sft/loss": Metric("nats/token", "-logprobs on supervised tokens", "sum / global count of supervised tokens"),
-    "sft/perplexity": Metric("1", "exp(sft/loss)", "of the reduced loss"),
-    "sft/token_accuracy": Metric("fraction", "[argmax = label]", "mean over supervised tokens"),
     "sft/grad_norm": Metric("1", "2-norm of the gradient before clipping", "of the step"),
     "sft/learning_rate": Metric("1", "the schedule's value", "of the step"),
     "sft/tokens": Metric("tokens", "supervised tokens", "sum over the global batch"),
-    "sft/heldout_loss": Metric("nats/token", "-logprobs on held-out supervised tokens", "sum / global count"),
 }
 
 _REWARD = {
@@ -116,29 +110,13 @@ _REWARD = {
     "reward/score_std": Metric("reward", "standard deviation of scores", "as reward/score_mean"),
     "reward/score_right_mean": Metric("reward", "scores of right responses", "held-out, else training responses"),
     "reward/score_wrong_mean": Metric("reward", "scores of wrong responses", "held-out, else training responses"),
-    "reward/calibration_gap": Metric("fraction", "expected calibration error of sigmoid(score), 10 bins", "held-out"),
     "reward/centre": Metric("reward", "constant subtracted so that references score 0 on average", "of the model"),
     "reward/grad_norm": Metric("1", "2-norm of the gradient before clipping", "of the step"),
     "reward/learning_rate": Metric("1", "the schedule's value", "of the step"),
-    "reward/heldout_loss": Metric("nats", "reward/loss on held-out data", "as reward/loss"),
-    "reward/heldout_pair_accuracy": Metric("fraction", "reward/pair_accuracy on held-out pairs", "mean over pairs"),
-}
-
-_EVAL = {
-    "eval/accuracy_sampled": Metric("fraction", "[verified], responses drawn at temperature 1", "held-out problems"),
-    "eval/accuracy_greedy": Metric("fraction", "[verified], most likely token at each step", "held-out problems"),
-    "eval/score_sampled_mean": Metric("reward", "scores of sampled responses", "mean over held-out problems"),
-    "eval/score_greedy_mean": Metric("reward", "scores of greedy responses", "mean over held-out problems"),
-    "eval/response_length_mean": Metric("tokens", "sampled response tokens, EOS included", "held-out problems"),
-    "eval/truncated_fraction": Metric("fraction", "[sampled response ended without EOS]", "held-out problems"),
-    "eval/problems": Metric("problems", "held-out problems", "count"),
 }
 
 _TRAIN = {
-    "train/iteration": Metric("iterations", "PPO iterations done", "count"),
-    "train/step": Metric("steps", "optimiser steps done", "count"),
     "train/epoch": Metric("epochs", "rows seen / rows in the data set", "over all data ranks"),
-    "train/rows": Metric("rows", "data rows seen", "sum over data ranks"),
     "train/skipped_steps": Metric("steps", "optimiser steps skipped: non-finite loss or gradient", "sum since start"),
 }
 
@@ -149,7 +127,11 @@ _TOKENS_OF = {
     "optimise": f"{_POSITIONS}, once for each pass of each model that learns",
     "train": f"{_POSITIONS}, supervised or not",
 }
-"""What counts as a token in a phase."""
+"""What counts as a token, in the phases that have any."""
+
+_COUNTED = ("rollout", "score", "optimise")
+"""The phases whose FLOPs are counted."""
+
 _WARNING = {
     "warning/over_optimised": Metric(
         "1",
@@ -164,23 +146,20 @@ _RESOURCES = {
     "memory/peak_bytes": Metric(
         "bytes", "GPU: peak of torch's allocator since the clock was last read; CPU: peak resident set size", _PEAK
     ),
-    "memory/resident_bytes": Metric("bytes", "weights, gradients and optimiser state on the device", _PEAK),
     **{f"time/{phase}_s": Metric("s", f"wall time inside the {phase} phase", "rank 0") for phase in PHASES},
     **{
-        f"throughput/{phase}_tokens_per_s": Metric(
-            "tokens/s", f"{_TOKENS_OF.get(phase, 'tokens')} / seconds", "all ranks"
-        )
-        for phase in PHASES
+        f"throughput/{phase}_tokens_per_s": Metric("tokens/s", f"{tokens} / seconds", "all ranks")
+        for phase, tokens in _TOKENS_OF.items()
     },
     **{
         f"throughput/{phase}_flops_per_s": Metric(
             "FLOP/s", f"model FLOPs of the {phase} phase / its seconds", "per device"
         )
-        for phase in PHASES
+        for phase in _COUNTED
     },
     **{
         f"mfu/{phase}": Metric("fraction", f"throughput/{phase}_flops_per_s / the device's peak FLOP/s", "per device")
-        for phase in PHASES
+        for phase in _COUNTED
     },
 }
 
@@ -191,7 +170,6 @@ GLOSSARY: dict[str, Metric] = {
     **_VALUE,
     **_SFT,
     **_REWARD,
-    **_EVAL,
     **_TRAIN,
     **_WARNING,
     **_RESOURCES,

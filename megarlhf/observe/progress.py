@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO, TypeVar
 
@@ -86,25 +86,6 @@ class Progress:
             parts.append(f"about {_clock_time(elapsed / self._done * (self._total - self._done))} left")
         self._stream.write(", ".join([*parts, self._note]).rstrip(", ") + "\n")
         self._stream.flush()
-
-
-def progress(
-    items: Iterable[T],
-    description: str,
-    *,
-    total: int | None = None,
-    enabled: bool = True,
-    stream: TextIO | None = None,
-) -> Iterator[T]:
-    """Yield `items` under a progress bar; `total` is needed only when they have no length."""
-    if total is None:
-        if not isinstance(items, Sized):
-            raise TypeError(f"progress {description!r}: {type(items).__name__} has no length; pass total=.")
-        total = len(items)
-    with Progress(total, description, enabled=enabled, stream=stream) as bar:
-        for item in items:
-            yield item
-            bar.advance()
 
 
 def _bar(console: Terminal) -> RichProgress:

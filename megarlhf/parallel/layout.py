@@ -32,11 +32,6 @@ class ParallelLayout(Config):
         return self.tensor * self.pipeline * self.data
 
     @property
-    def model_size(self) -> int:
-        """Ranks that hold one copy of a model."""
-        return self.tensor * self.pipeline
-
-    @property
     def stages(self) -> int:
         """Pieces the stack of layers is cut into."""
         return self.pipeline * self.virtual_pipeline

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 from megarlhf.data.arithmetic import is_correct
 from megarlhf.errors import ConfigError
@@ -39,15 +35,6 @@ def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> boo
         return is_correct(response, answer)
     said = _final_answer(response)
     return said is not None and _equal(said, answer)
-
-
-def verify_all(responses: Sequence[str], answers: Sequence[str], verifier: Verifier = "arithmetic") -> Tensor:
-    """`verify` of each response.
-
-    Shapes:   returns [B] fp32, 1 where right and 0 where wrong.
-    """
-    judged = [verify(response, answer, verifier) for response, answer in zip(responses, answers, strict=True)]
-    return torch.tensor(judged, dtype=torch.float32)
 
 
 def _final_answer(response: str) -> str | None:

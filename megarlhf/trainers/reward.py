@@ -143,14 +143,15 @@ def judgement_loss(role: TrainableRole, cfg: RewardConfig) -> Loss:
         if cfg.pairs is not None:
             pairwise, _, seen = bradley_terry_loss(scores[0::2], scores[1::2], rows.pair_weight)
             total = total + pairwise
-            metrics["pairwise_loss"], metrics["pair_accuracy"] = pairwise.detach(), seen["accuracy"]
-            metrics["margin_mean"] = seen["score_gap"]
+            metrics["reward/pairwise_loss"] = pairwise.detach()
+            metrics["reward/pair_accuracy"] = seen["accuracy"]
+            metrics["reward/margin_mean"] = seen["score_gap"]
         if cfg.labelled is not None:
             # The weights carry pointwise_weight; the metrics are reported without it.
             pointwise, _, seen = pointwise_loss(scores, rows.correct, rows.point_weight)
             total = total + pointwise
-            metrics["pointwise_loss"] = pointwise.detach() / cfg.pointwise_weight
-            metrics["accuracy"] = seen["accuracy"] / cfg.pointwise_weight
+            metrics["reward/pointwise_loss"] = pointwise.detach() / cfg.pointwise_weight
+            metrics["reward/accuracy"] = seen["accuracy"] / cfg.pointwise_weight
         return total, torch.tensor(len(rows), device=scores.device), metrics
 
     return loss
@@ -252,7 +253,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
         clock.add("train", tokens=int(batch.lengths.sum()) - len(batch.lengths))
         return {
             "reward/loss": update.means.loss,
-            **{f"reward/{name}": value for name, value in update.means.metrics.items()},
+            **update.means.metrics,
             "reward/grad_norm": update.grad_norm,
             "reward/learning_rate": update.learning_rate,
             "train/skipped_steps": guard.skipped,

@@ -14,7 +14,7 @@ from megarlhf.parallel.rng import derive_seed, generator
 
 def test_arithmetic() -> None:
     layout = ParallelLayout(tensor=2, pipeline=3, data=4, virtual_pipeline=5)
-    assert (layout.world_size, layout.model_size, layout.stages) == (24, 6, 15)
+    assert (layout.world_size, layout.stages) == (24, 15)
     assert ParallelLayout().world_size == ParallelLayout().stages == 1
 
 

@@ -6,17 +6,12 @@ from pathlib import Path
 import pytest
 
 from megarlhf.errors import ConfigError
-from megarlhf.rollout.verifiers import verify, verify_all
+from megarlhf.rollout.verifiers import verify
 
 
 def test_arithmetic_is_digit_for_digit() -> None:
     responses = ["5 + 3 = 8. The answer is 8.", "The answer is 8.0.", "The answer is 9.", "8"]
-    assert verify_all(responses, ["8"] * 4).tolist() == [1, 0, 0, 0]
-
-
-def test_one_answer_a_response() -> None:
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        verify_all(["The answer is 8."] * 2, ["8"])
+    assert [verify(response, "8", "arithmetic") for response in responses] == [True, False, False, False]
 
 
 @pytest.mark.parametrize(
