@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from megarlhf.config import yaml12
-from megarlhf.errors import ConfigError, DataError, MegarlhfError
+from megarlhf.errors import DataError, MegarlhfError, complain
 from megarlhf.observe import run_files
+from megarlhf.observe.terminal import Terminal
+from megarlhf.runtime.outputs import check_parent
 
 EQUAL, DIFFERENT, BAD_INPUT = 0, 1, 2
 CLOCKED = ("time/", "throughput/", "memory/")
@@ -155,7 +156,7 @@ def ranges(steps: Sequence[int]) -> str:
     return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
 
 
-def show(report: Mapping[str, Any], grouped: Mapping[str, Sequence[Difference]], console: Console) -> None:
+def show(report: Mapping[str, Any], grouped: Mapping[str, Sequence[Difference]], console: Terminal) -> None:
     """Print everything found."""
     first = next(iter(grouped.values()))[0] if grouped else None
     if first is None:
@@ -251,14 +252,14 @@ def main(arguments: Sequence[str]) -> int:
     """Compare, print, write, and return the exit code."""
     args = parse(arguments)
     try:
-        if args.json and not args.json.absolute().parent.is_dir():
-            raise ConfigError(f"--json {args.json}: there is no directory {args.json.parent}; make it.")
+        if args.json:
+            check_parent(args.json, "--json")
         report, grouped = compare(args)
     except MegarlhfError as error:
-        print(error, file=sys.stderr)
+        complain(str(error))
         return BAD_INPUT
     # Piped to a file there is no width to respect.
-    console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
+    console = Terminal(width=None if sys.stdout.isatty() else 160, soft_wrap=True)
     show(report, grouped, console)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from megarlhf.errors import ConfigError, MegarlhfError
+from megarlhf.errors import ConfigError, MegarlhfError, complain, printable
 
 if TYPE_CHECKING:
     import torch
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _convert(options)
     except MegarlhfError as error:
-        print(error, file=sys.stderr)
+        complain(str(error))
         return error.exit_code
     except StoppedError as stopped:
-        print(f"{stopped}; nothing was written.", file=sys.stderr)
+        complain(f"{stopped}; nothing was written.")
         return 128 + stopped.number
 
 
@@ -78,13 +78,15 @@ def _convert(given: argparse.Namespace) -> int:
 
 def _report(target: Path, done: Conversion) -> None:
     rate = done.bytes_written / 1e6 / max(done.seconds, 1e-3)
-    print(
-        f"{target}: {done.tensors} tensors, {done.bytes_written / 1e9:.3f} GB, {done.seconds:.1f} s ({rate:.0f} MB/s)"
-    )
-    print(
+    _say(f"{target}: {done.tensors} tensors, {done.bytes_written / 1e9:.3f} GB, {done.seconds:.1f} s ({rate:.0f} MB/s)")
+    _say(
         f"peak memory: {done.peak_bytes / 1e6:.0f} MB above the start; 1.5 x (largest group of a layer + embedding) is "
         f"{done.bound_bytes / 1e6:.0f} MB"
     )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(printable(f"{text}\n"))
 
 
 def _verify(hugging_face: Path, model: Path, dtype: torch.dtype | None) -> None:
@@ -93,7 +95,7 @@ def _verify(hugging_face: Path, model: Path, dtype: torch.dtype | None) -> None:
 
     gap = compare_logits(hugging_face, model, dtype)
     note = f", the weights of both rounded to {str(dtype).removeprefix('torch.')}" if dtype else ""
-    print(f"verify: largest gap between transformers' logits and ours {gap.largest:.2e}, bound {gap.bound:.2e}{note}")
+    _say(f"verify: largest gap between transformers' logits and ours {gap.largest:.2e}, bound {gap.bound:.2e}{note}")
     if not gap.holds:
         raise ConversionError(
             f"logits differ by {gap.largest:.2e}, more than {gap.bound:.2e}, and nothing was kept; convert again, and "

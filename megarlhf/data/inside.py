@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from megarlhf.errors import DataError
 
@@ -40,10 +40,11 @@ def check_inside(directory: Path) -> None:
 def _check_card(path: Path) -> None:
     if path.stat().st_size > _LARGEST:
         raise DataError(f"data card {path}: more than {_LARGEST} bytes; it says what a data set is, shorten it.")
-    text = path.read_text(encoding="utf-8")
+    with path.open(encoding="utf-8", newline="") as file:  # as datasets reads it: \r stays \r
+        text = file.read()
     if path.suffix == ".md":
-        front = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", text, re.DOTALL)
-        text = "" if front is None else front[1]
+        front = REGEX_YAML_BLOCK.search(text)  # as datasets finds it: another end of it would hide what comes after
+        text = "" if front is None else front[2]
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)):
             raise DataError(f"data card {path}: has YAML aliases, which can stand for endless data; write them out.")

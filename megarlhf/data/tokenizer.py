@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from megarlhf.data.same_tokenizer import encoding_of, first_difference
 from megarlhf.errors import ConfigError, DataError
@@ -53,6 +53,19 @@ class Message(TypedDict):
     content: str
 
 
+def _chat_template(fast: PreTrainedTokenizerFast, source: str) -> str | None:
+    """The text of the chat template; None where there is none, or where none of several is the default."""
+    template: Any = fast.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is not None and not isinstance(template, str):
+        raise DataError(
+            f"the chat template of {source} is no text but {template!r:.60}; mend chat_template in "
+            "tokenizer_config.json, or remove it and set template=plain."
+        )
+    return template
+
+
 class Tokenizer:
     """A fast tokenizer with the ids that training needs, checked once: PAD exists and never ends a response."""
 
@@ -62,7 +75,8 @@ class Tokenizer:
         Raises:   DataError if there is no end-of-response or padding token, or if they are the same.
         """
         vocabulary = fast.get_vocab()
-        turn_based = fast.chat_template is not None and END_OF_TURN in vocabulary
+        self._chat_template = _chat_template(fast, source)
+        turn_based = self._chat_template is not None and END_OF_TURN in vocabulary
         eos = END_OF_TURN if turn_based else cast("str | None", fast.eos_token)
         pad = fast.pad_token or next((token for token in _PAD_FALLBACKS if token in vocabulary), None)
         if eos is None or pad is None:
@@ -115,7 +129,7 @@ class Tokenizer:
     @property
     def renders_date(self) -> bool:
         """Whether the chat template asks for the date (Llama 3.2's does), so that prompts depend on the day."""
-        return self._fast.chat_template is not None and "strftime_now" in self._fast.get_chat_template()
+        return "strftime_now" in (self._chat_template or "")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no special tokens added.
@@ -195,7 +209,8 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text that `encode_chat` encodes."""
-        if self._fast.chat_template is None:
+        template = self._chat_template
+        if template is None:
             raise ConfigError(
                 f"tokenizer has no chat template: {self.source}; add chat_template.jinja, or set template=plain."
             )
@@ -209,7 +224,6 @@ class Tokenizer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        template = self._fast.get_chat_template()
         try:
             return render(_clock(self.date) + template, variables, trusted=template == LLAMA3_CHAT_TEMPLATE)
         except DataError as error:

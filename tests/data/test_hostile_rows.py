@@ -231,6 +231,8 @@ CARD = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\nSome data.
         (CARD.format("zip://in.jsonl::https://example.org/x.zip"), "outside of its directory"),
         (CARD.format("~/x.jsonl"), "names '~/x.jsonl'"),
         ("---\nconfigs:\n- config_name: default\n  data_dir: ..\n---\n", r"names '\.\.'"),
+        (CARD.format("../outside.jsonl").replace("---\n", "---\n---x: 1\n", 1), r"names '\.\./outside"),
+        (CARD.format("../outside.jsonl").replace("---\n", "---\r---\r", 1), "outside of its directory|not YAML"),
         ("---\na: &a [x, x]\nb: &b [*a, *a]\n---\n", "has YAML aliases"),
         ("---\na: [\n---\n", "not YAML"),
     ],

@@ -160,6 +160,31 @@ def test_instruct_tokenizer_ends_responses_with_eot_and_pads_with_llama_3s_pad(t
     assert tokenizer.decode(tokenizer.encode_response("What is 2 + 3?\n\nß")) == "What is 2 + 3?\n\nß"
 
 
+def saying(directory: Path, template: object) -> Path:
+    """A tokenizer whose tokenizer_config.json has this as its chat template."""
+    special = [*SPECIAL, "<|finetune_right_pad_id|>"]
+    path = byte_level(directory, special, bos_token=SPECIAL[0], eos_token=SPECIAL[1]) / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    return directory
+
+
+@pytest.mark.parametrize("template", [5, True, ["a", "b"], [{"name": "default", "template": 5}]])
+def test_a_template_that_is_no_text_is_refused(template: object, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"{tmp_path}.*(is no text but|restore tokenizer.json)"):
+        load_tokenizer(saying(tmp_path, template))
+
+
+def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}]
+    without = load_tokenizer(saying(tmp_path / "a", named))
+    assert (without.eos_id, without.renders_date) == (1, False)
+    with pytest.raises(ConfigError, match="no chat template"):
+        without.encode_prompt("What?", "chat")
+    both = load_tokenizer(saying(tmp_path / "b", [*named, {"name": "default", "template": LLAMA3_CHAT_TEMPLATE}]))
+    assert both.eos_id == 4
+    assert both.decode_all(both.encode_prompt("What?", "chat")).startswith("<|begin_of_text|>")
+
+
 def test_base_tokenizer_ends_responses_with_its_eos(tmp_path: Path) -> None:
     special = [*SPECIAL, "<|reserved_special_token_0|>"]
     tokenizer = load_tokenizer(byte_level(tmp_path, special, bos_token=SPECIAL[0], eos_token=SPECIAL[1]))

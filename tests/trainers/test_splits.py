@@ -152,7 +152,8 @@ def test_the_reference_is_not_trivial(whole: dict[str, dict[str, Any]]) -> None:
         assert len({step["loss"] for step in objective["steps"]}) == STEPS
         assert min(step["norm"] for step in objective["steps"]) > 0.5
     assert all(0.05 < step["clip_fraction"] < 0.95 for name in ("policy", "value") for step in whole[name]["steps"])
-    assert all(min(step["reward/pairwise_loss"], step["reward/pointwise_loss"]) > 0 for step in whole["reward"]["steps"])
+    for step in whole["reward"]["steps"]:
+        assert min(step["reward/pairwise_loss"], step["reward/pointwise_loss"]) > 0
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
