@@ -127,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speaks() -> bool:
     """Whether this process says for all ranks of its machine, which read the same settings, what is wrong."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    # A task of srun has no LOCAL_RANK before it is made a rank.
+    task = os.environ.get("SLURM_LOCALID", "0") if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else "0"
+    return os.environ.get("LOCAL_RANK", task) == "0"
 
 
 def _interrupted() -> int:

@@ -45,6 +45,8 @@ _PARTS = {
 }
 """All that the metadata of tensors names, by module."""
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_PIECE_BYTES = 16
+"""Fewer than a pickle spends on a piece, of which it has two sizes to tell."""
 _AXES = 8
 """More than any tensor has."""
 
@@ -102,7 +104,8 @@ class PlainReader(FileSystemReader):
         """What `.metadata` says, read once."""
         if self._metadata is None:
             try:
-                self._metadata = _metadata(_Unpickler(io.BytesIO(self._file.read_bytes())).load())
+                content = self._file.read_bytes()
+                self._metadata = _metadata(_Unpickler(io.BytesIO(content)).load(), len(content) // _PIECE_BYTES)
             except Exception as error:  # a damaged pickle surfaces as almost any type
                 what = str(error) if isinstance(error, _RefusedError) else f"cannot be read ({type(error).__name__})"
                 raise CheckpointError(f"{self._file} {what}; {self._remedy}.") from error
@@ -134,16 +137,24 @@ class PlainLoad(megatron.TorchDistLoadShardedStrategy):
         return restored
 
 
-def _metadata(root: Any) -> Metadata:
+def _metadata(root: Any, most: int) -> Metadata:
+    """most: pieces of tensors that there can be. A pickle may name one object often, and so stand for endless ones."""
     fields = _fields(root, "Metadata")
     tensors, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(tensors, dict) or not isinstance(stored, dict):
         raise _RefusedError("has no tables of tensors and of where they lie")
+    if sum(_pieces(entry) for entry in tensors.values()) > most:
+        raise _RefusedError(f"has more than {most} pieces of tensors, which is more than it has room for")
     return Metadata(
         state_dict_metadata={_text(name): _tensor(entry) for name, entry in tensors.items()},
         storage_data={_index(key): _place(entry) for key, entry in stored.items()},
         storage_meta=StorageMeta(),
     )
+
+
+def _pieces(record: Any) -> int:
+    chunks = record.state.get("chunks") if isinstance(record, _Record) and isinstance(record.state, dict) else ()
+    return len(chunks) if isinstance(chunks, list) else 0
 
 
 def _tensor(record: Any) -> TensorStorageMetadata:

@@ -181,11 +181,10 @@ def _from_hf_config(config: dict) -> ModelSpec:
     # transformers 5 writes `rope_parameters`; earlier releases wrote `rope_theta` and `rope_scaling`.
     rope, scaling = config.get("rope_parameters"), config.get("rope_scaling")
     if rope is None:
-        rope = {**({} if scaling is None else scaling), "rope_theta": config["rope_theta"]}
+        rope = {"rope_theta": config.get("rope_theta"), **({} if scaling is None else scaling)}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters={rope!r}, expected a mapping")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']!r}, expected 1")
+    _check_rope(rope, config)
     heads = config["num_attention_heads"]
     fields = {
         "vocab_size": config["vocab_size"],
@@ -203,6 +202,19 @@ def _from_hf_config(config: dict) -> ModelSpec:
     }
     # Strict: a true or a "4" in place of a number is damage.
     return ModelSpec.model_validate(fields, strict=True)
+
+
+def _check_rope(rope: dict, config: dict) -> None:
+    """Raise ValueError where older spellings beside `rope` say something else: readers differ in whom they believe."""
+    scaling = config.get("rope_scaling")
+    older = {**(scaling if isinstance(scaling, dict) else {}), "rope_theta": config.get("rope_theta")}
+    for key, value in older.items():
+        said = rope.get("rope_type", rope.get("type")) if key in ("type", "rope_type") else rope.get(key)
+        if value is not None and value != said:
+            raise ValueError(f"{key}={value!r} and {said!r} contradict each other; leave the right one")
+    for place in (rope, config):
+        if place.get("partial_rotary_factor", 1) not in (1, None):
+            raise ValueError(f"partial_rotary_factor={place['partial_rotary_factor']!r}, expected 1")
 
 
 def _rope_scaling(rope: dict) -> RopeScaling | None:

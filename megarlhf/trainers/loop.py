@@ -292,16 +292,11 @@ class Run:
 
 
 def better(best: Best | None, metric: str, step: int, metrics: Metrics) -> Best | None:
-    """The better of `best` and this step by `metric`, lowest where its name has a minus; `best` without a number.
-
-    Raises:   ConfigError when the run does not log the metric.
-    """
+    """The better of `best` and this step by `metric`, lowest where its name has a minus; `best` without a number."""
     name = metric.removeprefix("-")
     if not name:
         return None
-    if name not in metrics:
-        raise ConfigError(f"keep_best={metric} is not logged by this run; choose one of {', '.join(sorted(metrics))}.")
-    value, sign = metrics[name], -1.0 if metric.startswith("-") else 1.0
+    value, sign = metrics.get(name, math.nan), -1.0 if metric.startswith("-") else 1.0
     if math.isnan(value) or (best is not None and sign * value <= sign * best.value):
         return best
     return Best(step=step, value=value)

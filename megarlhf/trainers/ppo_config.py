@@ -16,6 +16,7 @@ from megarlhf.errors import CheckpointError, ConfigError, LayoutError
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
+from megarlhf.observe.metrics import GLOSSARY
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.rollout.verifiers import AutoVerifier, Verifier
 from megarlhf.runtime.checks import (
@@ -200,10 +201,18 @@ def prepare(cfg: PPOConfig) -> PPOInputs:
     cfg.actor.optim.check(actor_iterations * cfg.steps_per_iteration, "actor.optim")
     cfg.critic.optim.check(cfg.iterations * cfg.steps_per_iteration, "critic.optim")
     verifier = chosen_verifier(cfg.verifier, data.source)
+    cfg.check_best(_logged(verifier is not None))
     inputs = PPOInputs(**models, tokenizer=tokenizer, data=data, prompts=prompts, verifier=verifier)
     for model in inputs.models(cfg)[1:]:
         check_same_tokenizer(tokenizer, str(actor), model)
     return inputs
+
+
+def _logged(verified: bool) -> set[str]:
+    """Metrics of every iteration in which both models learn; accuracy where something judges it."""
+    judged = {"rollout/accuracy", "rollout/verified"}
+    learnt = {name for name in GLOSSARY if name.split("/")[0] in ("rollout", "kl", "policy", "value")}
+    return learnt if verified else learnt - judged
 
 
 def cut_score_remark(cfg: PPOConfig, reward: ModelDescription) -> str:

@@ -171,6 +171,13 @@ class RewardInputs:
     steps: int
 
 
+def _logged(cfg: RewardConfig) -> set[str]:
+    """Metrics of every step; those of held-out responses come last."""
+    pairwise = {"reward/pairwise_loss", "reward/pair_accuracy", "reward/margin_mean"} if cfg.pairs else set()
+    pointwise = {"reward/pointwise_loss", "reward/accuracy"} if cfg.labelled else set()
+    return {"reward/loss", "reward/grad_norm", "reward/learning_rate", *pairwise, *pointwise}
+
+
 def prepare(cfg: RewardConfig) -> RewardInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
@@ -178,6 +185,7 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
         raise ConfigError(
             "reward model without data: pairs and labelled are both unset; set pairs.source or labelled.source."
         )
+    cfg.check_best(_logged(cfg))
     if cfg.labelled_batch % 2:
         raise ConfigError(
             f"labelled_batch={cfg.labelled_batch} is odd; responses travel two by two, use an even number."

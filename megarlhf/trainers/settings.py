@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,10 +13,11 @@ from pydantic import Field
 from megarlhf.checkpoint.sharded import MODEL
 from megarlhf.checkpoint.training_state import latest_state, read_position
 from megarlhf.config import load_config
+from megarlhf.config.base import PLACES
 from megarlhf.errors import ConfigError, RunFinished
 from megarlhf.observe import run_files
+from megarlhf.observe.files import link_out
 from megarlhf.observe.lock import check_free
-from megarlhf.observe.metrics import GLOSSARY
 from megarlhf.observe.writers import check_trackers
 from megarlhf.runtime.outputs import check_directory
 from megarlhf.runtime.settings import RanksConfig
@@ -25,7 +26,7 @@ from megarlhf.trainers.run_logs import check_logs
 FREE_TO_CHANGE = (
     *("layout", "compute", "micro_batch", "offload", "timeout_s"),
     *("resume", "save_every", "keep_last", "keep_every", "keep_best", "save_before", "gates", "tensorboard", "wandb"),
-    *("kl_bound", "stop_when_over_optimised"),
+    *("kl_bound", "stop_when_over_optimised", "policy_loss", "samples", "samples_every"),
 )
 """Settings, or groups of them, that may differ when a run goes on: they change no result, or only its rounding."""
 REMEDIES = re.compile(r"max_skipped_steps|(.+\.)?optim\.(lr|min_lr)")
@@ -89,6 +90,11 @@ class RunConfig(RanksConfig):
         past is damaged; one that is done raises RunFinished.
         """
         self._check_saving()
+        if self.run_dir.is_dir() and (away := link_out(self.run_dir)):
+            raise ConfigError(
+                f"run_dir={self.run_dir}: {away} is a link out of it, to {away.resolve()}, which a run would write or "
+                "remove; put the files themselves there, or choose another run_dir."
+            )
         check_free(self.run_dir / run_files.LOCK, f"run_dir={self.run_dir}", "run_dir")
         used = [trace for trace in run_files.TRACES if (self.run_dir / trace).exists()]
         if used:
@@ -109,9 +115,13 @@ class RunConfig(RanksConfig):
             raise ConfigError(
                 f"save_before={self.save_before:g} with save_every=0: the run saves no state; set save_every above 0."
             )
-        if self.keep_best and self.keep_best.removeprefix("-") not in GLOSSARY:
+
+    def check_best(self, logged: Iterable[str]) -> None:
+        """Raise ConfigError where `keep_best` is none of the metrics that the steps of this run log."""
+        names = sorted(logged)
+        if self.keep_best and self.keep_best.removeprefix("-") not in names:
             raise ConfigError(
-                f"keep_best={self.keep_best} is no metric; name one that the run logs, for example rollout/score_mean."
+                f"keep_best={self.keep_best} is not logged by this run; choose one of {', '.join(names)}."
             )
 
     def _check_same_run(self, trace: str) -> None:
@@ -121,7 +131,8 @@ class RunConfig(RanksConfig):
                 f"run_dir={self.run_dir} already holds a run ({trace} is there); choose another, or remove it."
             )
         changed = {name: values for name, values in self.changes().items() if not REMEDIES.fullmatch(name)}
-        if changed:
+        # Of a run that ended before its first step no setting has done anything.
+        if changed and (self._has_logged() or latest_state(self.states_dir) is not None):
             raise ConfigError(
                 f"run_dir={self.run_dir} holds a run with other settings ({spelled(changed)}); put them back to go on "
                 "with it, or choose another run_dir."
@@ -131,6 +142,10 @@ class RunConfig(RanksConfig):
             raise RunFinished(f"run_dir={self.run_dir}: this run is done; its model is in {model}.")
         if model.exists():
             raise ConfigError(f"{model} is there, but not whole ({MODEL} is missing); remove it to go on with the run.")
+
+    def _has_logged(self) -> bool:
+        log = self.run_dir / run_files.METRICS
+        return log.is_file() and log.stat().st_size > 0
 
     def changes(self) -> dict[str, tuple[Any, Any]]:
         """Settings of the run that `run_dir` holds, and these, where they differ in what may change a result.
@@ -168,7 +183,13 @@ def _flat(cfg: RunConfig) -> dict[str, Any]:
     def walk(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for name, value in values.items():
-            flat |= walk(f"{prefix}{name}.", value) if isinstance(value, dict) else {prefix + name: value}
+            flat |= walk(f"{prefix}{name}.", value) if isinstance(value, dict) else {prefix + name: _place(name, value)}
         return flat
 
     return walk("", cfg.model_dump(mode="json"))
+
+
+def _place(name: str, value: Any) -> Any:
+    """A path of files that are there, however it is spelt; anything else as it is."""
+    is_path = name in PLACES and isinstance(value, str) and Path(value).exists()
+    return str(Path(value).resolve()) if is_path else value

@@ -19,7 +19,7 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.role import LabelLogprobs, TrainableRole
 from megarlhf.observe.clock import Clock
-from megarlhf.observe.metrics import Metrics
+from megarlhf.observe.metrics import GLOSSARY, Metrics
 from megarlhf.ops.masked import masked_sum
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import own_rows
@@ -74,6 +74,7 @@ class SftInputs:
 def prepare(cfg: SftConfig) -> SftInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
+    cfg.check_best(name for name in GLOSSARY if name.startswith("sft/"))
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     start_from = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)

@@ -63,6 +63,20 @@ def sized(*size: Any) -> bytes:
     return pickle.dumps(metadata(), 2).replace(b"K\x04K\x03\x86", pickle.dumps(size, 2)[2:-1])
 
 
+def repeated() -> bytes:
+    """500 tensors of 500 pieces each, all of which are one: a few bytes a name, a second a million."""
+    whole = metadata()
+    tensor: Any = whole.state_dict_metadata["w"]
+    tensor.chunks = tensor.chunks[:1] * 500
+    whole.state_dict_metadata = dict.fromkeys(map(str, range(500)), tensor)
+    return pickle.dumps(whole)
+
+
+def test_a_piece_that_is_named_often_is_not_taken_often(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has more than \d+ pieces of tensors, .* than it has room"):
+        read(tmp_path, repeated())
+
+
 # Room for so many objects that the machine has not the memory for the table alone, and then nothing in them.
 GREEDY = b"\x80\x04Nr" + struct.pack("<I", 1 << 31) + b"."
 GREEDY_BYTES = b"\x80\x05\x96" + struct.pack("<Q", 1 << 45) + b"."

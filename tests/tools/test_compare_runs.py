@@ -161,7 +161,7 @@ def test_bad_input_is_named(base: str, tmp_path: Path, capsys: pytest.CaptureFix
     (bare / "config.yaml").write_text("a: [\n")
     assert_matches(refused(str(bare)), "bare/config.yaml: not settings (.*); restore the file.")
     assert_matches(
-        refused(base, "--json", str(tmp_path / "no" / "x.json")), "--json .*: there is no directory .*; make"
+        refused(base, "--json", str(tmp_path / "no" / "x.json")), "--json=.*: there is no directory .*; make"
     )
     for tolerance in ("-1", "nan", "inf", "much"):
         with pytest.raises(SystemExit, match="2"):

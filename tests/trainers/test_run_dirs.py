@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,6 +202,38 @@ def test_damage_is_said_before_a_model_is_built(damage: Callable[[Path], str], t
         cfg.check_run_dir()
     assert said in str(refused.value)
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "config.yaml"])
+def test_a_link_out_of_a_run_is_not_followed(name: str, tmp_path: Path) -> None:
+    """A run directory that somebody sent: its logs would be cut, and its states removed, wherever they lie."""
+    cfg = run(tmp_path)
+    away = tmp_path / "away"
+    shutil.move(cfg.run_dir / name, away) if (cfg.run_dir / name).exists() else away.mkdir()
+    (cfg.run_dir / name).symlink_to(away)
+    with pytest.raises(ConfigError, match=rf"{name} is a link out of it, to {away}, which a run would write or remove"):
+        cfg.check_run_dir()
+
+
+def test_a_run_that_has_not_stepped_takes_other_settings(tmp_path: Path) -> None:
+    """A gate or the first rollout asks for another setting, and nothing depends on the old ones yet."""
+    cfg = run(tmp_path)
+    shutil.rmtree(cfg.states_dir)
+    with pytest.raises(ConfigError, match=r"other settings \(epochs 1.0 -> 2.0\)"):
+        run(tmp_path, epochs=2.0).check_run_dir()
+    (cfg.run_dir / "metrics.jsonl").write_text("")
+    run(tmp_path, epochs=2.0).check_run_dir()
+
+
+def test_another_spelling_of_a_path_is_the_same_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, **{"data.source": "rows.jsonl"})
+    for same in ("./rows.jsonl", str(tmp_path / "rows.jsonl")):
+        run(tmp_path, **{"data.source": same}).check_run_dir()
+    (tmp_path / "others.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"data\.source '.*/rows\.jsonl' -> '.*/others\.jsonl'"):
+        run(tmp_path, **{"data.source": "others.jsonl"}).check_run_dir()
 
 
 def enter(cfg: SftConfig) -> str:

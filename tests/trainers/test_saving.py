@@ -25,7 +25,11 @@ from megarlhf.models.role import LabelLogprobs, TrainableRole
 from megarlhf.parallel.collectives import all_reduce
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.trainers import ppo, reward, sft
 from megarlhf.trainers.loop import Run, StepGuard, better
+from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.reward import RewardConfig
+from megarlhf.trainers.sft import SftConfig
 from tests.helpers.ranks import run_ranks
 from tests.models.worlds import language_model, learner, name_of, settings
 from tests.trainers.test_resume import ppo_settings
@@ -66,8 +70,7 @@ def test_the_best_step_by_a_metric() -> None:
     assert best == Best(step=5, value=3.0)
     assert lowest == Best(step=2, value=1.0)  # the first of two that are equally good
     assert better(None, "", 1, steps[1]) is None
-    with pytest.raises(ConfigError, match=r"keep_best=-kl/mean is not logged by this run; choose one of sft/loss"):
-        better(None, "-kl/mean", 1, steps[1])
+    assert better(best, "-policy/loss", 6, steps[1]) == best  # which a step without the actor does not log
 
 
 @pytest.mark.parametrize(
@@ -76,12 +79,40 @@ def test_the_best_step_by_a_metric() -> None:
         ({"save_every": 4, "keep_every": 6}, "keep_every=6 is not a multiple of save_every=4"),
         ({"save_every": 0, "keep_every": 6}, "keep_every=6 is not a multiple of save_every=0"),
         ({"save_every": 0, "save_before": 60.0}, "save_before=60 with save_every=0"),
-        ({"keep_best": "rollout/scores"}, "keep_best=rollout/scores is no metric"),
     ],
 )
 def test_contradicting_settings_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         ppo_settings(tmp_path / "run", ParallelLayout(), "unused", **changes).check_run_dir()
+
+
+ROWS = {"template": "plain", "arithmetic": {"level": 1, "rows": 20}}
+MODEL = {"model": "tiny-xs", "tokenizer": "arithmetic"}
+BY = [
+    (SftConfig, sft.prepare, {**MODEL, "data": ROWS, "global_batch": 8, "micro_batch": 4}, "-sft/loss", "reward/auc"),
+    (RewardConfig, reward.prepare, {**MODEL, "pairs": ROWS, "pairs_batch": 8}, "reward/pair_accuracy", "reward/auc"),
+    (RewardConfig, reward.prepare, {**MODEL, "pairs": ROWS, "pairs_batch": 8}, "-reward/loss", "reward/accuracy"),
+    (PPOConfig, ppo.prepare, {"verifier": "none"}, "rollout/score_mean", "rollout/accuracy"),
+    (PPOConfig, ppo.prepare, {"verifier": "arithmetic"}, "rollout/accuracy", "rollout/scores"),
+    (PPOConfig, ppo.prepare, {"verifier": "arithmetic"}, "-kl/reference_mean", "sft/loss"),
+]
+
+
+@pytest.mark.parametrize(("kind", "prepare", "changes", "by", "never"), BY)
+def test_a_metric_that_the_run_does_not_log_is_no_measure_of_the_best(
+    kind: Any, prepare: Any, changes: dict[str, Any], by: str, never: str, tmp_path: Path
+) -> None:
+    """Said before anything is built: at the first save it would cost the steps until then."""
+
+    def settings(keep_best: str) -> Any:
+        if kind is PPOConfig:
+            judge = {"reward": {"init": "tiny-xs"}, "actor": {"init": "tiny-xs"}}
+            return ppo_settings(tmp_path / "run", ParallelLayout(), "unused", **judge, **changes, keep_best=keep_best)
+        return kind.model_validate({"run_dir": tmp_path / "run", **changes, "keep_best": keep_best})
+
+    prepare(settings(by))
+    with pytest.raises(ConfigError, match=f"keep_best={never} is not logged by this run; choose one of .*{by[-5:]}"):
+        prepare(settings(never))
 
 
 def save_five(model: str, where: str) -> list[str]:
