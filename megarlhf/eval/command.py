@@ -23,7 +23,7 @@ from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.rollout.verifiers import AutoVerifier, Verifier
+from megarlhf.rollout.verifiers import AutoVerifier, Verifier, check_answers
 from megarlhf.runtime.checks import (
     Model,
     check_room,
@@ -35,7 +35,7 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import role_settings
-from megarlhf.runtime.said import DataSet, ends, remarks, say
+from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.runtime.texts import check_one_day, chosen_data, chosen_verifier
 
@@ -72,6 +72,8 @@ class EvalInputs:
     data: DataConfig
     prompts: PromptSet
     verifier: Verifier
+    doubts: str
+    """What is to be said of answers that are right for no response."""
 
 
 def prepare(cfg: EvalConfig) -> EvalInputs:
@@ -102,7 +104,8 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
             check_tokenizer(tokenizer, found.spec, name)
             check_room(prompts.longest, cfg.max_new_tokens, found.spec, name, "max_new_tokens")
     check_rows("layout.data", cfg.layout.data, "prompts", len(prompts))
-    return EvalInputs(model, reward, tokenizer, data, prompts, verifier)
+    doubts = check_answers(prompts.answers, verifier, data.source)
+    return EvalInputs(model, reward, tokenizer, data, prompts, verifier, doubts)
 
 
 def main(cfg: EvalConfig, argv: Sequence[str]) -> int:
@@ -124,7 +127,8 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
     sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
     readers = [Model("reward", cfg.reward, inputs.reward)] if inputs.reward else []
     said = remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model), readers)
-    say([*map(str, sets), *said, ends(inputs.tokenizer), f"verifier: {inputs.verifier}"], mesh)
+    say_data(sets, inputs.tokenizer, mesh, epochs={})
+    say([*said, ends(inputs.tokenizer), f"verifier: {inputs.verifier}", *filter(None, [inputs.doubts])], mesh)
     reward = None
     if inputs.reward is not None:
         reading = SequenceScores(inputs.reward.score_offset, inputs.reward.score_scale)

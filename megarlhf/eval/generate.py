@@ -31,7 +31,7 @@ from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runtime.checks import Model, check_room, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import print_choices, print_dropped, role_settings
-from megarlhf.runtime.said import DataSet, ends, remarks, say
+from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.runtime.texts import check_one_day, chosen_data, chosen_template
 
@@ -131,8 +131,11 @@ def _say_start(cfg: GenerateConfig, inputs: GenerateInputs, mesh: Mesh) -> None:
     model, tokenizer = Model("model", cfg.model, inputs.model), inputs.tokenizer
     asked = cfg.prompts.model_copy(update={"source": "prompt"}) if cfg.prompt else cfg.prompts
     sets = [DataSet("prompts", asked, inputs.data, inputs.prompts)]
-    rows = [f"prompt: template {inputs.data.rendering}"] if cfg.prompt else [*map(str, sets)]
-    say([*rows, *remarks(sets, tokenizer, model), ends(tokenizer)], mesh)
+    if cfg.prompt:
+        say([f"prompt: template {inputs.data.rendering}"], mesh)
+    else:
+        say_data(sets, tokenizer, mesh, epochs={})
+    say([*remarks(sets, tokenizer, model), ends(tokenizer)], mesh)
 
 
 def rollouts(policy: FrozenRole, inputs: GenerateInputs, cfg: GenerateConfig) -> Iterator[Rollout]:

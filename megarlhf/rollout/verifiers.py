@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
+from random import Random
 from typing import Literal
 
 from megarlhf.data.arithmetic import is_correct
@@ -14,7 +16,12 @@ AutoVerifier = Literal["auto", "arithmetic", "maths"]
 """A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_SAID = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
+_SAID = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)|####", re.IGNORECASE)
+"""What an answer follows; GSM8K's solutions have four hashes."""
+_OF_A_UNIT = re.compile(r"([-+]?\$?[\d,]*\.?\d+)(?:\s+[a-z]+){1,3}", re.IGNORECASE)
+"""A number and what it counts, as in 18 dollars."""
+_LOOKED_AT = 512
+"""Answers of a data set: a second of work."""
 _LONGEST_ANSWER = 200
 """Characters. Longer ones are wrong unread: the time spent on an answer must not be in the hands of the policy."""
 _SECONDS = 2
@@ -25,7 +32,8 @@ def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> boo
     """Whether `response` gives `answer`.
 
     arithmetic: the response ends in "The answer is N.", digit for digit (the built-in task).
-    maths: its final answer (the last \\boxed{...}, or else what follows the last "answer is") equals `answer` as
+    maths: its final answer (the last \\boxed{...}, or else what follows the last "answer is", "Answer:" or "####",
+    without the stars of bold text and the unit of a number) equals that of `answer`, or all of it where it has none, as
     mathematics, by the package math-verify: 1/2, 0.5 and \\frac{1}{2} are one answer. No final answer is a wrong one.
 
     Ranks:    main thread only for maths: math-verify stops overlong work by SIGALRM.
@@ -34,7 +42,27 @@ def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> boo
     if verifier == "arithmetic":
         return is_correct(response, answer)
     said = _final_answer(response)
-    return said is not None and _equal(said, answer)
+    gold = _final_answer(answer)
+    return said is not None and _equal(said, _counted(answer) if gold is None else gold)
+
+
+def check_answers(answers: Sequence[str], verifier: Verifier, source: str) -> str:
+    """What is to be said of answers that are right for no response, such as words where mathematics is compared.
+
+    Up to 512 of them are looked at: a response that gives the very answer must be right.
+    Raises:   ConfigError where that is none: every accuracy would be 0.
+    """
+    every = [answer for answer in answers if answer]
+    seen = Random(0).sample(every, min(len(every), _LOOKED_AT))
+    given = (f"The answer is {_final_answer(answer) or answer}." for answer in seen)
+    unread = [answer for said, answer in zip(given, seen, strict=True) if not verify(said, answer, verifier)]
+    if seen and len(unread) == len(seen):
+        raise ConfigError(
+            f"verifier={verifier}: of {source} no answer can be right, for example {unread[0][-80:]!r}; choose another "
+            "verifier, or write answers as it reads them."
+        )
+    example = f", for example {unread[0][-80:]!r}" if unread else ""
+    return f"{len(unread):,} of {len(seen):,} answers can be right for no response{example}" if unread else ""
 
 
 def _final_answer(response: str) -> str | None:
@@ -42,7 +70,13 @@ def _final_answer(response: str) -> str | None:
     if boxes:
         return _braced(response[boxes[-1].end() :])
     said = list(_SAID.finditer(response))
-    return response[said[-1].end() :].strip().partition("\n")[0].rstrip(" .") if said else None
+    return _counted(response[said[-1].end() :].strip(" *\n\t").partition("\n")[0].strip(" *.")) if said else None
+
+
+def _counted(text: str) -> str:
+    """A number without what it counts; any other text as it is."""
+    found = _OF_A_UNIT.fullmatch(text.strip())
+    return found[1] if found else text
 
 
 def _braced(text: str) -> str | None:

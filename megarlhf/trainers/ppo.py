@@ -289,7 +289,7 @@ def _say_start(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> None:
     say_data(sets, inputs.tokenizer, mesh, epochs={"prompts": epochs})
     actor, *others = inputs.models(cfg)
     say([*remarks(sets, inputs.tokenizer, actor, others), ends(inputs.tokenizer)], mesh)
-    say([verifier_remark(inputs.verifier, inputs.prompts)], mesh)
+    say([verifier_remark(inputs.verifier, inputs.prompts), *filter(None, [inputs.doubts])], mesh)
     each = f"{cfg.rollout_batch:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
     say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
 

@@ -18,7 +18,7 @@ from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
 from megarlhf.observe.metrics import GLOSSARY
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.rollout.verifiers import AutoVerifier, Verifier
+from megarlhf.rollout.verifiers import AutoVerifier, Verifier, check_answers
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
@@ -159,6 +159,8 @@ class PPOInputs:
     data: DataConfig
     prompts: PromptSet
     verifier: Verifier | None
+    doubts: str = ""
+    """What is to be said of answers that are right for no response."""
 
     def models(self, cfg: PPOConfig) -> list[Model]:
         """Every model of the run once, the actor's first, by the first setting that names it."""
@@ -202,7 +204,8 @@ def prepare(cfg: PPOConfig) -> PPOInputs:
     cfg.critic.optim.check(cfg.iterations * cfg.steps_per_iteration, "critic.optim")
     verifier = chosen_verifier(cfg.verifier, data.source)
     cfg.check_best(_logged(verifier is not None))
-    inputs = PPOInputs(**models, tokenizer=tokenizer, data=data, prompts=prompts, verifier=verifier)
+    doubts = "" if verifier is None else check_answers(prompts.answers, verifier, data.source)
+    inputs = PPOInputs(**models, tokenizer=tokenizer, data=data, prompts=prompts, verifier=verifier, doubts=doubts)
     for model in inputs.models(cfg)[1:]:
         check_same_tokenizer(tokenizer, str(actor), model)
     return inputs

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from megarlhf.errors import ConfigError
-from megarlhf.rollout.verifiers import verify
+from megarlhf.rollout.verifiers import check_answers, verify
+
+GSM8K = "16 - 3 - 4 = <<16-3-4=9>>9 eggs are left.\nThey are worth 9 * 2 = $<<9*2=18>>18.\n#### 18"
 
 
 def test_arithmetic_is_digit_for_digit() -> None:
@@ -27,6 +30,12 @@ def test_arithmetic_is_digit_for_digit() -> None:
         ("Answer: 1,234", "1234"),
         ("The answer is 12.\nThat was easy", "12"),
         ("The answer is -3.", "$-3$"),
+        ("**Answer:** 18", GSM8K),
+        ("The answer is **18**.", GSM8K),
+        ("The answer is 18 dollars.", "18"),
+        ("#### 18", "$18"),
+        (r"\boxed{18}", "18 duck eggs"),
+        (GSM8K, GSM8K),
     ],
 )
 def test_maths_right(response: str, answer: str) -> None:
@@ -49,11 +58,25 @@ def test_maths_right(response: str, answer: str) -> None:
         ("The answer is 12.", ""),
         ("The answer is " + "1 + " * 100 + "1.", "101"),
         (r"\boxed{9^{9^{9^9}}}", "12"),
+        ("The answer is 9.", GSM8K),
+        ("The answer is 18 + 1 dollars.", "18"),
     ],
 )
 def test_maths_wrong(response: str, answer: str) -> None:
     pytest.importorskip("math_verify")
     assert not verify(response, answer, "maths")
+
+
+def test_answers_that_no_response_can_give_are_said_before_a_run_is_judged_by_them() -> None:
+    pytest.importorskip("math_verify")
+    assert check_answers(["18", "", GSM8K, "yes"], "maths", "x.jsonl") == ""
+    assert check_answers([], "maths", "x.jsonl") == check_answers([""], "arithmetic", "x.jsonl") == ""
+    said = check_answers(["18", r"\text{}", "5"], "maths", "x.jsonl")
+    assert said == r"1 of 3 answers can be right for no response, for example '\\text{}'"
+    many = check_answers(["18", "eighteen"] * 1000, "arithmetic", "x.jsonl")
+    assert re.match(r"2\d\d of 512 answers can be right for no response, for example 'eighteen'", many)
+    with pytest.raises(ConfigError, match=r"of x.jsonl no answer can be right, for example .*#### 18"):
+        check_answers([GSM8K, GSM8K], "arithmetic", "x.jsonl")
 
 
 def test_nothing_a_model_wrote_is_run(tmp_path: Path) -> None:
