@@ -3,7 +3,7 @@
     built-in arithmetic -> SFT on demonstrations of mixed quality -> reward model on judged responses
     -> PPO with four colocated roles -> evaluation on held-out problems -> table, summary.json, report.html
 
-Stages that finished are not run again: an interrupted demo goes on where it stopped.
+Stages that finished are not run again, and a stage that was stopped goes on from its state.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.settings import RunConfig
 from megarlhf.trainers.sft import SftConfig
 
+SECONDS = "seconds.json"
+"""What a stage has taken so far, in its directory."""
 SUMMARY = "summary.json"
 """The figures of the table, in the demo's directory."""
 MAX_NEW_TOKENS = 32
@@ -184,31 +186,47 @@ def _run_stages(cfg: DemoConfig, argv: Sequence[str], mesh: Mesh) -> None:
 def _stage(
     stage: Any, prepare: Callable[[Any], Any], train: Callable[..., Any], argv: Sequence[str], mesh: Mesh
 ) -> float:
-    """Run a stage, unless its model is there already; return the seconds it took, now or then."""
+    """Run a stage, or what is left of it, unless its model is there; return the seconds it took, now and before."""
     settings: RunConfig = stage
-    clock = settings.run_dir / "seconds.json"
-    if clock.exists() and (stage.model_dir / MODEL).exists():
-        if (settings.run_dir / run_files.CONFIG).read_text() != settings.to_yaml():
+    clock = settings.run_dir / SECONDS
+    if clock.exists() and (settings.model_dir / MODEL).exists():
+        if not _made_with(settings):
             raise ConfigError(f"{settings.run_dir} was made with other settings; remove it or choose another run_dir.")
         if mesh.is_main:
-            sys.stderr.write(printable(f"{settings.run_dir} is done; its model is in {stage.model_dir}\n"))
-        return float(json.loads(clock.read_text()))
+            sys.stderr.write(printable(f"{settings.run_dir} is done; its model is in {settings.model_dir}\n"))
+        return _seconds(clock)
     with sole_run(settings, mesh):
-        on_main(lambda: _clear(settings.run_dir), mesh)
+        on_main(lambda: None if _made_with(settings) else _clear(settings.run_dir), mesh)
     # Every rank looks whether the directory is free: after rank 0 has let go of it, and before it takes it again.
     barrier(mesh)
     inputs = prepare(settings)
     barrier(mesh)
     with sole_run(settings, mesh):
-        began = time.monotonic()
-        train(settings, inputs, argv, mesh=mesh)
-        seconds = time.monotonic() - began
-        on_main(lambda: write_whole(clock, json.dumps(seconds)), mesh)
+        before, began = _seconds(clock) if clock.exists() else 0.0, time.monotonic()
+        try:
+            train(settings, inputs, argv, mesh=mesh)
+        finally:
+            seconds = before + time.monotonic() - began
+            if mesh.is_main:
+                write_whole(clock, json.dumps(seconds))
     return seconds
 
 
+def _made_with(settings: RunConfig) -> bool:
+    """Whether the run in `run_dir` has these settings; one that was stopped goes on then."""
+    kept = settings.run_dir / run_files.CONFIG
+    return kept.is_file() and kept.read_text(encoding="utf-8", errors="replace") == settings.to_yaml()
+
+
+def _seconds(clock: Path) -> float:
+    try:
+        return float(json.loads(clock.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ConfigError(f"{clock} is damaged: it is no number of seconds; remove {clock.parent}.") from None
+
+
 def _clear(run_dir: Path) -> None:
-    """Remove what an interrupted demo left, but for the lock."""
+    """Remove what a stage with other settings left unfinished, but for the lock."""
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -212,6 +212,29 @@ def test_generate_says_the_same_on_two_ranks(runs: Path) -> None:
         assert abs(one["logprob"] - other["logprob"]) < 1e-4
 
 
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_ends_a_run_with_one_line(ranks: int, tmp_path: Path) -> None:
+    """While a state is being written too: nobody who presses it waits for that."""
+    process = started(
+        *("sft", "run_dir=run", "model=tiny-xs", "tokenizer=arithmetic", "data.template=plain", "save_every=1"),
+        *("data.arithmetic.level=1", "data.arithmetic.rows=16000", "global_batch=8", "micro_batch=4"),
+        f"layout.data={ranks}",
+        directory=tmp_path,
+    )
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    pressed = time.monotonic()
+    _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130, said
+    assert time.monotonic() - pressed < 30
+    after = said.partition("steps: 2,000, each of 8 rows")[2].strip().splitlines()
+    assert [line for line in after if not line.startswith("SFT: ")] == ["interrupted"]
+
+
 @pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_on_every_rank_and_the_command_goes_on(tmp_path: Path) -> None:
     command = [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,29 @@ def test_a_second_call_runs_no_finished_stage_again(finished: tuple[Path, str]):
     done = demo(finished[0], *SMALL)
     assert done.returncode == 0, done.stdout
     assert {path: path.stat().st_mtime_ns for path in finished[0].glob("*/metrics.jsonl")} == before
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_stopped_goes_on_from_its_state(finished: tuple[Path, str], tmp_path: Path):
+    """As its last words say. What it took before counts."""
+    run_dir, log = tmp_path / "run", tmp_path / "run" / "sft" / "metrics.jsonl"
+    command = [sys.executable, "-m", "megarlhf.cli", "demo", f"run_dir={run_dir}", *SMALL]
+    with (tmp_path / "first.txt").open("w") as said:
+        first = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        while not (log.exists() and log.read_text().count("\n") > 2):
+            assert first.poll() is None, (tmp_path / "first.txt").read_text()
+            time.sleep(0.05)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(200) == 75
+    assert "and the same command goes on from there" in (tmp_path / "first.txt").read_text()
+    before = json.loads((run_dir / "sft" / "seconds.json").read_text())
+    done = demo(run_dir, *SMALL)
+    assert done.returncode == 0, done.stdout
+    assert f"{run_dir}/sft: goes on after step " in done.stdout
+    assert json.loads((run_dir / "sft" / "seconds.json").read_text()) > before > 0
+    logs = (where / "sft" / "metrics.jsonl" for where in (run_dir, finished[0]))
+    steps = [[json.loads(line)["step"] for line in log.read_text().splitlines()] for log in logs]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.slow

@@ -64,14 +64,14 @@ def verdicts(model: str, directory: Path) -> dict[str, torch.Tensor]:
     return {kind: torch.tensor(correct) for kind, correct in kinds.items()}
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Where README's chain has run, and what its commands said."""
+@pytest.fixture(scope="module", params=[1, 2, 3], ids="seed {}".format)
+def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Where README's chain has run with a seed, and what its commands said."""
     directory = tmp_path_factory.mktemp("chain")
     (directory / "examples").symlink_to(ROOT / "examples")
     lines = commands((ROOT / "README.md").read_text(encoding="utf-8"))
     assert [line[0] for line in lines] == ["sft", "reward", "ppo"]
-    return directory, [megarlhf(line, directory) for line in lines]
+    return directory, [megarlhf([*line, f"seed={request.param}"], directory) for line in lines]
 
 
 def test_the_chain_raises_sampled_and_greedy_accuracy(chain: tuple[Path, list[str]]) -> None:

@@ -63,8 +63,9 @@ def run(
     gpus = torch.cuda.device_count()
     if 0 < gpus < layout.world_size:
         raise LayoutError(
-            f"layout needs {layout.world_size} ranks but this machine has {gpus} GPUs; shrink the layout, or start the "
-            "ranks on several machines with torchrun or srun."
+            f"layout needs {layout.world_size} ranks but this machine has {gpus} GPUs; shrink the layout, start the "
+            "ranks on several machines with torchrun or srun, or set CUDA_VISIBLE_DEVICES= (to nothing) to run on the "
+            "CPU."
         )
     prepare()
     return local_ranks.start_ranks(layout.world_size, _program(argv))

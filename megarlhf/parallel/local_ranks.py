@@ -1,8 +1,9 @@
 """The ranks of a run on this machine alone: one process each. They meet in a file and talk over loopback.
 
-Nothing here listens, and what other users of the machine or the network say is never read: the file lies in a directory
-that is this user's alone. The first rank that fails is the one the user hears about: each writes its failure, with the
-time, to that directory, and those that fall over after it, only because their peer is gone, stay silent.
+What listens is gloo, on loopback alone; what other users of the machine or the network say is never read: the file lies
+in a directory that is this user's alone. The first rank that fails is the one the user hears about: each writes its
+failure, with the time, to that directory, and those that fall over after it, only because their peer is gone, stay
+silent.
 """
 
 from __future__ import annotations
@@ -20,18 +21,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-import psutil
 import torch
 
-from megarlhf.errors import BAD_INPUT, FAILED, STOPPED, LayoutError, MegarlhfError, complain
+from megarlhf.errors import BAD_INPUT, FAILED, STOPPED, MegarlhfError, complain
 from megarlhf.observe.files import write_whole
-from megarlhf.parallel.mesh import STORE
+from megarlhf.parallel.mesh import LOOPBACK, STORE, loopback_interface
 
 FAILURES = "MEGARLHF_FAILURES"
 """Environment variable: the directory in which a launched rank writes why it failed."""
 LAUNCHER = "MEGARLHF_LAUNCHER"
 """Environment variable: the process that started the ranks, and without which they end."""
-LOOPBACK = "127.0.0.1"
 COURTESY_S = 2.0
 """Seconds that a rank which is probably not the cause waits for the cause to be known."""
 TIDYING_S = 1.0
@@ -132,7 +131,7 @@ def _start(rank: int, ranks: int, command: Sequence[str], directory: Path) -> Ra
 
 
 def _environment(rank: int, ranks: int, directory: Path) -> dict[str, str]:
-    interface = _loopback_interface()
+    interface = loopback_interface()
     return {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
         # Below errors, torch's C++ tells mostly how the connections to a peer that left were closed.
@@ -150,13 +149,6 @@ def _environment(rank: int, ranks: int, directory: Path) -> dict[str, str]:
         FAILURES: str(directory),
         LAUNCHER: str(os.getpid()),
     }
-
-
-def _loopback_interface() -> str:
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == LOOPBACK for address in addresses):
-            return name
-    raise LayoutError(f"no network interface has the address {LOOPBACK}; bring loopback up, or start one rank.")
 
 
 def _first_to_end(ranks: Sequence[Rank], caught: Sequence[int], directory: Path) -> dict[int, int]:

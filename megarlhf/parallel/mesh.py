@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -25,6 +26,7 @@ Axis = Literal["tensor", "pipeline", "data", "model", "world"]
 
 NCCL_GRACE_S = 60.0
 """Seconds that a run has to write down what it did when a GPU no longer answers."""
+LOOPBACK = "127.0.0.1"
 STORE = "MEGARLHF_STORE"
 """Environment variable: the file in which the ranks of one machine meet; without it they meet at MASTER_ADDR."""
 
@@ -149,11 +151,23 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
+def loopback_interface() -> str:
+    """The network interface that no other machine reaches.
+
+    Raises:   LayoutError where there is none.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == LOOPBACK for address in addresses):
+            return name
+    raise LayoutError(f"no network interface has the address {LOOPBACK}; bring loopback up.")
+
+
 def _init_process_group(device: torch.device, timeout_s: float) -> None:
     gpu = device if device.type == "cuda" else None
     options: Any = {"backend": "nccl" if gpu else "gloo", "timeout": timedelta(seconds=timeout_s), "device_id": gpu}
     if "RANK" not in os.environ:
-        # A world of one needs no address and no port.
+        # A world of one needs no address and no port; gloo would listen on whichever the host's name stands for.
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback_interface()
         dist.init_process_group(store=HashStore(), rank=0, world_size=1, **options)
     elif STORE in os.environ:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -226,6 +226,24 @@ def test_ranks_run_the_program_that_the_user_ran(
     assert launch._program(argv) == command
 
 
+def test_one_rank_is_heard_by_no_other_machine() -> None:
+    """Whatever interface the user named for runs on many."""
+    code = (
+        "import psutil; from megarlhf.parallel.layout import ParallelLayout; from megarlhf.parallel.mesh import start\n"
+        "start(ParallelLayout(), seed=1); connections = psutil.Process().net_connections('inet')\n"
+        "print({each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN})"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in RANKED}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "GLOO_SOCKET_IFNAME": "eth0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "{'127.0.0.1'}\n", done.stderr
+
+
 def test_one_rank_needs_no_process() -> None:
     seen = []
     assert launch.run(lambda: 5, seen.append, ParallelLayout(), ["ppo"]) == 0
