@@ -100,6 +100,17 @@ def test_errors_name_the_rank_when_there_are_several(
     assert capsys.readouterr().err.startswith("rank 3: data is wrong")
 
 
+@pytest.mark.parametrize(("tasks", "speaks"), [("1", True), ("8", False)])
+def test_of_the_tasks_of_a_node_one_speaks_before_they_are_ranks(
+    tasks: str, speaks: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """srun sets these; a batch script itself has the number of a task and is alone."""
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    assert cli.main(["play", "word=data"]) == 2
+    assert ("data is wrong" in capsys.readouterr().err) == speaks
+
+
 def test_other_errors_are_bugs_and_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["made_up"], "play", lambda cfg, argv: 1 // 0)
     with pytest.raises(ZeroDivisionError):

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -84,9 +85,13 @@ class LocalSelfAttention(SelfAttention):
         key_value_states: Tensor | None = None,
         inference_context: BaseInferenceContext | None = None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **rest: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[T, B, H] -> [T, B, H]: causal over right-padded rows. With a KV cache Megatron's own forward runs."""
+        """[T, B, H] -> [T, B, H]: causal over right-padded rows. With a KV cache Megatron's own forward runs.
+
+        Raises:   ValueError for packed rows, which would see each other.
+        """
         if inference_context is not None:
             return super().forward(
                 hidden_states,
@@ -94,8 +99,11 @@ class LocalSelfAttention(SelfAttention):
                 key_value_states=key_value_states,
                 inference_context=inference_context,
                 rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
                 **rest,
             )
+        if packed_seq_params is not None:
+            raise ValueError("LocalSelfAttention reads one row after another; give it padded rows, not packed ones.")
         if rotary_pos_emb is None:
             raise ValueError(
                 "LocalSelfAttention needs rotary_pos_emb; build the model with position_embedding_type='rope'."

@@ -306,8 +306,10 @@ def _mark_shards(model: LlamaModel) -> None:
 
     A weight without the mark passes for a copy, and the gradient norm would count tensor rank 0's part alone.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+            # A shard of the gated layer is a part of the gate, then one of the rest: another layout cuts both.
+            stride = 2 if name.endswith(".linear_fc1") else 1
+            set_tensor_model_parallel_attributes(module.weight, True, 0, stride)
         elif isinstance(module, RowParallelLinear):
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)

@@ -92,8 +92,13 @@ def gather_rows(batch: RowsT, mesh: Mesh) -> RowsT:
 
 
 def own_rows(batch: RowsT, mesh: Mesh) -> RowsT:
-    """This data rank's share of a batch that every rank holds: consecutive rows, equally many on each rank."""
-    share = len(batch) // mesh.size("data")
+    """This data rank's share of a batch that every rank holds: consecutive rows, equally many on each rank.
+
+    Raises:   ValueError where it does not divide: what is left over would be lost.
+    """
+    share, left = divmod(len(batch), mesh.size("data"))
+    if left:
+        raise ValueError(f"{len(batch)} rows do not divide over {mesh.size('data')} data ranks; {left} would be lost.")
     return batch.rows(slice(mesh.data_rank * share, (mesh.data_rank + 1) * share))
 
 

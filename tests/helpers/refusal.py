@@ -37,6 +37,11 @@ GENERATE = (
     "sampling.max_new_tokens=16",
 )
 
+EVAL = (
+    *("eval", "model=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain", "prompts.arithmetic.rows=4"),
+    "max_new_tokens=16",
+)
+
 
 class ModelWasBuiltError(Exception):
     """A model was about to be built, so no check had found fault."""

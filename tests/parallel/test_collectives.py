@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from megarlhf.batch import Experience, Rollout
@@ -55,6 +56,9 @@ def work(layout: ParallelLayout) -> dict[str, Any]:
         assert mine.tolist() == [mesh.rank, 10.0]  # inputs are left as they are
     own = own_rows(whole(), mesh)
     seen["own"] = own.rollout.prompt_ids
+    if layout.data == 2:
+        with pytest.raises(ValueError, match="3 rows do not divide over 2 data ranks; 1 would be lost"):
+            own_rows(whole().rows(slice(0, 3)), mesh)
     # Each data rank's rows as wide as its own longest text, as a sampler would leave them.
     together = gather_rows(own.trimmed(int(own.lengths.max()) - 1), mesh)
     seen["round trip"] = vars(together) | vars(together.rollout)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megarlhf.parallel import mesh
-from tests.helpers.refusal import GENERATE, PPO, REWARD, SFT, ModelWasBuiltError, assert_matches, write_model
+from tests.helpers.refusal import EVAL, GENERATE, PPO, REWARD, SFT, ModelWasBuiltError, assert_matches, write_model
 
 
 @pytest.mark.parametrize("command", [SFT, REWARD, PPO, GENERATE], ids=lambda command: command[0])
@@ -22,9 +22,17 @@ def test_the_good_input_that_the_cases_spoil_gets_as_far_as_the_model(
         mesh.stop()
 
 
+@pytest.mark.parametrize("command", [GENERATE, EVAL], ids=lambda command: command[0])
+def test_an_output_that_is_there_is_kept(command: tuple[str, ...], refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "there.jsonl").write_text("work")
+    assert_matches(refused(command, "output=there.jsonl"), "output=there.jsonl exists; choose another file, or remove")
+    assert (tmp_path / "there.jsonl").read_text() == "work"
+
+
 @pytest.mark.parametrize(
     ("command", "override", "message"),
     [
+        (SFT, "wandb=true", "wandb=true: the package wandb is missing; pip install"),
         (PPO, "kl_cof=0.1", "unknown setting kl_cof = 0.1 .*did you mean kl_coef?"),
         (PPO, "actor.optim.lrr=1", "unknown setting actor.optim.lrr = 1 .*did you mean actor.optim.lr?"),
         (PPO, "tensor=2", "unknown setting tensor = 2 .*did you mean layout.tensor?"),
