@@ -39,7 +39,7 @@ class Watch:
         }
         new = {name: text for name, text in words.items() if text and name not in self._said}
         self._said |= new.keys()
-        remedy = "raise kl_coef, lower actor.optim.lr, or stop earlier"
+        remedy = "stop earlier, lower actor.optim.lr, or raise kl_coef in a run of its own"
         said = [f"warning, iteration {len(self._history)}: {text}; {remedy}." for text in new.values()]
         return {name: float(bool(text)) for name, text in words.items()}, said
 

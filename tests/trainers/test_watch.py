@@ -48,7 +48,7 @@ def test_each_warning_is_said_once_and_logged_while_it_holds() -> None:
         "warning, iteration 3: the score rose from 0.00 to 2.00 while accuracy fell from 0.500 to 0.200"
     )
     (far,) = said[3]
-    assert far.startswith("warning, iteration 4: the KL to the reference is 3.0 nats, over kl_bound=2.5; raise kl_coef")
+    assert far.startswith("warning, iteration 4: the KL to the reference is 3.0 nats, over kl_bound=2.5; stop earlier")
 
 
 def test_rollouts_of_one_prompt_count_once() -> None:
