@@ -159,7 +159,7 @@ class PPOInputs:
     data: DataConfig
     prompts: PromptSet
     verifier: Verifier | None
-    doubts: str = ""
+    doubts: str
     """What is to be said of answers that are right for no response."""
 
     def models(self, cfg: PPOConfig) -> list[Model]:

@@ -68,7 +68,7 @@ def repeated() -> bytes:
     whole = metadata()
     tensor: Any = whole.state_dict_metadata["w"]
     tensor.chunks = tensor.chunks[:1] * 500
-    whole.state_dict_metadata = dict[str, Any].fromkeys(map(str, range(500)), tensor)
+    whole.state_dict_metadata = {str(number): tensor for number in range(500)}
     return pickle.dumps(whole)
 
 

@@ -50,7 +50,12 @@ def ppo_roles(cfg: PPOConfig, mesh: Mesh) -> Roles:
     return build_roles(
         cfg,
         PPOInputs(
-            **models, tokenizer=build_tiny_tokenizer(words()), data=cfg.prompts, prompts=NO_PROMPTS, verifier=None
+            **models,
+            tokenizer=build_tiny_tokenizer(words()),
+            data=cfg.prompts,
+            prompts=NO_PROMPTS,
+            verifier=None,
+            doubts="",
         ),
         mesh,
     )
