@@ -20,6 +20,7 @@ from megarlhf.data.sft import load_sft
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.sft import SftConfig
+from tests.helpers.started import heeding_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -46,14 +47,15 @@ def started(*arguments: str, directory: Path) -> subprocess.Popen[str]:
     """The command line, begun in `directory`."""
     environment = {name: value for name, value in os.environ.items() if name not in RANKED}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "megarlhf.cli", *arguments],
-        cwd=directory,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with heeding_ctrl_c():
+        return subprocess.Popen(
+            [sys.executable, "-m", "megarlhf.cli", *arguments],
+            cwd=directory,
+            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 def megarlhf(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:

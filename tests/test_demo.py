@@ -14,6 +14,8 @@ import pytest
 
 from megarlhf import cli
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     *("model=tiny-xs", "demonstrations=2048", "sft_epochs=1", "judged=1280", "iterations=3", "rollouts=32"),
     *("problems=64", "samples=2"),
@@ -82,7 +84,6 @@ def test_metrics_of_ppo_keep_their_promises(finished: tuple[Path, str]):
     assert not any(row["warning/over_optimised"] or row["warning/kl_over_bound"] for row in rows)
 
 
-@pytest.mark.slow
 def test_the_whole_demo_helps_and_warns_of_nothing(tmp_path: Path):
     done = demo(tmp_path / "run", timeout_s=3000)
     assert done.returncode == 0, done.stdout
@@ -94,7 +95,6 @@ def test_the_whole_demo_helps_and_warns_of_nothing(tmp_path: Path):
     assert "warning, iteration" not in done.stdout
 
 
-@pytest.mark.slow
 def test_a_second_call_runs_no_finished_stage_again(finished: tuple[Path, str]):
     before = {path: path.stat().st_mtime_ns for path in finished[0].glob("*/metrics.jsonl")}
     done = demo(finished[0], *SMALL)
@@ -102,7 +102,6 @@ def test_a_second_call_runs_no_finished_stage_again(finished: tuple[Path, str]):
     assert {path: path.stat().st_mtime_ns for path in finished[0].glob("*/metrics.jsonl")} == before
 
 
-@pytest.mark.slow
 def test_a_stage_that_was_stopped_goes_on_from_its_state(finished: tuple[Path, str], tmp_path: Path):
     """As its last words say. What it took before counts."""
     run_dir, log = tmp_path / "run", tmp_path / "run" / "sft" / "metrics.jsonl"
@@ -125,7 +124,6 @@ def test_a_stage_that_was_stopped_goes_on_from_its_state(finished: tuple[Path, s
     assert steps[0] == steps[1]
 
 
-@pytest.mark.slow
 def test_other_settings_do_not_mix_with_finished_stages(finished: tuple[Path, str]):
     done = demo(finished[0], *SMALL, "seed=2")
     assert done.returncode == 2

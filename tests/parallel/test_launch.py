@@ -18,6 +18,7 @@ import pytest
 from megarlhf.errors import LayoutError
 from megarlhf.parallel import launch
 from megarlhf.parallel.layout import ParallelLayout
+from tests.helpers.started import heeding_ctrl_c
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
@@ -46,14 +47,15 @@ def marked_processes(mark: str) -> Iterator[psutil.Process]:
 
 def started(behaviour: str, directory: Path, environment: dict[str, str], *launcher: str) -> subprocess.Popen[str]:
     command = launcher or ("-m", "tests.helpers.launched")
-    return subprocess.Popen(
-        [sys.executable, *command, behaviour, "2", str(directory)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with heeding_ctrl_c():
+        return subprocess.Popen(
+            [sys.executable, *command, behaviour, "2", str(directory)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -120,7 +122,7 @@ def test_a_killed_rank_is_named_and_what_it_started_ends_too(tmp_path: Path, mar
 @pytest.mark.parametrize(
     ("behaviour", "said"),
     [
-        ("aborts", "rank 1 was killed by SIGABRT"),
+        pytest.param("aborts", "rank 1 was killed by SIGABRT", marks=pytest.mark.slow),
         pytest.param("exits", "rank 1 ended with exit code 3", marks=pytest.mark.slow),
     ],
 )

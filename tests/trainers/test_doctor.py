@@ -277,7 +277,9 @@ MACHINE = ("time", "throughput", "memory", "mfu")
 """Families of metrics that no two runs share."""
 
 
-@pytest.mark.parametrize("layout", [ParallelLayout(tensor=2), ParallelLayout(data=2)], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", [ParallelLayout(tensor=2), pytest.param(ParallelLayout(data=2), marks=pytest.mark.slow)], ids=name_of
+)
 def test_cheap_gates_leave_no_trace(layout: ParallelLayout, models: str) -> None:
     with_gates = run_ranks(first_iteration, 2, layout, models, True)
     without = run_ranks(first_iteration, 2, layout, models, False)

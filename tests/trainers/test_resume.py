@@ -194,6 +194,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(layout: ParallelLayout, folder: str, 
     assert len(list((tmp_path / "pieces" / "checkpoints").glob("step_*"))) == 2  # keep_last
 
 
+@pytest.mark.slow
 def test_another_layout_goes_on_up_to_rounding(folder: str, tmp_path: Path) -> None:
     tensor, data = ParallelLayout(tensor=2), ParallelLayout(data=2)
     whole = in_pieces([(data, None)], tmp_path / "whole", folder)

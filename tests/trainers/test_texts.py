@@ -242,6 +242,7 @@ def test_a_run_sees_the_same_prompts_after_midnight(
     assert ppo.prepare(cfg).prompts.tokens != first.prompts.tokens, "the template does not tell the day"
     # What a run writes when it starts.
     write_provenance(cfg.run_dir, cfg.pinned(first.tokenizer.date), [])
+    (cfg.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
     assert ppo.prepare(cfg).prompts.tokens == first.prompts.tokens
     with pytest.raises(ConfigError, match=r"other settings .*date"):
         ppo.prepare(load_config(PPOConfig, None, [*_overrides(cfg), "date=2001-02-03"]))
