@@ -44,8 +44,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command(
         "the whole pipeline on a laptop: data, SFT, reward model, PPO, evaluation, report",
-        "megarlhf.demo:DemoConfig",
-        "megarlhf.demo:main",
+        "megarlhf.commands.demo:DemoConfig",
+        "megarlhf.commands.demo:main",
     ),
     "sft": Command(
         "supervised fine-tuning", "megarlhf.trainers.sft:SftConfig", "megarlhf.trainers.sft:main", goes_on=True
@@ -64,30 +64,32 @@ COMMANDS = {
     ),
     "doctor": Command(
         "check this machine and a PPO run's settings: environment, and gates for correct results",
-        "megarlhf.trainers.doctor:DoctorConfig",
-        "megarlhf.trainers.doctor:main",
+        "megarlhf.commands.doctor:DoctorConfig",
+        "megarlhf.commands.doctor:main",
     ),
     "generate": Command(
         "sample responses to a prompt or a file of prompts",
-        "megarlhf.eval.generate:GenerateConfig",
-        "megarlhf.eval.generate:main",
+        "megarlhf.commands.generate:GenerateConfig",
+        "megarlhf.commands.generate:main",
     ),
     "eval": Command(
         "accuracy on held-out problems, sampled and greedy, with intervals",
-        "megarlhf.eval.command:EvalConfig",
-        "megarlhf.eval.command:main",
+        "megarlhf.commands.evaluate:EvalConfig",
+        "megarlhf.commands.evaluate:main",
     ),
     "score": Command(
         "log-probs of given responses, or a reward model's scores, of a file of rows",
-        "megarlhf.eval.score:ScoreConfig",
-        "megarlhf.eval.score:main",
+        "megarlhf.commands.score:ScoreConfig",
+        "megarlhf.commands.score:main",
     ),
     "replay": Command(
         "take a failed step again on one device, from the capsule that the run left",
-        "megarlhf.trainers.replay:ReplayConfig",
-        "megarlhf.trainers.replay:main",
+        "megarlhf.commands.replay:ReplayConfig",
+        "megarlhf.commands.replay:main",
     ),
-    "report": Command("make the page of a run again", "megarlhf.eval.report:ReportConfig", "megarlhf.eval.report:main"),
+    "report": Command(
+        "make the page of a run again", "megarlhf.commands.report:ReportConfig", "megarlhf.commands.report:main"
+    ),
 }
 
 

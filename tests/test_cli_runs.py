@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.checkpoint.sharded import describe_model
+from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.config import load_config
 from megarlhf.data.sft import load_sft
 from megarlhf.data.tokenizer import load_tokenizer

@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 import torch
 
-from megarlhf.observe.writers import machine, versions
+from megarlhf.observe.provenance import machine, versions
 from tools.kernel_bench.base import PRESETS, Case, Maker, Sizes
 from tools.kernel_bench.measure import Measured, ceilings, measure, tolerance
 from tools.kernel_bench.peers import PEERS, with_peers

@@ -40,13 +40,13 @@ from megarlhf.models.role import TrainableRole
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.memory import forget_peak, peak_resident
-from megarlhf.observe.writers import machine, versions
+from megarlhf.observe.provenance import machine, versions
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
 from megarlhf.rollout.controller import Ledger
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.trainers.loop import StepGuard
+from megarlhf.runs.guard import StepGuard
 from megarlhf.trainers.ppo import build_roles, optimise, policy_loss, ppo_iteration, value_loss
 from megarlhf.trainers.ppo_config import PPOConfig, prepare
 

@@ -40,7 +40,7 @@ if __name__ in ("__main__", "__mp_main__"):
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import megarlhf_kernels
-from megarlhf.observe.writers import versions
+from megarlhf.observe.provenance import versions
 from megarlhf_kernels import _triton
 from megarlhf_kernels.aot import CompileCase, Compiled, compile_case
 

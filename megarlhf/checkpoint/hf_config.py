@@ -7,7 +7,7 @@ from typing import Any
 
 from megarlhf.checkpoint.hf_extras import bare
 from megarlhf.checkpoint.hf_names import OURS, Normalisation
-from megarlhf.checkpoint.sharded import TOLD, ModelDescription
+from megarlhf.checkpoint.model_directory import TOLD, ModelDescription
 from megarlhf.data.tokenizer import load_tokenizer
 from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import ModelSpec, read_config

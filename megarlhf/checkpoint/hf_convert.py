@@ -27,8 +27,8 @@ from megarlhf.checkpoint.hf_extras import CONFIG, EXTRAS, GENERATION
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory, SafetensorsWriter
 from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
+from megarlhf.checkpoint.model_directory import MODEL, TOKENIZER, WEIGHTS, describe_model, say_left_out
 from megarlhf.checkpoint.nearby import check_place
-from megarlhf.checkpoint.sharded import MODEL, TOKENIZER, WEIGHTS, describe_model, say_left_out
 from megarlhf.errors import FAILED, CheckpointError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch import Rollout
-from megarlhf.checkpoint.sharded import describe_model, load_model
+from megarlhf.checkpoint.model_directory import describe_model, load_model
 from megarlhf.errors import CheckpointError
 from megarlhf.models.compute import ComputeConfig, resolve
 from megarlhf.models.role import FrozenRole, RoleSettings

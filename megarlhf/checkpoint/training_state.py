@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megarlhf.checkpoint.checksums import check_checksums
-from megarlhf.checkpoint.sharded import load_sharded, sharded_weights
+from megarlhf.checkpoint.model_directory import load_sharded, sharded_weights
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError
 from megarlhf.models.optim import restore_schedule, torch_optimizers

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from megarlhf.batch import Rollout
 from megarlhf.data.prompts import PromptSet
+from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.judges.rules import Verifier, verify
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel.collectives import gather, gather_rows
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.rollout.texts import response_texts
-from megarlhf.rollout.verifiers import Verifier, verify
 
 CHUNK = 512
 """Problems rolled out together, over all data ranks."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -16,6 +16,7 @@ from megarlhf.batch import TokenRows
 from megarlhf.models.compute import Compute
 from megarlhf.models.fp8 import drop_fp8_copies, fp8_copies
 from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, guarded_step
+from megarlhf.models.readings import Reading
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind, LlamaModel, build_chunks
 from megarlhf.parallel.mesh import Mesh
@@ -24,80 +25,6 @@ from megarlhf.parallel.pipeline import Loss, LossMeans, forward_backward, forwar
 
 Part = Literal["weights", "gradients", "optimizer"]
 Offload = Literal["host", "none"]
-
-
-class Reading(Protocol):
-    """What scoring a batch with a role means."""
-
-    per_token: bool
-    """Whether it gives one number a position ([b, T]) or one a row ([b])."""
-
-    def reads(self, rows: Any) -> Tensor:
-        """[b, s] bool: the inputs whose final hidden states are read; s = T + 1 where the last token itself may be."""
-        ...
-
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
-        """Read hidden states [b, s, H]."""
-        ...
-
-
-@dataclass(frozen=True)
-class LabelLogprobs:
-    """Log-prob of every response token under the model, temperature applied. 0 elsewhere."""
-
-    temperature: float
-    per_token = True
-
-    def reads(self, rows: Any) -> Tensor:
-        """[b, T]."""
-        return rows.response_mask
-
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
-        """[b, T]."""
-        return model.label_logprobs(
-            hidden, rows.labels, rows.response_mask, temperature=self.temperature, with_entropy=False
-        )[0]
-
-
-@dataclass(frozen=True)
-class PositionValues:
-    """(scalar head - offset) / scale at each position that predicts a response token: the state before it. 0 elsewhere.
-
-    A critic that starts from a normalised reward model keeps its normalisation, or its first values would be off by it.
-    """
-
-    offset: float = 0.0
-    scale: float = 1.0
-    per_token = True
-
-    def reads(self, rows: Any) -> Tensor:
-        """[b, T]."""
-        return rows.response_mask
-
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
-        """[b, T]."""
-        mask = rows.response_mask
-        values = (model.scalars(hidden)[:, : mask.shape[1]] - self.offset) / self.scale
-        return values.masked_fill(~mask, 0.0)
-
-
-@dataclass(frozen=True)
-class SequenceScores:
-    """(scalar head at each row's last token - offset) / scale: one score for the whole text."""
-
-    offset: float = 0.0
-    scale: float = 1.0
-    per_token = False
-
-    def reads(self, rows: Any) -> Tensor:
-        """[b, T + 1]: one a row."""
-        return torch.arange(rows.tokens.shape[1], device=rows.tokens.device) == (rows.lengths - 1)[:, None]
-
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
-        """[b]."""
-        last = rows.lengths - 1
-        raw = model.scalars(hidden[torch.arange(len(last), device=last.device), last])
-        return (raw - self.offset) / self.scale
 
 
 @dataclass(frozen=True)

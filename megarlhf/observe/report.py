@@ -16,11 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from megarlhf.errors import DataError
 from megarlhf.observe import run_files
-from megarlhf.observe.charts import PANELS, Panel, curves_svg, drawable, unit_of
+from megarlhf.observe.charts import PANELS
 from megarlhf.observe.files import own_file, write_whole
 from megarlhf.observe.metrics import GLOSSARY, PHASES
+from megarlhf.observe.page import curves, minus
 from megarlhf.observe.samples import JudgedResponse, SampleRow, compared_section, rollouts_section
-from megarlhf.observe.writers import MetricLog, read_metrics
+from megarlhf.observe.writers import read_metrics
 
 __all__ = ["JudgedResponse", "Report", "SampleRow", "SummaryRow", "read_report", "write_page", "write_report"]
 
@@ -116,8 +117,8 @@ def _page(directory: Path, report: Report) -> str:
         f"<h1>{escape(report.title)}</h1><p class=sub>{escape(report.subtitle)}</p>",
         _summary(report.summary),
         _values(log.rows),
-        _curves("Curves", log),
-        *(_curves(title, read_metrics(directory / path)) for title, path in report.stages),
+        curves("Curves", log),
+        *(curves(title, read_metrics(directory / path)) for title, path in report.stages),
         compared_section(report.samples) or rollouts_section(run_dir),
         _phases(log.rows),
         _files(run_dir),
@@ -152,7 +153,7 @@ def _warnings(rows: Sequence[Mapping[str, float]]) -> str:
                 if quantity in rows[0] and quantity in held[-1]
             )
             steps = f"steps {held[0]['step']:.0f} to {held[-1]['step']:.0f}"
-            lines.append(f"<p class=warning><b>{text}</b> ({steps}). {_minus(values)}</p>")
+            lines.append(f"<p class=warning><b>{text}</b> ({steps}). {minus(values)}</p>")
     return "".join(lines)
 
 
@@ -180,19 +181,15 @@ def _summary(rows: Sequence[SummaryRow]) -> str:
 
 
 def _number(value: float, row: SummaryRow) -> str:
-    return _minus(f"{100 * value:.1f} %" if row.unit == "fraction" else f"{value:.3g}")
+    return minus(f"{100 * value:.1f} %" if row.unit == "fraction" else f"{value:.3g}")
 
 
 def _change(value: float, row: SummaryRow) -> str:
-    return _minus(f"{100 * value:+.1f} points" if row.unit == "fraction" else f"{value:+.3g}")
+    return minus(f"{100 * value:+.1f} points" if row.unit == "fraction" else f"{value:+.3g}")
 
 
 def _interval(row: SummaryRow) -> str:
     return f"{_change(row.low, row).removesuffix(' points')} to {_change(row.high, row)}"
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
 
 
 def _values(rows: Sequence[Mapping[str, float]]) -> str:
@@ -201,7 +198,7 @@ def _values(rows: Sequence[Mapping[str, float]]) -> str:
     for name in (name for panel in PANELS for name in panel.metrics):
         values = [row[name] for row in rows if name in row]
         if values:
-            numbers = f"<td>{_minus(f'{values[0]:.4g}')}<td>{_minus(f'{values[-1]:.4g}')}"
+            numbers = f"<td>{minus(f'{values[0]:.4g}')}<td>{minus(f'{values[-1]:.4g}')}"
             body += f"<tr><td>{name}{numbers}<td>{escape(GLOSSARY[name].unit)}</tr>"
     head = "<tr><th>Metric<th>First<th>Last<th>Unit</tr>"
     return (
@@ -209,27 +206,6 @@ def _values(rows: Sequence[Mapping[str, float]]) -> str:
         f"<tbody>{body}</tbody></table></div>"
         if body
         else ""
-    )
-
-
-def _curves(title: str, log: MetricLog) -> str:
-    panels = [panel for panel in (drawable(panel, log.rows) for panel in PANELS) if panel.metrics]
-    unread = f"<p class=note>{log.unread} lines of metrics.jsonl that no run writes are left out.</p>"
-    if not panels and not log.unread:
-        return ""
-    figures = "".join(_figure(title, panel, log.rows) for panel in panels)
-    return f"<h2>{escape(title)}</h2>{unread if log.unread else ''}<div class=charts>{figures}</div>"
-
-
-def _figure(section: str, panel: Panel, rows: Sequence[dict[str, float]]) -> str:
-    meaning = "".join(
-        f"<dt>{escape(name)}<dd>{escape(GLOSSARY[name].formula)}; {escape(GLOSSARY[name].reduction)}"
-        for name in panel.metrics
-    )
-    svg = curves_svg(panel, rows, prefix=section)
-    return (
-        f"<figure class=card><h3>{escape(panel.title)}<span>{escape(unit_of(panel))}</span></h3>{svg}"
-        f"<details><summary>What is this?</summary><dl>{meaning}</dl></details></figure>"
     )
 
 

@@ -6,7 +6,7 @@ import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarlhf.checkpoint.sharded import ModelDescription, describe_model, tokenizer_directory
+from megarlhf.checkpoint.model_directory import ModelDescription, describe_model, tokenizer_directory
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import Tokenizer, build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError, ConfigError

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from typing import Literal
 
 import torch
 
-from megarlhf.data.prompts import PromptSet
 from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.models.spec import PRESETS
 from megarlhf.parallel.collectives import all_reduce
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.rollout.verifiers import Verifier, check_verifier
 from megarlhf.runtime.checks import Model
 
 
@@ -45,27 +42,3 @@ def check_one_day(tokenizer: Tokenizer, mesh: Mesh) -> None:
     if first != last:
         days = " and ".join(str(datetime.date.fromordinal(number)) for number in (first, last))
         raise ConfigError(f"date: midnight came while the ranks started, and they saw {days}; start again.")
-
-
-def chosen_verifier(setting: Literal["auto", "none"] | Verifier, source: str) -> Verifier | None:
-    """What judges responses to the prompts of `source`; none by default for data of the user's own.
-
-    Raises:   ConfigError where it needs a package that is not installed.
-    """
-    if setting == "auto":
-        return "arithmetic" if source == BUILT_IN else None
-    if setting == "none":
-        return None
-    check_verifier(setting)
-    return setting
-
-
-def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
-    """What the logged accuracy is of, or why none is logged."""
-    answered = sum(map(bool, prompts.answers))
-    if verifier is None:
-        there = f", though {answered:,} of {len(prompts):,} prompts have an answer" if answered else ""
-        return f"verifier: none, so no accuracy is logged{there}"
-    if not answered:
-        return f"verifier: {verifier}, but no prompt has an answer (column 'answer'), so no accuracy is logged"
-    return f"verifier: {verifier}, of the {answered:,} of {len(prompts):,} prompts that have an answer"

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch import Experience, Prompts
-from megarlhf.checkpoint.sharded import load_model, save_model
+from megarlhf.checkpoint.model_directory import load_model, save_model
 from megarlhf.data.loader import Loader
-from megarlhf.models.role import FrozenRole, LabelLogprobs, PositionValues, SequenceScores, TrainableRole, Update
+from megarlhf.gates.cheap import cheap_gates, gate_prompts
+from megarlhf.gates.gate import check_gates
+from megarlhf.judges.rules import verifier_remark
+from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
+from megarlhf.models.role import FrozenRole, TrainableRole, Update
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
@@ -31,12 +35,13 @@ from megarlhf.parallel.pipeline import Loss
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import occurrence
-from megarlhf.runtime.gates import cheap_gates, check_gates, gate_prompts
+from megarlhf.runs.ending import conclude
+from megarlhf.runs.guard import StepGuard
+from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
+from megarlhf.runs.stopping import stopping_at_start
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
-from megarlhf.runtime.texts import check_one_day, verifier_remark
-from megarlhf.trainers.ending import conclude
-from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
+from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
 from megarlhf.trainers.ppo_metrics import (
     accuracy_metric,
@@ -45,7 +50,6 @@ from megarlhf.trainers.ppo_metrics import (
     judged_rollouts,
     learner_metrics,
 )
-from megarlhf.trainers.stopping import stopping_at_start
 from megarlhf.trainers.watch import Watch
 from megarlhf_kernels import PolicyTerms
 

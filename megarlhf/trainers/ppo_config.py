@@ -7,18 +7,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from megarlhf.checkpoint.sharded import ModelDescription
+from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.config import Config
 from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError, ConfigError, LayoutError
+from megarlhf.judges.rules import AutoVerifier, Verifier, check_answers, chosen_verifier
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
 from megarlhf.observe.metrics import GLOSSARY
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.rollout.verifiers import AutoVerifier, Verifier, check_answers
+from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
@@ -28,8 +29,7 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
-from megarlhf.runtime.texts import chosen_data, chosen_verifier
-from megarlhf.trainers.settings import RunConfig
+from megarlhf.runtime.texts import chosen_data
 
 
 class LearnerConfig(Config):

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from megarlhf.batch import Experience, Rollout
 from megarlhf.data.prompts import PromptSet
+from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.judges.rules import Verifier, verify
 from megarlhf.models.role import Role, Update
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.kl import kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
-from megarlhf.rollout.texts import response_texts
-from megarlhf.rollout.verifiers import Verifier, verify
 from megarlhf.trainers.ppo_config import PPOConfig
 
 

@@ -20,14 +20,15 @@ from pydantic import Field
 from torch import Tensor
 
 from megarlhf.batch import Batch, LabelledResponses, PreferencePairs, cat
-from megarlhf.checkpoint.sharded import ModelDescription, load_model, save_model
+from megarlhf.checkpoint.model_directory import ModelDescription, load_model, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import LabelledSet, PreferenceSet, load_labelled, load_preferences
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import SequenceScores, TrainableRole
+from megarlhf.models.readings import SequenceScores
+from megarlhf.models.role import TrainableRole
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
@@ -35,6 +36,11 @@ from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import gather, own_rows
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
+from megarlhf.runs.ending import conclude
+from megarlhf.runs.guard import StepGuard
+from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
+from megarlhf.runs.settings import RunConfig
+from megarlhf.runs.stopping import stopping_at_start
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
@@ -47,10 +53,6 @@ from megarlhf.runtime.checks import (
 from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day, chosen_data
-from megarlhf.trainers.ending import conclude
-from megarlhf.trainers.loop import Run, StepGuard, open_run, run_steps, sole_run
-from megarlhf.trainers.settings import RunConfig
-from megarlhf.trainers.stopping import stopping_at_start
 
 MEASURED = 1024
 """Training responses of a kind that stand in for held-out ones."""

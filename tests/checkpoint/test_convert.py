@@ -23,7 +23,7 @@ from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
 from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, pieces_of
 from megarlhf.checkpoint.hf_verify import compare_logits
-from megarlhf.checkpoint.sharded import describe_model, load_model, save_model
+from megarlhf.checkpoint.model_directory import describe_model, load_model, save_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError, OutputError
@@ -31,8 +31,8 @@ from megarlhf.models.spec import PRESETS, ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from tests.helpers.models import STRETCHED, blank, language_model, llama_config, score_model, whole_weights
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import STRETCHED, blank, language_model, llama_config, score_model, whole_weights
 from tools import convert_hf
 from tools.convert_hf import main
 

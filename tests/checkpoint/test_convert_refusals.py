@@ -25,7 +25,7 @@ from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import CheckpointError
 from tests.helpers.hostile import sum_again
-from tests.models.worlds import language_model
+from tests.helpers.models import language_model
 from tools.convert_hf import main
 
 QUIET = Options(progress=False)

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
-from megarlhf.checkpoint.sharded import describe_model, load_model, save_model
+from megarlhf.checkpoint.model_directory import describe_model, load_model, save_model
 from megarlhf.data.rows import DataConfig
 from megarlhf.errors import CheckpointError
-from megarlhf.models.role import FrozenRole, LabelLogprobs
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import FrozenRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runtime.checks import Model, resolve_tokenizer
+from tests.helpers.models import settings
 from tests.helpers.ranks import run_ranks
 from tests.helpers.refusal import write_model
-from tests.models.worlds import settings
 
 ENDS = [4, 7, 9]
 """4 is the end of a turn in the tiny tokenizer."""

@@ -20,19 +20,20 @@ import torch
 from megarlhf.checkpoint.checksums import CHECKSUMS
 from megarlhf.checkpoint.hf_convert import TOKENIZER_FILES, Options, to_hf, to_megatron
 from megarlhf.checkpoint.hf_extras import CONFIG, GENERATION
-from megarlhf.checkpoint.sharded import load_model
+from megarlhf.checkpoint.model_directory import load_model
 from megarlhf.data.loader import Loader
 from megarlhf.errors import MegarlhfError
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.runs.guard import StepGuard
+from megarlhf.runs.loop import Run
 from megarlhf.runtime.checks import Model, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.trainers import sft
-from megarlhf.trainers.loop import Run, StepGuard
 from tests.helpers.hostile import Damage, damage, sum_again, within
+from tests.helpers.models import blank, whole_weights
 from tests.helpers.ranks import run_ranks
 from tests.helpers.refusal import write_model
-from tests.models.worlds import blank, whole_weights
 
 QUIET = Options(progress=False)
 ONE = ParallelLayout()

@@ -16,19 +16,19 @@ from transformers import LlamaForCausalLM
 
 from megarlhf.checkpoint import checksums
 from megarlhf.checkpoint.hf_names import tensor_names
-from megarlhf.checkpoint.sharded import describe_model, load_model, save_model, save_weights
+from megarlhf.checkpoint.model_directory import describe_model, load_model, save_model, save_weights
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError
-from megarlhf.models.role import FrozenRole, SequenceScores
+from megarlhf.models.readings import SequenceScores
+from megarlhf.models.role import FrozenRole
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.rng import generator
 from tests.helpers.hostile import sum_again
-from tests.helpers.ranks import run_ranks
-from tests.models.worlds import (
+from tests.helpers.models import (
     LAYOUTS,
     STRETCHED,
     blank,
@@ -39,6 +39,7 @@ from tests.models.worlds import (
     settings,
     whole_weights,
 )
+from tests.helpers.ranks import run_ranks
 
 ONE, TENSOR, STAGES = ParallelLayout(), ParallelLayout(tensor=2), ParallelLayout(pipeline=2)
 KINDS: dict[str, HeadKind] = {"untied": "language", "tied": "language", "scalar": "scalar"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megarlhf.checkpoint.hf_convert import to_hf, to_megatron
+from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.checkpoint.nearby import check_place
-from megarlhf.checkpoint.sharded import describe_model
 from megarlhf.errors import CheckpointError
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Position, load_state
 from megarlhf.models.optim import OptimConfig, torch_optimizers
-from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
+from tests.helpers.models import language_model, learner, ragged_rollout, settings
 from tests.helpers.ranks import run_ranks, run_with_engine
-from tests.models.worlds import language_model, learner, ragged_rollout, settings
 
 FORMS = [(True, "bfloat16", 0), (True, "float32", 2), (False, "bfloat16", 2), (False, "float32", 0)]
 """Optimiser state sharded over data ranks or not, weights, and steps before the save: none as well, for an actor

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from megarlhf.checkpoint import checksums
 from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
-from megarlhf.checkpoint.sharded import MODEL, describe_model
+from megarlhf.checkpoint.model_directory import MODEL, describe_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError, DataError
 from tests.helpers.hostile import sum_again
-from tests.models.worlds import STRETCHED, language_model, score_model
+from tests.helpers.models import STRETCHED, language_model, score_model
 
 QUIET = Options(progress=False)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -10,9 +10,12 @@ import torch
 
 from megarlhf.batch import Rollout
 from megarlhf.errors import LayoutError
+from megarlhf.gates.cheap import sampler_gate
+from megarlhf.gates.gate import FP8
 from megarlhf.models.fp8 import fp8_copies
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs, RoleSettings, TrainableRole
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import RoleSettings, TrainableRole
 from megarlhf.models.spec import preset
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
@@ -20,11 +23,10 @@ from megarlhf.parallel.pipeline import sequence_multiple
 from megarlhf.rollout import engine as engine_module
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.runtime.gates import FP8, sampler_gate
 from megarlhf.trainers.ppo import policy_loss
 from megarlhf.trainers.ppo_config import PPOConfig
+from tests.helpers.models import learner, name_of, ragged_rollout, settings
 from tests.helpers.ranks import run_with_engine
-from tests.models.worlds import learner, name_of, ragged_rollout, settings
 from tests.rollout.worlds import EOS, PAD, prompts
 from tests.trainers.test_splits import experience
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megarlhf.batch import Rollout, TokenBatch
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs, PositionValues, SequenceScores
+from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers.sft import next_token_loss
+from tests.helpers.models import frozen, language_model, learner, name_of, ragged_rollout, score_model, settings
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import frozen, language_model, learner, name_of, ragged_rollout, score_model, settings
 
 ROWS = ragged_rollout()
 LAYOUTS = [

@@ -14,12 +14,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megarlhf.batch import TokenBatch
 from megarlhf.checkpoint.training_state import role_state
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers.sft import next_token_loss
+from tests.helpers.models import language_model, learner, name_of, ragged_rollout, settings, whole_weights, worst
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import language_model, learner, name_of, ragged_rollout, settings, whole_weights, worst
 
 CASES = [
     (ParallelLayout(), False, "float32"),

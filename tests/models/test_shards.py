@@ -11,8 +11,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megarlhf.models.spec import PRESETS
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from tests.helpers.models import blank
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import blank
 
 DIMENSION_AND_STRIDE = {
     "embedding.word_embeddings": (0, 1),

@@ -15,7 +15,7 @@ from megarlhf.errors import ConfigError, LayoutError
 from megarlhf.models.attention import rope_frequencies
 from megarlhf.models.spec import PRESETS, ModelSpec, preset
 from megarlhf.parallel.layout import ParallelLayout
-from tests.models.worlds import STRETCHED, llama_config
+from tests.helpers.models import STRETCHED, llama_config
 
 PUBLISHED = {
     "llama3-8b": 8.03e9,

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch import Rollout
-from megarlhf.models.role import LabelLogprobs, PositionValues, SequenceScores
+from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
 from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.collectives import gather
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
+from tests.helpers.models import LAYOUTS, STRETCHED, frozen, language_model, name_of, ragged_rollout, score_model
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import LAYOUTS, STRETCHED, frozen, language_model, name_of, ragged_rollout, score_model
 
 LOGITS = 1e-4
 """fp32 through four layers of weights whose logits reach 5; seen: 4e-6."""

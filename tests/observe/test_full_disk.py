@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megarlhf.commands.scored_file import Done, ScoredFile
 from megarlhf.data.rows import Row
 from megarlhf.errors import OutputError
-from megarlhf.eval.scored_file import Done, ScoredFile
+from megarlhf.observe.provenance import write_provenance
 from megarlhf.observe.report import Report, write_report
-from megarlhf.observe.writers import RunWriter, write_provenance
+from megarlhf.observe.writers import RunWriter
 from megarlhf.trainers.sft import SftConfig
 
 LONG = "x" * 200

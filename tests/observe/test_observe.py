@@ -18,7 +18,8 @@ from megarlhf.errors import ConfigError
 from megarlhf.observe.clock import Clock, peak_flops
 from megarlhf.observe.metrics import GLOSSARY, UnknownMetricError, check
 from megarlhf.observe.progress import Progress
-from megarlhf.observe.writers import RunWriter, check_trackers, read_metrics, write_provenance
+from megarlhf.observe.provenance import write_provenance
+from megarlhf.observe.writers import RunWriter, check_trackers, read_metrics
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from megarlhf.errors import LayoutError
 from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object, gather, gather_rows, own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Axis, start
+from tests.helpers.models import ragged_rollout
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import ragged_rollout
 
 AXES: tuple[Axis, ...] = ("tensor", "pipeline", "data", "model", "world")
 LAYOUT = ParallelLayout(tensor=2, data=2)

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from megarlhf.parallel.cpu import has_flash_attention
 from megarlhf_kernels import paged_attention
-from tests.models.worlds import language_model
+from tests.helpers.models import language_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """

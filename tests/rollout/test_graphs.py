@@ -18,15 +18,15 @@ from megatron.core.transformer import cuda_graphs
 
 from megarlhf.batch import TokenBatch
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs
+from megarlhf.models.readings import LabelLogprobs
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.rollout import engine as engine_module
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers.sft import next_token_loss
+from tests.helpers.models import language_model, learner, ragged_rollout, settings
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import language_model, learner, ragged_rollout, settings
 from tests.rollout.worlds import EOS, PAD, as_tensors, prompts
 
 LAYERS = 4

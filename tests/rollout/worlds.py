@@ -9,9 +9,11 @@ import torch
 
 from megarlhf.batch import Prompts, Rollout
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory
-from megarlhf.checkpoint.hf_load import RandomTensors, TensorSource, load_tensors
+from megarlhf.checkpoint.hf_load import TensorSource, load_tensors
+from megarlhf.checkpoint.random_weights import RandomTensors
 from megarlhf.models.compute import ComputeConfig, resolve
-from megarlhf.models.role import FrozenRole, LabelLogprobs, RoleSettings
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import FrozenRole, RoleSettings
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start

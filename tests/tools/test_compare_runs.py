@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megarlhf.observe.writers import RunWriter, write_provenance
+from megarlhf.observe.provenance import write_provenance
+from megarlhf.observe.writers import RunWriter
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.refusal import assert_matches
 from tools.compare_runs import main, ranges

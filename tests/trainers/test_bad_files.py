@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from megarlhf.checkpoint.hf_convert import Options, to_megatron
-from megarlhf.checkpoint.sharded import ModelDescription
+from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.models.spec import preset
+from tests.helpers.models import score_model
 from tests.helpers.refusal import GENERATE, PPO, REWARD, SFT, assert_matches, write_model
-from tests.models.worlds import score_model
 
 
 def missing(path: Path) -> str:

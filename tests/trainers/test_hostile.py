@@ -13,16 +13,16 @@ from megarlhf.checkpoint.checksums import write_checksums
 from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Position, load_state
+from megarlhf.commands import replay
 from megarlhf.errors import CheckpointError
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs
+from megarlhf.models.readings import LabelLogprobs
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.trainers import replay
 from tests.helpers.hostile import poison, sum_again
+from tests.helpers.models import learner, score_model, settings
 from tests.helpers.ranks import run_ranks
 from tests.helpers.refusal import GENERATE, PPO, REWARD, SFT, assert_matches, write_model
-from tests.models.worlds import learner, score_model, settings
 
 DOCTOR = ("doctor", *PPO[1:])
 EVAL = ("eval", "model=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain", "prompts.arithmetic.rows=4")

@@ -16,8 +16,8 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import ppo
 from tests.helpers.by_hand import load_by_hand
+from tests.helpers.models import name_of, whole_weights, worst
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import name_of, whole_weights, worst
 from tests.trainers.worlds import Canned, iterate, ppo_config, ppo_roles
 
 by_hand = load_by_hand()

@@ -17,8 +17,8 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.offload import Offloader
 from megarlhf.rollout.engine import RolloutEngine
+from tests.helpers.models import language_model, name_of, score_model
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import language_model, name_of, score_model
 from tests.trainers.worlds import iterate, ppo_config, ppo_roles
 
 LAYOUTS = [

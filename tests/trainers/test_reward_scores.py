@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch import LabelledResponses
-from megarlhf.checkpoint.sharded import ModelDescription, describe_model
+from megarlhf.checkpoint.model_directory import ModelDescription, describe_model
 from megarlhf.data.rows import pad_right
-from megarlhf.models.role import SequenceScores
+from megarlhf.models.readings import SequenceScores
 from megarlhf.models.spec import preset
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import reward
 from megarlhf.trainers.ppo_config import PPOConfig, cut_score_remark
 from megarlhf.trainers.reward import RewardConfig, RewardInputs
+from tests.helpers.models import frozen
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import frozen
 from tests.trainers.worlds import ppo_config, ppo_roles
 
 DATA = {"template": "plain", "arithmetic": {"level": 1, "rows": 40}}

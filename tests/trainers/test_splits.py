@@ -13,7 +13,8 @@ import torch
 from megarlhf.batch import Experience, LabelledResponses, PreferencePairs, TokenBatch
 from megarlhf.data.rows import DataConfig
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs, PositionValues, SequenceScores, TrainableRole
+from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
+from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
@@ -23,8 +24,7 @@ from megarlhf.trainers.ppo import policy_loss, value_loss
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import RewardConfig, couple, judgement_loss
 from megarlhf.trainers.sft import next_token_loss
-from tests.helpers.ranks import run_ranks
-from tests.models.worlds import (
+from tests.helpers.models import (
     STRETCHED,
     language_model,
     learner,
@@ -35,6 +35,7 @@ from tests.models.worlds import (
     whole_weights,
     worst,
 )
+from tests.helpers.ranks import run_ranks
 
 STEPS = 3
 LR = 1e-3

@@ -14,15 +14,16 @@ from tokenizers import normalizers
 
 from megarlhf import cli
 from megarlhf.batch import Rollout
+from megarlhf.commands import evaluate as command
+from megarlhf.commands import generate
+from megarlhf.commands.evaluate import EvalConfig
+from megarlhf.commands.generate import GenerateConfig
 from megarlhf.config import load_config
 from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import LLAMA3_CHAT_TEMPLATE, build_tiny_tokenizer
 from megarlhf.errors import ConfigError
-from megarlhf.eval import command, generate
-from megarlhf.eval.command import EvalConfig
-from megarlhf.eval.generate import GenerateConfig
-from megarlhf.observe.writers import write_provenance
+from megarlhf.observe.provenance import write_provenance
 from megarlhf.parallel import mesh
 from megarlhf.runtime.checks import Model
 from megarlhf.runtime.said import DataSet, remarks, visible

@@ -8,16 +8,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from megarlhf.checkpoint.sharded import describe_model
+from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import ppo
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.watch import KL_OVER_BOUND, OVER_OPTIMISED, Watch
+from tests.helpers.models import language_model, score_model
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import language_model, score_model
-from tests.trainers.test_resume import ppo_settings
+from tests.runs.test_resume import ppo_settings
 
 
 def rows(accuracies: list[float], verified: int = 256) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megarlhf.batch import Prompts, Rollout
-from megarlhf.checkpoint.sharded import describe_model
+from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import build_tiny_tokenizer
@@ -17,7 +17,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.trainers.loop import StepGuard
+from megarlhf.runs.guard import StepGuard
 from megarlhf.trainers.ppo import Iteration, build_roles, ppo_iteration
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megarlhf.batch import Batch, Experience, TokenBatch, cat
 from megarlhf.checkpoint.checksums import check_checksums
-from megarlhf.checkpoint.sharded import load_weights
+from megarlhf.checkpoint.model_directory import load_weights
 from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.config import Config, load_config
 from megarlhf.errors import ConfigError, DataError
@@ -25,11 +25,11 @@ from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.pipeline import Loss
+from megarlhf.runs.capsule import Note, read_batch, read_notes, tensors_of
+from megarlhf.runs.settings import RunConfig
 from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.capsule import Note, read_batch, read_notes, tensors_of
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import Couples, RewardConfig
-from megarlhf.trainers.settings import RunConfig
 from megarlhf.trainers.sft import SftConfig
 
 ALONE = (

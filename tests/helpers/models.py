@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from megarlhf.batch import Rollout
 from megarlhf.checkpoint.hf_load import named_parameters
 from megarlhf.checkpoint.hf_names import source_of
-from megarlhf.checkpoint.sharded import describe_model, load_model
+from megarlhf.checkpoint.model_directory import describe_model, load_model
 from megarlhf.models.compute import ComputeConfig, resolve
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import FrozenRole, LabelLogprobs, Reading, Role, RoleSettings, TrainableRole
+from megarlhf.models.readings import LabelLogprobs, Reading
+from megarlhf.models.role import FrozenRole, Role, RoleSettings, TrainableRole
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.collectives import gather

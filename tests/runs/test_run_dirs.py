@@ -12,21 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.checkpoint.sharded import save_model
+from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.checkpoint.training_state import Position, latest_state, read_position
 from megarlhf.config import load_config
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import CheckpointError, ConfigError, MegarlhfError, RunFinished, TrainingError
-from megarlhf.models.role import LabelLogprobs
+from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.lock import held
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.trainers.loop import sole_run
-from megarlhf.trainers.run_logs import check_logs, cut_logs, lengths, sums
+from megarlhf.runs.loop import sole_run
+from megarlhf.runs.run_logs import check_logs, cut_logs, lengths, sums
 from megarlhf.trainers.sft import SftConfig
+from tests.helpers.models import frozen, language_model
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import frozen, language_model
 
 LINES = "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))
 

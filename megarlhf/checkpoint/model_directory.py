@@ -36,10 +36,11 @@ from megarlhf.checkpoint.disk import check_room, saving
 from megarlhf.checkpoint.dist_files import saved_tensors
 from megarlhf.checkpoint.hf_extras import EXTRAS, end_ids, kept
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory
-from megarlhf.checkpoint.hf_load import RandomTensors, load_tensors
+from megarlhf.checkpoint.hf_load import load_tensors
 from megarlhf.checkpoint.hf_names import OURS, normalisation
 from megarlhf.checkpoint.nearby import check_place
 from megarlhf.checkpoint.plain_metadata import PlainLoad, PlainReader
+from megarlhf.checkpoint.random_weights import RandomTensors
 from megarlhf.config import Config
 from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Template, Tokenizer

@@ -13,23 +13,15 @@ from megarlhf.batch import Prompts, Rollout
 from megarlhf.checkpoint.hf_load import named_parameters
 from megarlhf.checkpoint.hf_names import source_of
 from megarlhf.checkpoint.hf_verify import ROWS, TOKENS, hf_logits
-from megarlhf.checkpoint.sharded import MODEL, load_model, save_model
+from megarlhf.checkpoint.model_directory import MODEL, load_model, save_model
 from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.gates.cheap import fingerprint, gradients, scored, unscored_experience
+from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.spec import PRESETS
 from megarlhf.parallel.collectives import all_reduce, broadcast, gather, own_rows
 from megarlhf.parallel.pipeline import Loss, forward_only
 from megarlhf.parallel.rng import generator
-from megarlhf.runtime.gates import (
-    Gate,
-    bounds_of,
-    fingerprint,
-    gradients,
-    scored,
-    skip,
-    unscored_experience,
-    worst,
-)
 
 
 def hugging_face_gate(actor: Role, init: str) -> Gate:

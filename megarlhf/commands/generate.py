@@ -14,13 +14,14 @@ import torch
 from pydantic import Field
 
 from megarlhf.batch import Rollout
-from megarlhf.checkpoint.sharded import ModelDescription, load_model
+from megarlhf.checkpoint.model_directory import ModelDescription, load_model
 from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig, load_rows
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import LayoutError, printable
-from megarlhf.models.role import FrozenRole, LabelLogprobs
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import FrozenRole
 from megarlhf.observe.files import json_line, opened, writing
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel import launch

@@ -20,19 +20,22 @@ from rich.table import Table
 from rich.text import Text
 
 from megarlhf.batch import Rollout
-from megarlhf.checkpoint.sharded import load_model
+from megarlhf.checkpoint.model_directory import load_model
 from megarlhf.data.rows import BUILT_IN
 from megarlhf.errors import TrainingError
-from megarlhf.models.compute import resolve
-from megarlhf.models.role import LabelLogprobs, TrainableRole
-from megarlhf.observe.terminal import Terminal
-from megarlhf.observe.writers import machine, versions
-from megarlhf.parallel import launch
-from megarlhf.parallel.alone import alone, is_first
-from megarlhf.parallel.collectives import barrier, broadcast_object, own_rows
-from megarlhf.parallel.mesh import Mesh, local_device, start
-from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
-from megarlhf.runtime.deep_gates import (
+from megarlhf.gates.cheap import (
+    PROMPTS,
+    TOKENS,
+    first_pass_gate,
+    fresh_rollout,
+    gate_prompts,
+    offload_gate,
+    reference_gate,
+    sampler_gate,
+    scored,
+    unscored_experience,
+)
+from megarlhf.gates.deep import (
     Measured,
     fixed_rollout,
     hugging_face_gate,
@@ -41,20 +44,17 @@ from megarlhf.runtime.deep_gates import (
     micro_batch_gate,
     save_load_gate,
 )
-from megarlhf.runtime.gates import (
-    PROMPTS,
-    TOKENS,
-    Gate,
-    first_pass_gate,
-    fresh_rollout,
-    gate_prompts,
-    offload_gate,
-    reference_gate,
-    sampler_gate,
-    scored,
-    skip,
-    unscored_experience,
-)
+from megarlhf.gates.gate import Gate, skip
+from megarlhf.models.compute import resolve
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import TrainableRole
+from megarlhf.observe.provenance import machine, versions
+from megarlhf.observe.terminal import Terminal
+from megarlhf.parallel import launch
+from megarlhf.parallel.alone import alone, is_first
+from megarlhf.parallel.collectives import barrier, broadcast_object, own_rows
+from megarlhf.parallel.mesh import Mesh, local_device, start
+from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
 from megarlhf.runtime.roles import role_settings
 from megarlhf.trainers.ppo import build_engine, build_roles, policy_loss
 from megarlhf.trainers.ppo_config import LearnerConfig, PPOConfig, PPOInputs, prepare

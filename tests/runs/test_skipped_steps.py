@@ -13,16 +13,17 @@ from torch import Tensor
 from megarlhf.batch import Experience, TokenBatch
 from megarlhf.errors import TrainingError
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.pipeline import Loss
-from megarlhf.trainers.capsule import RNG, read_notes
-from megarlhf.trainers.loop import StepGuard
+from megarlhf.runs.capsule import RNG, read_notes
+from megarlhf.runs.guard import StepGuard
 from megarlhf.trainers.ppo import optimise, policy_loss
 from megarlhf.trainers.sft import next_token_loss
+from tests.helpers.models import language_model, learner, name_of, ragged_rollout, settings
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import language_model, learner, name_of, ragged_rollout, settings
 from tests.trainers.worlds import ppo_config
 
 LAYOUTS = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megarlhf.errors import ConfigError
-from megarlhf.rollout.verifiers import check_answers, verify
+from megarlhf.judges.rules import check_answers, verify
 
 GSM8K = "16 - 3 - 4 = <<16-3-4=9>>9 eggs are left.\nThey are worth 9 * 2 = $<<9*2=18>>18.\n#### 18"
 

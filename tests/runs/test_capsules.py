@@ -17,20 +17,20 @@ from torch import Tensor
 
 from megarlhf.batch import Experience, Prompts, TokenBatch
 from megarlhf.checkpoint.training_state import latest_state
+from megarlhf.commands.replay import ReplayConfig, main
 from megarlhf.errors import DataError, TrainingError
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.pipeline import Loss
+from megarlhf.runs.capsule import leave_capsule, read_batch, read_notes, tensors_of, texts_of, write_capsule
 from megarlhf.trainers import ppo, sft
-from megarlhf.trainers.capsule import leave_capsule, read_batch, read_notes, tensors_of, texts_of, write_capsule
 from megarlhf.trainers.ppo_config import PPOConfig
-from megarlhf.trainers.replay import ReplayConfig, main
 from megarlhf.trainers.sft import SftConfig
+from tests.helpers.models import language_model, score_model
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import language_model, score_model
-from tests.trainers.test_killed import config
-from tests.trainers.test_resume import ppo_settings
+from tests.runs.test_killed import config
+from tests.runs.test_resume import ppo_settings
 from tests.trainers.test_splits import experience
 
 LAYOUT = ParallelLayout(data=2)

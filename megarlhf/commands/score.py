@@ -21,12 +21,13 @@ from typing import Any
 from pydantic import Field
 
 from megarlhf.batch import TokenBatch
-from megarlhf.checkpoint.sharded import ModelDescription, load_model
+from megarlhf.checkpoint.model_directory import ModelDescription, load_model
+from megarlhf.commands.scored_file import DAY, Done, ScoredFile, content
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
 from megarlhf.errors import ConfigError
-from megarlhf.eval.scored_file import DAY, Done, ScoredFile, content
-from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import broadcast_object, gather

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import Field
 from rich.table import Table
 
-from megarlhf.checkpoint.sharded import MODEL, describe_model, load_model
+from megarlhf.checkpoint.model_directory import MODEL, describe_model, load_model
 from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig
 from megarlhf.data.prompts import PromptSet, load_prompts
@@ -30,7 +30,8 @@ from megarlhf.errors import ConfigError, printable
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import Interval, mean, paired_difference, share
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.models.role import FrozenRole
 from megarlhf.observe import run_files
 from megarlhf.observe.files import write_whole
 from megarlhf.observe.lock import check_free
@@ -41,14 +42,14 @@ from megarlhf.parallel.collectives import barrier, on_main
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.runs.loop import sole_run
+from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import Model, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import check_directory, sole_writer
 from megarlhf.runtime.roles import role_settings
 from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.loop import sole_run
 from megarlhf.trainers.ppo_config import FrozenConfig, LearnerConfig, PPOConfig
 from megarlhf.trainers.reward import RewardConfig
-from megarlhf.trainers.settings import RunConfig
 from megarlhf.trainers.sft import SftConfig
 
 SECONDS = "seconds.json"

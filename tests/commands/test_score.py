@@ -17,17 +17,18 @@ import torch
 from transformers import AutoTokenizer
 
 from megarlhf import cli
-from megarlhf.checkpoint.sharded import load_model, save_model
+from megarlhf.checkpoint.model_directory import load_model, save_model
+from megarlhf.commands import score
+from megarlhf.commands.score import ScoreConfig
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
-from megarlhf.eval import score
-from megarlhf.eval.score import ScoreConfig
-from megarlhf.models.role import FrozenRole, LabelLogprobs
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import FrozenRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from tests.helpers.models import language_model, name_of, score_model, settings
 from tests.helpers.ranks import run_ranks
 from tests.helpers.refusal import assert_matches
-from tests.models.worlds import language_model, name_of, score_model, settings
 from tests.test_cli_runs import megarlhf
 
 CLOSE = 2e-5

@@ -22,15 +22,15 @@ import torch
 from megarlhf.checkpoint import state_writer
 from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.errors import OutputError, RunStopped, TrainingError
-from megarlhf.models.role import LabelLogprobs
+from megarlhf.models.readings import LabelLogprobs
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.runs.stopping import StopRequest
 from megarlhf.trainers import sft
 from megarlhf.trainers.sft import SftConfig
-from megarlhf.trainers.stopping import StopRequest
+from tests.helpers.models import frozen, whole_weights
 from tests.helpers.ranks import forking, run_ranks
-from tests.models.worlds import frozen, whole_weights
-from tests.trainers.test_resume import logged_lines
+from tests.runs.test_resume import logged_lines
 
 KILLS = 20
 STEPS = 60

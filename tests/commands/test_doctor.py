@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megarlhf.checkpoint import sharded
+from megarlhf.checkpoint import model_directory as sharded
+from megarlhf.commands import doctor
+from megarlhf.commands.doctor import DoctorConfig
 from megarlhf.errors import TrainingError
+from megarlhf.gates.cheap import cheap_gates, fingerprint, gate_prompts, state_of
+from megarlhf.gates.gate import Gate, bounds_of, check_gates, skip
 from megarlhf.models import transformer
 from megarlhf.models.attention import CausalAttention, rope_frequencies
 from megarlhf.models.role import Role
@@ -27,12 +31,10 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.offload import Offloader
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.runtime.gates import Gate, bounds_of, cheap_gates, check_gates, fingerprint, gate_prompts, skip, state_of
-from megarlhf.trainers import doctor, ppo
-from megarlhf.trainers.doctor import DoctorConfig
+from megarlhf.trainers import ppo
 from megarlhf.trainers.ppo import build_engine, build_roles, policy_loss
+from tests.helpers.models import language_model, name_of, score_model
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import language_model, name_of, score_model
 from tests.trainers.worlds import iterate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,20 +10,21 @@ from pathlib import Path
 from pydantic import Field
 from rich.table import Table
 
-from megarlhf.checkpoint.sharded import ModelDescription, load_model
+from megarlhf.checkpoint.model_directory import ModelDescription, load_model
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, DataError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
-from megarlhf.models.role import FrozenRole, LabelLogprobs, SequenceScores
+from megarlhf.judges.rules import AutoVerifier, Verifier, check_answers, chosen_verifier
+from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.models.role import FrozenRole
 from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.rollout.verifiers import AutoVerifier, Verifier, check_answers
 from megarlhf.runtime.checks import (
     Model,
     check_room,
@@ -37,7 +38,7 @@ from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import role_settings
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
-from megarlhf.runtime.texts import check_one_day, chosen_data, chosen_verifier
+from megarlhf.runtime.texts import check_one_day, chosen_data
 
 
 class EvalConfig(RanksConfig):

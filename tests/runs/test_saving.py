@@ -21,18 +21,20 @@ from megarlhf.checkpoint.state_writer import Retention, StateWriter, saved_bytes
 from megarlhf.checkpoint.training_state import STATE, Best, Position, latest_state, load_state
 from megarlhf.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs, TrainableRole
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.collectives import all_reduce
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.runs.guard import StepGuard
+from megarlhf.runs.loop import Run, better
 from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.loop import Run, StepGuard, better
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
+from tests.helpers.models import language_model, learner, name_of, settings
 from tests.helpers.ranks import run_ranks
-from tests.models.worlds import language_model, learner, name_of, settings
-from tests.trainers.test_resume import ppo_settings
+from tests.runs.test_resume import ppo_settings
 
 
 @pytest.fixture(scope="module")

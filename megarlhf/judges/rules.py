@@ -9,6 +9,8 @@ from random import Random
 from typing import Literal
 
 from megarlhf.data.arithmetic import is_correct
+from megarlhf.data.prompts import PromptSet
+from megarlhf.data.rows import BUILT_IN
 from megarlhf.errors import ConfigError
 
 Verifier = Literal["arithmetic", "maths"]
@@ -63,6 +65,30 @@ def check_answers(answers: Sequence[str], verifier: Verifier, source: str) -> st
         )
     example = f", for example {unread[0][-80:]!r}" if unread else ""
     return f"{len(unread):,} of {len(seen):,} answers can be right for no response{example}" if unread else ""
+
+
+def chosen_verifier(setting: Literal["auto", "none"] | Verifier, source: str) -> Verifier | None:
+    """What judges responses to the prompts of `source`; none by default for data of the user's own.
+
+    Raises:   ConfigError where it needs a package that is not installed.
+    """
+    if setting == "auto":
+        return "arithmetic" if source == BUILT_IN else None
+    if setting == "none":
+        return None
+    check_verifier(setting)
+    return setting
+
+
+def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
+    """What the logged accuracy is of, or why none is logged."""
+    answered = sum(map(bool, prompts.answers))
+    if verifier is None:
+        there = f", though {answered:,} of {len(prompts):,} prompts have an answer" if answered else ""
+        return f"verifier: none, so no accuracy is logged{there}"
+    if not answered:
+        return f"verifier: {verifier}, but no prompt has an answer (column 'answer'), so no accuracy is logged"
+    return f"verifier: {verifier}, of the {answered:,} of {len(prompts):,} prompts that have an answer"
 
 
 def _final_answer(response: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The cadence of a run: steps in order, progress, metrics, and a stop when too many steps are not finite.
+"""The cadence of a run: steps in order, progress, metrics, states, and what a stop leaves.
 
 Knows no algorithm: a trainer hands it a function of the step number.
 """
@@ -10,10 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from megarlhf.checkpoint.disk import check_room
-from megarlhf.checkpoint.sharded import save_weights, weight_bytes
+from megarlhf.checkpoint.model_directory import weight_bytes
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Best, Position, latest_state, load_state
 from megarlhf.data.loader import Loader
@@ -27,70 +26,23 @@ from megarlhf.errors import (
     printable,
 )
 from megarlhf.models.finite import not_finite
-from megarlhf.models.role import TrainableRole, Update
+from megarlhf.models.role import TrainableRole
 from megarlhf.observe.files import reason, refused, remedy
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
+from megarlhf.observe.provenance import write_provenance
 from megarlhf.observe.run_files import LOCK, steps_in
-from megarlhf.observe.writers import RunWriter, write_provenance
+from megarlhf.observe.writers import RunWriter
 from megarlhf.parallel.collectives import broadcast_object, on_main
 from megarlhf.parallel.launch import fail, is_timeout
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.watchdog import watched
+from megarlhf.runs.capsule import capsule_directory, last_seen, leave_capsule, missing_ranks, sign_of_life
+from megarlhf.runs.guard import StepGuard
+from megarlhf.runs.run_logs import check_logs, cut_logs, lengths, sums
+from megarlhf.runs.settings import RunConfig, spelled
+from megarlhf.runs.stopping import StopRequest, before_first_step
 from megarlhf.runtime.outputs import sole_writer
-from megarlhf.trainers.capsule import capsule_directory, last_seen, leave_capsule, missing_ranks, sign_of_life
-from megarlhf.trainers.run_logs import check_logs, cut_logs, lengths, sums
-from megarlhf.trainers.settings import RunConfig, spelled
-from megarlhf.trainers.stopping import StopRequest, before_first_step
-
-
-class StepGuard:
-    """Counts skipped optimiser steps; past the limit in a row it saves the evidence and stops the run.
-
-    Ranks:    every rank skips the same steps, so all raise together, each after writing its capsule.
-    """
-
-    def __init__(self, run_dir: Path, limit: int, mesh: Mesh) -> None:
-        self._run_dir = run_dir
-        self._limit = limit
-        self._mesh = mesh
-        self.skipped = 0
-        self.in_a_row: dict[str, int] = {}
-        """Of each role whose last steps were skipped, how many."""
-        self.settle: Callable[[], object] = int
-        """Completes what is being saved: Megatron writes one thing at a time."""
-
-    def check(self, role: TrainableRole, update: Update, step: int) -> None:
-        """Take note of one optimiser step.
-
-        Raises:   TrainingError, naming the capsule, when more than the allowed number of steps were skipped in a row.
-        """
-        if update.stepped:
-            self.in_a_row.pop(role.name, None)
-            return
-        self.skipped += 1
-        row = self.in_a_row[role.name] = self.in_a_row.get(role.name, 0) + 1
-        if row <= self._limit:
-            return
-        self._mesh.trail.step = step
-        reason = f"not finite: loss {update.means.loss}, gradient norm {update.grad_norm}"
-        raise TrainingError(
-            f"{row} optimiser steps in a row were skipped because loss or gradient was not finite (last: {role.name}, "
-            f"step {step}, loss {update.means.loss}, gradient norm {update.grad_norm}); "
-            f"{self._evidence(role, reason)}. Lower the learning rate, or raise max_skipped_steps, and start the same "
-            "command again."
-        )
-
-    def _evidence(self, role: TrainableRole, reason: str) -> str:
-        """Save what explains the stop, and say where. Nothing that goes wrong here may hide the reason."""
-        said = leave_capsule(self._run_dir, reason, self._mesh)
-        directory = capsule_directory(self._run_dir, self._mesh.trail.step)
-        try:
-            self.settle()
-            save_weights(role, directory / "weights")
-        except (CheckpointError, OutputError) as error:
-            return f"{said} ({error})"
-        return f"{said}, and megarlhf replay capsule={directory} takes the step again"
 
 
 class Run:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from megarlhf.checkpoint.sharded import MODEL
+from megarlhf.checkpoint.model_directory import MODEL
 from megarlhf.checkpoint.training_state import latest_state, read_position
 from megarlhf.config import load_config
 from megarlhf.config.base import PLACES
@@ -19,9 +19,9 @@ from megarlhf.observe import run_files
 from megarlhf.observe.files import link_out
 from megarlhf.observe.lock import check_free
 from megarlhf.observe.writers import check_trackers
+from megarlhf.runs.run_logs import check_logs
 from megarlhf.runtime.outputs import check_directory
 from megarlhf.runtime.settings import RanksConfig
-from megarlhf.trainers.run_logs import check_logs
 
 FREE_TO_CHANGE = (
     *("layout", "compute", "micro_batch", "offload", "timeout_s"),

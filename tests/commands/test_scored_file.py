@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from megarlhf.checkpoint.hf_convert import Options, to_megatron
+from megarlhf.commands import score
+from megarlhf.commands.score import ScoreConfig
+from megarlhf.commands.scored_file import BLOCK, BLOCKS, content
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import ConfigError
-from megarlhf.eval import score
-from megarlhf.eval.score import ScoreConfig
-from megarlhf.eval.scored_file import BLOCK, BLOCKS, content
-from tests.models.worlds import language_model
+from tests.helpers.models import language_model
 from tests.trainers.test_texts import dated
 
 GOOD = {"prompt": "Tom has 5 apples.", "response": "The answer is 5."}

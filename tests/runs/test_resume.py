@@ -16,18 +16,18 @@ from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Position, latest_state, load_state
 from megarlhf.errors import CheckpointError, ConfigError, RunFinished
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.role import LabelLogprobs, SequenceScores, TrainableRole
+from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.models.role import TrainableRole
 from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.runs.loop import Run
 from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.loop import Run
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
-from tests.helpers.ranks import run_ranks
-from tests.models.worlds import (
+from tests.helpers.models import (
     frozen,
     language_model,
     learner,
@@ -37,6 +37,7 @@ from tests.models.worlds import (
     whole_weights,
     worst,
 )
+from tests.helpers.ranks import run_ranks
 from tests.trainers.test_splits import experience
 from tests.trainers.worlds import ppo_config
 

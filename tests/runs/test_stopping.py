@@ -18,10 +18,11 @@ from megarlhf.errors import RunStopped
 from megarlhf.parallel import local_ranks
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.trainers import loop, sft
-from megarlhf.trainers.stopping import SIGNALS, StopRequest, stopping_at_start
+from megarlhf.runs import loop
+from megarlhf.runs.stopping import SIGNALS, StopRequest, stopping_at_start
+from megarlhf.trainers import sft
 from tests.helpers.ranks import run_ranks
-from tests.trainers.test_killed import config
+from tests.runs.test_killed import config
 
 AGAIN = "before the first step; start the same command again."
 

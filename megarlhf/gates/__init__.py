@@ -1,0 +1,1 @@
+"""Numbers that a correct run keeps within bounds."""

@@ -1,0 +1,1 @@
+"""What a response is worth, said by something other than the policy."""

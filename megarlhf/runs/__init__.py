@@ -1,0 +1,1 @@
+"""What of a run survives a stop: its cadence, its states, its logs, and what a failed step leaves."""
