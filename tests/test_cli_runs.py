@@ -214,7 +214,8 @@ def test_generate_says_the_same_on_two_ranks(runs: Path) -> None:
         assert abs(one["logprob"] - other["logprob"]) < 1e-4
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_ends_a_run_with_one_line(ranks: int, tmp_path: Path) -> None:
     """While a state is being written too: nobody who presses it waits for that."""
     process = started(

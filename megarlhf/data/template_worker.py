@@ -77,6 +77,8 @@ def main() -> None:
             answer = {"error": f"it writes {len(text)} characters"} if len(text) > LONGEST else {"text": text}
         except TemplateError as error:
             answer = {"error": str(error)}
+        except MemoryError:
+            answer = {"error": f"it takes more than {MEMORY >> 30} GiB of memory (MemoryError)"}
         except Exception as error:  # noqa: BLE001 (a template may raise anything; whoever asked hears of it)
             answer = {"error": f"{type(error).__name__}: {error}"}
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -227,7 +227,10 @@ class Tokenizer:
         try:
             return render(_clock(self.date) + template, variables, trusted=template == LLAMA3_CHAT_TEMPLATE)
         except DataError as error:
-            raise DataError(f"the chat template of {self.source} refuses the roles {roles}: {error}.") from error
+            raise DataError(
+                f"the chat template of {self.source} refuses the roles {roles}: {error}; mend chat_template.jinja, or "
+                "set template=plain."
+            ) from error
 
     def encode_prompt(self, prompt: str | Sequence[Message], template: Template) -> list[int]:
         """Ids that a response follows: the chat template, or (plain, text only) BOS and the bare text.

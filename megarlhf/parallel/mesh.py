@@ -134,9 +134,10 @@ def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mes
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_model_parallel(seed)
-    # Half a million objects of imported modules would be walked at each collection, of which every save has several.
-    gc.collect()
-    gc.freeze()
+    if not gc.get_freeze_count():
+        # Half a million objects of imported modules would be walked at each collection; every save has several.
+        gc.collect()
+        gc.freeze()
     return Mesh(layout=layout, device=device, rank=dist.get_rank(), groups=groups)
 
 

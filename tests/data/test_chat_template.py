@@ -49,7 +49,7 @@ BAD = {
     "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}": (
         "MemoryError|it computes for more than 1 s"
     ),
-    "{{ 'x' * 10000000000 }}": "MemoryError",
+    "{{ 'x' * 10000000000 }}": "it takes more than 1 GiB of memory",
     "{{ 'x'.ljust(10000000000) }}": "MemoryError",
     "{{ '%10000000000d' % 1 }}": "MemoryError|OverflowError|ValueError",
     "{{ 'x' * 10000001 }}": "it writes 10000001 characters",
@@ -131,5 +131,5 @@ def test_a_prompt_of_no_token_is_refused(tmp_path: Path) -> None:
 
 def test_what_the_template_raises_names_the_tokenizer_and_the_roles(tmp_path: Path) -> None:
     tokenizer = with_template(tmp_path, "{{ 1 / 0 }}")
-    with pytest.raises(DataError, match=rf"template of {tmp_path} refuses the roles \['user'\]: ZeroDivisionError"):
+    with pytest.raises(DataError, match=rf"of {tmp_path} refuses the roles \['user'\]: ZeroDivisionError.*; mend chat"):
         tokenizer.encode_prompt("How many?", "chat")

@@ -39,6 +39,7 @@ def compiled(tmp_path: Path, *files: str) -> list[dict[str, Any]]:
     return report["kernels"]
 
 
+@pytest.mark.slow
 def test_the_kernel_nearest_to_its_registers_does_not_spill(tmp_path: Path) -> None:
     assert compiled(tmp_path, "policy_value_loss")
 

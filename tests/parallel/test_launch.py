@@ -174,6 +174,7 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path, marked: di
     # `marked` finds what is left
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_cause_speaks_and_the_others_do_not(tmp_path: Path, marked: dict[str, str]) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tests.helpers.launched")
     code, _, err = finished(started("raises", tmp_path, marked, *torchrun))

@@ -41,7 +41,7 @@ from tests.helpers.ranks import run_ranks
 from tests.trainers.test_splits import experience
 from tests.trainers.worlds import ppo_config
 
-ITERATIONS = 5
+ITERATIONS = 4
 CLOCKED = ("time/", "throughput/", "memory/")
 """Families of metrics that depend on the machine's day."""
 
