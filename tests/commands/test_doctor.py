@@ -354,6 +354,7 @@ def test_the_first_pass_is_exact_where_kernels_do_not_depend_on_gradients(device
     assert bounds_of(role).first_pass == first_pass
 
 
+@pytest.mark.slow
 def test_a_model_file_with_a_nan_is_refused(tmp_path: Path) -> None:
     """What a broken disk or a diverged run leaves: every file is there and of the right shape."""
     model: Any = language_model(tmp_path / "actor", seed=4, vocab_size=VOCAB)

@@ -84,6 +84,7 @@ def test_bad_input_is_found_before_ranks_start(tmp_path: Path, marked: dict[str,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_exception_takes_the_run_down_with_its_traceback_alone(tmp_path: Path, marked: dict[str, str]) -> None:
     process = started("raises", tmp_path, marked)
     wait_for_ranks(tmp_path)

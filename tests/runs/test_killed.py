@@ -173,7 +173,9 @@ def stop_softly(cfg: SftConfig, number: int, after: int) -> str:
     return str(stopped.value)
 
 
-@pytest.mark.parametrize(("number", "every"), [(signal.SIGTERM, 1000), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(
+    ("number", "every"), [pytest.param(signal.SIGTERM, 1000, marks=pytest.mark.slow), (signal.SIGUSR1, 0)]
+)
 def test_a_signal_to_one_rank_saves_after_the_step(
     number: signal.Signals, every: int, whole: Path, tmp_path: Path
 ) -> None:

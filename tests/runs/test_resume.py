@@ -181,7 +181,7 @@ def scalar_weights(model: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "layout", [ParallelLayout(tensor=2), pytest.param(ParallelLayout(data=2), marks=pytest.mark.slow)], ids=name_of
+    "layout", [pytest.param(ParallelLayout(tensor=2), marks=pytest.mark.slow), ParallelLayout(data=2)], ids=name_of
 )
 def test_a_stopped_run_goes_on_bit_for_bit(layout: ParallelLayout, folder: str, tmp_path: Path) -> None:
     """Stopped while only the critic learns, and again later."""
