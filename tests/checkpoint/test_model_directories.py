@@ -157,6 +157,7 @@ def heads(layout: ParallelLayout, language: str, saved: str) -> dict[str, Any]:
     return drawn
 
 
+@pytest.mark.slow
 def test_random_weights_and_new_heads_are_the_same_in_every_layout(originals: Path, tmp_path: Path) -> None:
     untied = {"untied": str(originals / "untied")}
     run_ranks(hand_on, 2, TENSOR, untied, {"untied": str(tmp_path / "saved")})

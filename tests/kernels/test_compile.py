@@ -68,6 +68,7 @@ print(compile_case(replace(case, options={**case.options, "maxnreg": 32})).stack
 """
 
 
+@pytest.mark.slow
 def test_spills_are_seen(tmp_path: Path) -> None:
     """A kernel of 63 registers is given half of them."""
     pytest.importorskip("triton")

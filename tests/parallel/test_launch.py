@@ -111,6 +111,7 @@ def test_errors_with_a_remedy_are_said_once_without_a_traceback(
     assert finished(started(behaviour, tmp_path, marked)) == (code, "", message)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_what_it_started_ends_too(tmp_path: Path, marked: dict[str, str]) -> None:
     code, out, err = finished(started("killed", tmp_path, marked))
     assert (code, out) == (1, "")

@@ -333,9 +333,8 @@ def stopped_and_gone_on(moment: str, number: int, run_dir: Path, times: int) -> 
     assert state.name == f"step_{len(steps):08}"
 
 
-@pytest.mark.parametrize(
-    ("moment", "number"), [pytest.param("before", signal.SIGTERM, marks=pytest.mark.slow), ("during", signal.SIGUSR1)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "number"), [("before", signal.SIGTERM), ("during", signal.SIGUSR1)])
 def test_a_signal_to_the_whole_group_saves(moment: str, number: int, tmp_path: Path) -> None:
     stopped_and_gone_on(moment, number, tmp_path, times=2)
 

@@ -23,7 +23,7 @@ from tests.trainers.worlds import iterate, ppo_config, ppo_roles
 
 LAYOUTS = [
     ParallelLayout(),
-    ParallelLayout(tensor=2, sequence_parallel=True),
+    pytest.param(ParallelLayout(tensor=2, sequence_parallel=True), marks=pytest.mark.slow),
     ParallelLayout(pipeline=2),
     ParallelLayout(data=2),
     ParallelLayout(tensor=2, pipeline=2),
