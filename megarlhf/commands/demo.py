@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from megarlhf.data.arithmetic import ArithmeticConfig
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError, printable
+from megarlhf.errors import ConfigError, OutputError, printable
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import Interval, mean, paired_difference, share
 from megarlhf.models.optim import OptimConfig
@@ -197,7 +198,7 @@ def _stage(
             sys.stderr.write(printable(f"{settings.run_dir} is done; its model is in {settings.model_dir}\n"))
         return _seconds(clock)
     with sole_run(settings, mesh):
-        on_main(lambda: None if _made_with(settings) else _clear(settings.run_dir), mesh)
+        on_main(lambda: None if _goes_on(settings) else _clear(settings.run_dir), mesh)
     # Every rank looks whether the directory is free: after rank 0 has let go of it, and before it takes it again.
     barrier(mesh)
     inputs = prepare(settings)
@@ -206,15 +207,23 @@ def _stage(
         before, began = _seconds(clock) if clock.exists() else 0.0, time.monotonic()
         try:
             train(settings, inputs, argv, mesh=mesh)
-        finally:
-            seconds = before + time.monotonic() - began
+        except BaseException:
             if mesh.is_main:
-                write_whole(clock, json.dumps(seconds))
+                with suppress(OutputError):  # why it stopped is what counts
+                    write_whole(clock, json.dumps(before + time.monotonic() - began))
+            raise
+        seconds = before + time.monotonic() - began
+        on_main(lambda: write_whole(clock, json.dumps(seconds)), mesh)
     return seconds
 
 
+def _goes_on(settings: RunConfig) -> bool:
+    """Whether what is there is a stage that was stopped; one killed right after its model, before its time, is none."""
+    return _made_with(settings) and not settings.model_dir.exists()
+
+
 def _made_with(settings: RunConfig) -> bool:
-    """Whether the run in `run_dir` has these settings; one that was stopped goes on then."""
+    """Whether the run in `run_dir` has these settings."""
     kept = settings.run_dir / run_files.CONFIG
     return kept.is_file() and kept.read_text(encoding="utf-8", errors="replace") == settings.to_yaml()
 
@@ -227,7 +236,7 @@ def _seconds(clock: Path) -> float:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove what a stage with other settings left unfinished, but for the lock."""
+    """Remove what a stage left that cannot be gone on with, but for the lock."""
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
