@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megarlhf.batch import Experience, Prompts
+from megarlhf.batch.rollouts import Experience, Prompts
 from megarlhf.errors import MegarlhfError
 from megarlhf.models.role import TrainableRole
 from megarlhf.models.roles import Roles

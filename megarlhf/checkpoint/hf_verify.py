@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.checkpoint.model_directory import describe_model, load_model
 from megarlhf.errors import CheckpointError
 from megarlhf.models.compute import ComputeConfig, resolve

@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.checkpoint.model_directory import load_model
 from megarlhf.data.rows import BUILT_IN
 from megarlhf.errors import TrainingError

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from pydantic import Field
 
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.checkpoint.model_directory import ModelDescription, load_model
 from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.prompts import PromptSet, load_prompts

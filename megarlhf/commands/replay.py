@@ -13,7 +13,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from megarlhf.batch import Batch, Experience, TokenBatch, cat
+from megarlhf.batch.base import Batch, cat
+from megarlhf.batch.rollouts import Experience
+from megarlhf.batch.supervised import Couples, TokenBatch
 from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.model_directory import load_weights
 from megarlhf.checkpoint.training_state import latest_state
@@ -29,7 +31,7 @@ from megarlhf.runs.capsule import Note, read_batch, read_notes, tensors_of
 from megarlhf.runs.settings import RunConfig
 from megarlhf.trainers import ppo, reward, sft
 from megarlhf.trainers.ppo_config import PPOConfig
-from megarlhf.trainers.reward import Couples, RewardConfig
+from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
 
 ALONE = (

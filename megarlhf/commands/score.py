@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import Field
 
-from megarlhf.batch import TokenBatch
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.model_directory import ModelDescription, load_model
 from megarlhf.commands.scored_file import DAY, Done, ScoredFile, content
 from megarlhf.data.score_rows import ScoreSet, load_score_rows

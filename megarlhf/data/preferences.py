@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarlhf.batch import LabelledResponses, PreferencePairs
+from megarlhf.batch.supervised import LabelledResponses, PreferencePairs
 from megarlhf.data.arithmetic import labelled_rows, preference_rows
 from megarlhf.data.rows import DataConfig, Row, load_rows, pad_right, within_limit
 from megarlhf.data.tokenizer import Template, Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Prompts
+from megarlhf.batch.rollouts import Prompts
 from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.rows import DataConfig, load_rows, pad_right, within_limit
 from megarlhf.data.tokenizer import Tokenizer

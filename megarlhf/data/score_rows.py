@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megarlhf.batch import TokenBatch
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.data.arithmetic import sft_rows
 from megarlhf.data.rows import DataConfig, Row, load_rows
 from megarlhf.data.sft import SftSet, encode_demonstration

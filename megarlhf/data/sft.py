@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarlhf.batch import TokenBatch
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.data.arithmetic import sft_rows
 from megarlhf.data.rows import DataConfig, Row, load_rows, pad_right, within_limit
 from megarlhf.data.tokenizer import Template, Tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Experience, Prompts, Rollout
+from megarlhf.batch.rollouts import Experience, Prompts, Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole

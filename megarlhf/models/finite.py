@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megarlhf.batch import TokenBatch
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.models.role import Role
 from megarlhf.parallel.collectives import all_reduce
 

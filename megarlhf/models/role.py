@@ -12,7 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
-from megarlhf.batch import TokenRows
+from megarlhf.batch.base import TokenRows
 from megarlhf.models.compute import Compute
 from megarlhf.models.fp8 import drop_fp8_copies, fp8_copies
 from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, guarded_step

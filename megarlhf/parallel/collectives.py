@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from megarlhf.batch import Batch, RowsT
+from megarlhf.batch.base import Batch, RowsT
 from megarlhf.errors import MegarlhfError
 from megarlhf.parallel.mesh import Axis, Mesh
 
@@ -88,7 +88,7 @@ def gather_rows(batch: RowsT, mesh: Mesh) -> RowsT:
     if mesh.size("data") == 1:
         return batch
     width = torch.tensor(batch.tokens.shape[1], device=mesh.device)
-    return _gather_fields(batch.padded_to(int(all_reduce(width, mesh, "data", op="max")) - 1), mesh)
+    return _gather_field(batch.padded_to(int(all_reduce(width, mesh, "data", op="max")) - 1), mesh)
 
 
 def own_rows(batch: RowsT, mesh: Mesh) -> RowsT:
@@ -102,13 +102,9 @@ def own_rows(batch: RowsT, mesh: Mesh) -> RowsT:
     return batch.rows(slice(mesh.data_rank * share, (mesh.data_rank + 1) * share))
 
 
-def _gather_fields(batch: T, mesh: Mesh) -> T:
-    return type(batch)(**{name: _gather_field(value, mesh) for name, value in vars(batch).items()})
-
-
 def _gather_field(value: Any, mesh: Mesh) -> Any:
     if isinstance(value, Batch):
-        return _gather_fields(value, mesh)
+        return type(value).unchecked({name: _gather_field(field, mesh) for name, field in vars(value).items()})
     if isinstance(value, tuple):
         parts: list[tuple] = [()] * mesh.size("data")
         dist.all_gather_object(parts, value, group=mesh.entering("all_gather", "data"))

@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megarlhf.batch import RowsT, TokenRows
+from megarlhf.batch.base import RowsT, TokenRows
 from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object
 from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
 from megarlhf.parallel.mesh import Mesh

@@ -17,7 +17,7 @@ from megatron.core.inference.model_inference_wrappers.inference_wrapper_config i
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 
-from megarlhf.batch import Prompts, Rollout
+from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.errors import ConfigError, DataError, LayoutError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.collectives import all_reduce

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megarlhf.batch import Batch
+from megarlhf.batch.base import Batch
 from megarlhf.config import Config
 from megarlhf.errors import DataError, OutputError
 from megarlhf.observe.files import write_whole, writing

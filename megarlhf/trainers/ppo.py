@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Experience, Prompts
+from megarlhf.batch.rollouts import Experience, Prompts
 from megarlhf.checkpoint.model_directory import load_model, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.gates.cheap import cheap_gates, gate_prompts

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Experience, Rollout
+from megarlhf.batch.rollouts import Experience, Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer

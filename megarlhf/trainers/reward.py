@@ -19,7 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megarlhf.batch import Batch, LabelledResponses, PreferencePairs, cat
+from megarlhf.batch.base import cat
+from megarlhf.batch.supervised import Couples, LabelledResponses, PreferencePairs
 from megarlhf.checkpoint.model_directory import ModelDescription, load_model, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import LabelledSet, PreferenceSet, load_labelled, load_preferences
@@ -85,31 +86,6 @@ class RewardConfig(RunConfig):
     """Optimiser."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the larger of the two data sets; more tend to over-fit. Source: Huang et al. 2024 use 1."""
-
-
-@dataclass(frozen=True, eq=False)
-class Couples(Batch):
-    """Couples of sequences, in rows 2i and 2i + 1: a preference pair, or two judged responses side by side.
-
-    Shapes:   tokens [2C, T+1] int64; lengths [2C]; pair_weight [C] fp32; correct, point_weight [2C] fp32.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    pair_weight: Tensor
-    correct: Tensor
-    point_weight: Tensor
-
-    def __len__(self) -> int:
-        return self.pair_weight.shape[0]
-
-    def rows(self, index: Tensor | slice) -> Couples:
-        """The couples that `index` selects, in its order."""
-        couples = torch.arange(len(self), device=self.tokens.device)[index]
-        both = torch.stack((2 * couples, 2 * couples + 1), dim=1).flatten()
-        return Couples(
-            self.tokens[both], self.lengths[both], self.pair_weight[index], self.correct[both], self.point_weight[both]
-        )
 
 
 def couple(pairs: PreferencePairs | None, labelled: LabelledResponses | None, pointwise_weight: float) -> Couples:

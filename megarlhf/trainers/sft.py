@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megarlhf.batch import TokenBatch
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.model_directory import ModelDescription, load_model, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.rows import DataConfig

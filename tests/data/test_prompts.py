@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig, pad_right

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.checkpoint.hf_load import named_parameters
 from megarlhf.checkpoint.hf_names import source_of
 from megarlhf.checkpoint.model_directory import describe_model, load_model

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.errors import LayoutError
 from megarlhf.gates.cheap import sampler_gate
 from megarlhf.gates.gate import FP8

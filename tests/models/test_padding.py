@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Rollout, TokenBatch
+from megarlhf.batch.rollouts import Rollout
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
 from megarlhf.parallel.layout import ParallelLayout

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from megarlhf.batch import TokenBatch
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.training_state import role_state
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
 from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.collectives import gather

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.batch import Experience, Rollout
+from megarlhf.batch.rollouts import Experience, Rollout
 from megarlhf.errors import LayoutError
 from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object, gather, gather_rows, own_rows
 from megarlhf.parallel.layout import ParallelLayout

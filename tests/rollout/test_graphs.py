@@ -16,7 +16,7 @@ import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import cuda_graphs
 
-from megarlhf.batch import TokenBatch
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.parallel.layout import ParallelLayout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megarlhf.batch import Prompts, Rollout
+from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory
 from megarlhf.checkpoint.hf_load import TensorSource, load_tensors
 from megarlhf.checkpoint.random_weights import RandomTensors

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarlhf.batch import Experience, Prompts, TokenBatch
+from megarlhf.batch.rollouts import Experience, Prompts
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.commands.replay import ReplayConfig, main
 from megarlhf.errors import DataError, TrainingError

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megarlhf.batch import Experience, TokenBatch
+from megarlhf.batch.rollouts import Experience
+from megarlhf.batch.supervised import TokenBatch
 from megarlhf.errors import TrainingError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs

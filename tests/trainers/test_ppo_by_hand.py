@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForSequenceClassification
 
-from megarlhf.batch import Prompts, Rollout
+from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import ppo

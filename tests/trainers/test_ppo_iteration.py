@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.batch import Prompts
+from megarlhf.batch.rollouts import Prompts
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout

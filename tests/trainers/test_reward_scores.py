@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarlhf.batch import LabelledResponses
+from megarlhf.batch.supervised import LabelledResponses
 from megarlhf.checkpoint.model_directory import ModelDescription, describe_model
 from megarlhf.data.rows import pad_right
 from megarlhf.models.readings import SequenceScores

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.batch import Experience, LabelledResponses, PreferencePairs, TokenBatch
+from megarlhf.batch.rollouts import Experience
+from megarlhf.batch.supervised import LabelledResponses, PreferencePairs, TokenBatch
 from megarlhf.data.rows import DataConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers
 
 from megarlhf import cli
-from megarlhf.batch import Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.commands import evaluate as command
 from megarlhf.commands import generate
 from megarlhf.commands.evaluate import EvalConfig

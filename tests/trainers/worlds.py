@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megarlhf.batch import Prompts, Rollout
+from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import pytest
 import torch
 
-from megarlhf.batch import Experience, LabelledResponses, PreferencePairs, Prompts, Rollout, TokenBatch, cat
+from megarlhf.batch.base import Axes, Batch, cat
+from megarlhf.batch.rollouts import Experience, Prompts, Rollout
+from megarlhf.batch.supervised import LabelledResponses, PreferencePairs, TokenBatch
 
 
 def a_rollout(rows: int = 4, width: int = 8) -> Rollout:
@@ -112,6 +115,62 @@ def test_preference_pairs_select_pairs():
         assert torch.equal(selected.weight, pairs.weight[index])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judged(Batch):
+    """Rollouts with numbers a step of reasoning, of which there are as many in every row."""
+
+    rollout: Rollout
+    step_scores: Annotated[torch.Tensor, Axes(torch.float32, ("row", "step"))]
+    step_mask: Annotated[torch.Tensor, Axes(torch.bool, ("row", "step"))]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The rollout's."""
+        return self.rollout.tokens
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """The rollout's."""
+        return self.rollout.lengths
+
+
+def judged(rows: int = 2, steps: int = 3) -> Judged:
+    return Judged(a_rollout(rows), torch.randn(rows, steps), torch.ones(rows, steps, dtype=torch.bool))
+
+
+def test_padding_and_trimming_touch_token_axes_alone():
+    batch = judged()
+    for changed in (batch.padded_to(12), batch.trimmed(3), batch.padded_to(12).trimmed(7)):
+        assert torch.equal(changed.step_scores, batch.step_scores)
+    assert batch.padded_to(12).tokens.shape == (2, 13)
+    both = cat([batch, judged().padded_to(11)])
+    assert both.step_scores.shape == (4, 3)
+    assert both.tokens.shape == (4, 12)
+    assert torch.equal(both.rows(slice(0, 2)).step_scores, batch.step_scores)
+
+
+def test_axes_of_one_name_are_equally_long():
+    with pytest.raises(ValueError, match=r"Judged.step_mask: got torch.bool \[2, 4\]; must be torch.bool \[2, 3\]"):
+        dataclasses.replace(judged(), step_mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"Judged.step_scores: got torch.float32 \[2, 3\]; must be .* \[3, 3\]"):
+        dataclasses.replace(judged(), rollout=a_rollout(3))
+
+
+def test_what_is_made_from_checked_rows_is_not_checked_again(monkeypatch):
+    """A check looks at values, for which a GPU must be waited for."""
+    batch = an_experience()
+    checked = []
+
+    def check(made: Batch) -> None:
+        checked.append(made)
+
+    monkeypatch.setattr(Batch, "__post_init__", check)
+    cat([batch.rows(slice(0, 2)).padded_to(9).trimmed(8).to("cpu"), batch.rows(torch.tensor([3]))])
+    assert checked == []
+    dataclasses.replace(batch, values=batch.returns)
+    assert len(checked) == 1
+
+
 def test_to_keeps_every_value():
     experience = an_experience()
     moved = experience.to("cpu")
@@ -162,7 +221,7 @@ def test_other_errors_name_field_and_shapes():
         TokenBatch(tokens, lengths, torch.ones(4, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"PreferencePairs.weight: got torch.float32 \[4\]; .* \[2\]"):
         PreferencePairs(tokens, lengths, torch.ones(4))
-    with pytest.raises(ValueError, match=r"PreferencePairs.tokens: 3 rows"):
+    with pytest.raises(ValueError, match=r"PreferencePairs.tokens: 3 sequences; there must be 2 a row"):
         PreferencePairs(tokens[:3], lengths[:3], torch.ones(1))
     with pytest.raises(ValueError, match=r"LabelledResponses.correct: got torch.int64 \[4\]; must be torch.float32"):
         LabelledResponses(tokens, lengths, lengths, torch.ones(4))

@@ -1,0 +1,122 @@
+"""Prompts, what was sampled from them, and what the optimiser learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch.base import Batch, SequenceCounts, SequenceMask, Texts, TokenNumbers, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts(Batch):
+    """Conditioning text to roll out.
+
+    Shapes:   tokens [P, L] int64 right-padded; lengths [P] int64 in 1..L; ids [P] int64; answers: P strings.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    tokens: Tokens
+    lengths: SequenceCounts
+    ids: SequenceCounts
+    """Row of the data set: with the sample's index it seeds the rollout, whatever the batch it is in."""
+    answers: Texts
+    """Expected answers for verifiers, "" where unknown."""
+
+    def repeat(self, group_size: int) -> Prompts:
+        """Each prompt `group_size` times, copies adjacent."""
+        count = len(self)
+        return self.rows(torch.arange(count, device=self.tokens.device).repeat_interleave(group_size))
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout(Batch):
+    """Prompts with one response each, and what the sampler said about it.
+
+    Shapes:   tokens [B, T+1] int64, prompt directly followed by response, right-padded; prompt_lengths, lengths,
+              prompt_ids [B] int64; terminated [B] bool; sampler_logprobs [B, T] fp32; answers: B strings.
+    Units:    sampler_logprobs in nats, 0 where there is no response token.
+    Raises:   ValueError naming the field and both shapes, or lengths outside 1 <= prompt <= length <= T+1.
+    """
+
+    tokens: Tokens
+    prompt_lengths: SequenceCounts
+    lengths: SequenceCounts
+    """Prompt plus response, EOS included."""
+    terminated: SequenceMask
+    """True when the response ended with EOS, False when it was cut at the token limit."""
+    sampler_logprobs: TokenNumbers
+    prompt_ids: SequenceCounts
+    answers: Texts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_range("prompt_lengths", self.prompt_lengths, 1, self.lengths)
+
+    @property
+    def inputs(self) -> Tensor:
+        """[B, T]: what the model reads; position t sees tokens 0..t."""
+        return self.tokens[:, :-1]
+
+    @property
+    def labels(self) -> Tensor:
+        """[B, T]: what it predicts; labels[:, t] is token t + 1."""
+        return self.tokens[:, 1:]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool: True where the label is a response token (EOS in, prompt and padding out)."""
+        token = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
+        return (token >= self.prompt_lengths[:, None]) & (token < self.lengths[:, None])
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[B] int64."""
+        return self.lengths - self.prompt_lengths
+
+
+@dataclass(frozen=True, eq=False)
+class Experience(Batch):
+    """Rollouts with everything the optimiser needs.
+
+    Shapes:   logprobs, ref_logprobs, values, advantages, returns [B, T] fp32, as `rollout.labels`.
+    Units:    log-probs in nats; values and returns in reward; advantages whitened.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    rollout: Rollout
+    logprobs: TokenNumbers
+    ref_logprobs: TokenNumbers
+    values: TokenNumbers
+    advantages: TokenNumbers
+    returns: TokenNumbers
+
+    @property
+    def tokens(self) -> Tensor:
+        """[B, T+1]: the rollout's."""
+        return self.rollout.tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B]: the rollout's."""
+        return self.rollout.lengths
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool: the rollout's."""
+        return self.rollout.response_mask
+
+    def mini_batches(self, size: int, generator: torch.Generator) -> Iterator[Experience]:
+        """Every row once: a permutation from `generator` (a CPU one), cut into consecutive chunks of `size`.
+
+        Raises:   ValueError if `size` does not divide the rows, since a short last chunk would weigh its rows more.
+        """
+        count = len(self)
+        if size < 1 or count % size:
+            raise ValueError(f"mini_batches: {count} rows do not divide into chunks of {size}; choose a divisor.")
+        order = torch.randperm(count, generator=generator).to(self.logprobs.device)
+        for first in range(0, count, size):
+            yield self.rows(order[first : first + size])

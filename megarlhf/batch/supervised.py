@@ -1,0 +1,88 @@
+"""What models learn from with labels: text, pairs, judged responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from megarlhf.batch.base import Batch, RowNumbers, SequenceCounts, SequenceNumbers, TokenMask, Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch(Batch):
+    """Text with supervised positions, for SFT.
+
+    Shapes:   tokens [B, T+1] int64 right-padded; lengths [B] int64; loss_mask [B, T] bool, as `labels`.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    tokens: Tokens
+    lengths: SequenceCounts
+    loss_mask: TokenMask
+    """True where the label is supervised; padding must be out."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """[B, T]: what the model reads."""
+        return self.tokens[:, :-1]
+
+    @property
+    def labels(self) -> Tensor:
+        """[B, T]: what it predicts; labels[:, t] is token t + 1."""
+        return self.tokens[:, 1:]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool: `loss_mask`, by the name it has where responses are sampled."""
+        return self.loss_mask
+
+
+@dataclass(frozen=True, eq=False)
+class PreferencePairs(Batch):
+    """Pairs of responses to one prompt: the chosen one in rows 0, 2, 4, ..., its rejected twin in the row below.
+
+    Interleaved, so that any even split of the rows keeps pairs together. `rows` selects pairs, not sequences.
+
+    Shapes:   tokens [2P, T+1] int64 right-padded; lengths [2P] int64; weight [P] fp32 (loss weight of a pair).
+              A sequence's score is read at its last real token, index `lengths - 1` of `tokens`.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    sequences_per_row: ClassVar[int] = 2
+
+    tokens: Tokens
+    lengths: SequenceCounts
+    weight: RowNumbers
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledResponses(Batch):
+    """Responses judged one by one.
+
+    Shapes:   tokens [B, T+1] int64 right-padded; lengths [B] int64; correct [B] fp32 in 0..1 (soft labels allowed);
+              weight [B] fp32 (loss weight). The score is read at the last real token, index `lengths - 1`.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    tokens: Tokens
+    lengths: SequenceCounts
+    correct: SequenceNumbers
+    weight: SequenceNumbers
+
+
+@dataclass(frozen=True, eq=False)
+class Couples(Batch):
+    """Couples of sequences, in sequences 2i and 2i + 1: a preference pair, or two judged responses side by side.
+
+    Shapes:   tokens [2C, T+1] int64; lengths [2C]; pair_weight [C] fp32; correct, point_weight [2C] fp32.
+    """
+
+    sequences_per_row: ClassVar[int] = 2
+
+    tokens: Tokens
+    lengths: SequenceCounts
+    pair_weight: RowNumbers
+    correct: SequenceNumbers
+    point_weight: SequenceNumbers
