@@ -96,18 +96,18 @@ def test_losses_away_from_the_first_pass_agree_in_value_and_gradient(case):
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(mask.shape, generator=generator)
     new = (report["logprobs"] + 0.3 * noise).requires_grad_()
-    arguments = (new, report["logprobs"], report["whitened_advantages"], mask)
-    loss, clip_fraction = by_hand.policy_loss(*arguments, settings.clip_range)
-    total, count, metrics = clipped_policy_loss(*arguments, clip_range=settings.clip_range)
+    arguments, count = (new, report["logprobs"], report["whitened_advantages"]), mask.sum()
+    loss, clip_fraction = by_hand.policy_loss(*arguments, mask, settings.clip_range)
+    total, metrics = clipped_policy_loss(*(x[mask] for x in arguments), clip_range=settings.clip_range)
     assert_same(total / count, loss)
     assert_same(metrics["clip_fraction"] / count, clip_fraction)
     assert clip_fraction > 0.1
     assert_same(torch.autograd.grad(total / count, new)[0], torch.autograd.grad(loss, new)[0])
 
     new = (report["values"] + 0.3 * noise).requires_grad_()
-    arguments = (new, report["values"], report["returns"], mask)
-    loss = by_hand.value_loss(*arguments, settings.value_clip_range)
-    total, count, metrics = clipped_value_loss(*arguments, value_clip_range=settings.value_clip_range)
+    arguments = (new, report["values"], report["returns"])
+    loss = by_hand.value_loss(*arguments, mask, settings.value_clip_range)
+    total, metrics = clipped_value_loss(*(x[mask] for x in arguments), value_clip_range=settings.value_clip_range)
     assert_same(total / count, loss)
     assert metrics["clip_fraction"] > 0
     assert_same(torch.autograd.grad(total / count, new)[0], torch.autograd.grad(loss, new)[0])
@@ -121,10 +121,10 @@ def test_one_step_through_the_ops_gives_its_gradients_and_weights(case):
     labels = rollouts.tokens[:, 1:]
     logits = actor(input_ids=rollouts.tokens[:, :-1]).logits.flatten(0, 1)
     new_logprobs = token_logprob(logits, labels.flatten(), temperature=settings.temperature)[0].view_as(labels)
-    total, count, _ = clipped_policy_loss(
-        new_logprobs, report["logprobs"], report["whitened_advantages"], rollouts.response_mask, clip_range=0.2
-    )
-    (total / count).backward()
+    mask = rollouts.response_mask
+    old, advantages = report["logprobs"][mask], report["whitened_advantages"][mask]
+    total, _ = clipped_policy_loss(new_logprobs[mask], old, advantages, clip_range=0.2)
+    (total / mask.sum()).backward()
     gradients = {name: parameter.grad for name, parameter in actor.named_parameters() if parameter.grad is not None}
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     assert_same(norm, report["actor_grad_norm"])

@@ -42,7 +42,7 @@ from megarlhf.observe.clock import Clock
 from megarlhf.observe.memory import forget_peak, peak_resident
 from megarlhf.observe.provenance import machine, versions
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.micro_batches import Loss
 from megarlhf.rollout.controller import Ledger
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig

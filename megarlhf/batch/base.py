@@ -1,7 +1,7 @@
 """What every batch is: rows, and fields whose types say their axes.
 
 B rows, T predicted positions (padded length - 1). Rows are right-padded, and every per-token tensor is [B, T], where
-index t is about token t + 1: the shift from tokens to labels happens in `rollouts` and `supervised`, and nowhere else.
+index t is about token t + 1: the shift from tokens to labels happens here and nowhere else.
 
 A batch checks itself when it is built, which on a GPU waits for the device once. What is made from a checked batch
 (rows, padded, trimmed, moved, joined) is not checked again.
@@ -83,6 +83,16 @@ class Batch:
     def __len__(self) -> int:
         return cast(TokenRows, self).tokens.shape[0] // self.sequences_per_row
 
+    @property
+    def inputs(self) -> Tensor:
+        """[B, T]: what the model reads; position t sees tokens 0..t."""
+        return cast(TokenRows, self).tokens[:, :-1]
+
+    @property
+    def labels(self) -> Tensor:
+        """[B, T]: what it predicts; labels[:, t] is token t + 1."""
+        return cast(TokenRows, self).tokens[:, 1:]
+
     def to(self, device: torch.device | str) -> Self:
         """The same rows with every tensor on `device`."""
 
@@ -162,6 +172,10 @@ class TokenRows(Protocol):
         ...
 
     def __len__(self) -> int: ...
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device."""
+        ...
+
     def rows(self, index: Tensor | slice) -> Self:
         """Select rows."""
         ...

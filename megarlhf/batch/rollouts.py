@@ -57,16 +57,6 @@ class Rollout(Batch):
         self._check_range("prompt_lengths", self.prompt_lengths, 1, self.lengths)
 
     @property
-    def inputs(self) -> Tensor:
-        """[B, T]: what the model reads; position t sees tokens 0..t."""
-        return self.tokens[:, :-1]
-
-    @property
-    def labels(self) -> Tensor:
-        """[B, T]: what it predicts; labels[:, t] is token t + 1."""
-        return self.tokens[:, 1:]
-
-    @property
     def response_mask(self) -> Tensor:
         """[B, T] bool: True where the label is a response token (EOS in, prompt and padding out)."""
         token = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)

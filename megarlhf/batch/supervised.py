@@ -24,16 +24,6 @@ class TokenBatch(Batch):
     """True where the label is supervised; padding must be out."""
 
     @property
-    def inputs(self) -> Tensor:
-        """[B, T]: what the model reads."""
-        return self.tokens[:, :-1]
-
-    @property
-    def labels(self) -> Tensor:
-        """[B, T]: what it predicts; labels[:, t] is token t + 1."""
-        return self.tokens[:, 1:]
-
-    @property
     def response_mask(self) -> Tensor:
         """[B, T] bool: `loss_mask`, by the name it has where responses are sampled."""
         return self.loss_mask

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlhf.batch.rollouts import Rollout
+from megarlhf.batch.base import TokenRows
+from megarlhf.batch.supervised import LabelledResponses
 from megarlhf.checkpoint.model_directory import describe_model, load_model
 from megarlhf.errors import CheckpointError
 from megarlhf.models.compute import ComputeConfig, resolve
@@ -18,6 +19,7 @@ from megarlhf.models.role import FrozenRole, RoleSettings
 from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start, stop
+from megarlhf.parallel.micro_batches import States
 
 RELATIVE_GAP = 1e-3
 """Allowed gap, in multiples of the largest logit. Both sides compute in fp32, and rounding over 126 layers stays
@@ -61,17 +63,20 @@ class _Everything:
     """A reading that keeps what the head says at every position, and returns nothing of use."""
 
     seen: list[Tensor] = field(default_factory=list)
-    per_token = True
 
-    def reads(self, rows: Any) -> Tensor:
+    def at(self, rows: TokenRows) -> Tensor:
         return torch.ones_like(rows.tokens, dtype=torch.bool)
 
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
+    def __call__(self, model: LlamaModel, states: States, rows: TokenRows) -> Tensor:
         if model.head == "scalar":
-            self.seen.append(model.scalars(hidden)[..., None])
+            said = model.scalars(states.hidden)[:, None]
         else:
-            self.seen.append((hidden @ model.vocab_weight.t())[..., : model.spec.vocab_size])
-        return rows.sampler_logprobs
+            said = (states.hidden @ model.vocab_weight.t())[:, : model.spec.vocab_size]
+        self.seen.append(said.view(*rows.tokens.shape, -1))
+        return said[:, 0].float()
+
+    def scores(self, numbers: Tensor, rows: TokenRows) -> Tensor:
+        return numbers
 
 
 def _ours(directory: Path, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -87,9 +92,7 @@ def _ours(directory: Path, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
         _round((parameter for chunk in role.chunks for parameter in chunk.parameters()), dtype)
         rows, width = tokens.shape
         full = torch.full((rows,), width)
-        zeros = torch.zeros(rows, width - 1)
-        prompts = torch.ones(rows, dtype=torch.int64)
-        batch = Rollout(tokens, prompts, full, prompts > 0, zeros, torch.arange(rows), ("",) * rows)
+        batch = LabelledResponses(tokens, full, torch.zeros(rows), torch.zeros(rows))
         with torch.no_grad():
             role.score(batch)
         return torch.cat(reading.seen).cpu()

@@ -26,7 +26,7 @@ from megarlhf.observe import run_files
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.micro_batches import Loss
 from megarlhf.runs.capsule import Note, read_batch, read_notes, tensors_of
 from megarlhf.runs.settings import RunConfig
 from megarlhf.trainers import ppo, reward, sft
@@ -102,7 +102,7 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
     with role.resident(*role.parts):
         origin = _load(role, cfg.capsule)
         with first_not_finite(role) as found:
-            update = role.update(batch.to(mesh.device), loss)
+            update = role.update(batch, loss)
     _report(update, origin, found, len(batch))
     return 0 if update.stepped else 1
 

@@ -199,7 +199,7 @@ def score_part(model: FrozenRole, rows: ScoreSet, part: range) -> list[dict[str,
 def _added(model: FrozenRole, batch: TokenBatch) -> list[dict[str, Any]]:
     """What is added to the rows of the data ranks' batches, in rank order. Collective; equal on every rank."""
     scores, mesh = model.score(batch), model.mesh
-    if not model.reading.per_token:
+    if model.head == "scalar":
         return [{"score": _finite(score)} for score in gather(scores, mesh, "data").tolist()]
     # Rows end to end, since data ranks pad to different widths.
     flat = gather(scores[batch.response_mask], mesh, "data")

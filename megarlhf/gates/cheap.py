@@ -18,7 +18,8 @@ from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.roles import Roles
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.parallel.pipeline import Loss, LossMeans, forward_backward
+from megarlhf.parallel.micro_batches import Loss
+from megarlhf.parallel.pipeline import LossMeans, forward_backward
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
@@ -189,9 +190,8 @@ def gradients(role: TrainableRole, batch: Experience, loss: Loss, micro_batch: i
     """
     with role.resident("weights", "gradients"):
         _zero_gradients(role)
-        yield forward_backward(
-            role.wrapped, batch, loss, mesh=role.mesh, micro_batch=micro_batch, reads=role.reading.reads
-        )
+        at = role.reading.at(batch)
+        yield forward_backward(role.wrapped, batch, at, loss, mesh=role.mesh, micro_batch=micro_batch)
         _zero_gradients(role)
 
 

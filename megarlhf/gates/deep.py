@@ -20,7 +20,8 @@ from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.spec import PRESETS
 from megarlhf.parallel.collectives import all_reduce, broadcast, gather, own_rows
-from megarlhf.parallel.pipeline import Loss, forward_only
+from megarlhf.parallel.micro_batches import Loss, States
+from megarlhf.parallel.pipeline import forward_only
 from megarlhf.parallel.rng import generator
 
 
@@ -60,25 +61,24 @@ def logit_gap(role: Role, tokens: Tensor, logits: Tensor) -> float:
     rows = torch.arange(count)
     batch = Rollout(tokens, torch.ones_like(full), full, rows > 0, torch.zeros(count, width), rows, ("",) * count)
 
-    def gap(hidden: Tensor, part: Rollout) -> Tensor:
-        """[b, T]: over the vocabulary, of which each tensor rank has its columns."""
-        theirs = logits[part.prompt_ids]
+    def gap(states: States, part: Rollout) -> Tensor:
+        """[n]: over the vocabulary, of which each tensor rank has its columns."""
+        theirs = states.of(logits[part.prompt_ids])
         weight = role.model.vocab_weight
         first = role.mesh.tensor_rank * weight.shape[0]
-        theirs = theirs[..., first : first + weight.shape[0]]
-        ours = (hidden[:, :width] @ weight.t()).float()[..., : theirs.shape[-1]]
+        theirs = theirs[:, first : first + weight.shape[0]]
+        ours = (states.hidden @ weight.t()).float()[:, : theirs.shape[-1]]
         largest = (ours - theirs).abs().amax(-1).nan_to_num(nan=torch.inf)
         return all_reduce(largest, role.mesh, "tensor", "max")
 
     with role.resident("weights"):
         gaps = forward_only(
             role.chunks,
-            batch.to(role.mesh.device),
+            batch,
+            torch.arange(width + 1).expand(count, -1) < width,
             gap,
             mesh=role.mesh,
             micro_batch=role.settings.micro_batch,
-            reads=lambda part: torch.ones_like(part.labels, dtype=torch.bool),
-            per_token=True,
         )
     return worst(gaps, role.mesh)
 

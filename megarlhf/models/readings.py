@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megarlhf.batch.base import TokenRows
 from megarlhf.models.transformer import LlamaModel
+from megarlhf.parallel.micro_batches import RowsT_contra, States
 
 
-class Reading(Protocol):
-    """What scoring a batch with a role means."""
+class ResponseRows(TokenRows, Protocol):
+    """Rows of which some tokens are responses, or supervised."""
 
-    per_token: bool
-    """Whether it gives one number a position ([b, T]) or one a row ([b])."""
-
-    def reads(self, rows: Any) -> Tensor:
-        """[b, s] bool: the inputs whose final hidden states are read; s = T + 1 where the last token itself may be."""
+    @property
+    def labels(self) -> Tensor:
+        """[B, T]: token t + 1 at index t."""
         ...
 
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
-        """Read hidden states [b, s, H]."""
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool."""
+        ...
+
+
+class Reading(Protocol[RowsT_contra]):
+    """What scoring a batch with a role means."""
+
+    def at(self, rows: RowsT_contra) -> Tensor:
+        """[B, T + 1] bool: the tokens whose final hidden states are read, of every sequence."""
+        ...
+
+    def __call__(self, model: LlamaModel, states: States, rows: RowsT_contra) -> Tensor:
+        """[n] fp32: one number a state."""
+        ...
+
+    def scores(self, numbers: Tensor, rows: RowsT_contra) -> Tensor:
+        """What scoring returns: `numbers` [B, T + 1], 0 where nothing was read, in the shape that fits the reading."""
         ...
 
 
@@ -31,17 +48,19 @@ class LabelLogprobs:
     """Log-prob of every response token under the model, temperature applied. 0 elsewhere."""
 
     temperature: float
-    per_token = True
 
-    def reads(self, rows: Any) -> Tensor:
-        """[b, T]."""
-        return rows.response_mask
+    def at(self, rows: ResponseRows) -> Tensor:
+        """[B, T + 1]: the token before each response token."""
+        return _before_labels(rows.response_mask)
 
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
-        """[b, T]."""
-        return model.label_logprobs(
-            hidden, rows.labels, rows.response_mask, temperature=self.temperature, with_entropy=False
-        )[0]
+    def __call__(self, model: LlamaModel, states: States, rows: ResponseRows) -> Tensor:
+        """[n] fp32."""
+        labels = states.of(rows.labels)
+        return model.label_logprobs(states.hidden, labels, temperature=self.temperature, with_entropy=False)[0]
+
+    def scores(self, numbers: Tensor, rows: ResponseRows) -> Tensor:
+        """[B, T]."""
+        return numbers[:, :-1]
 
 
 @dataclass(frozen=True)
@@ -53,33 +72,40 @@ class PositionValues:
 
     offset: float = 0.0
     scale: float = 1.0
-    per_token = True
 
-    def reads(self, rows: Any) -> Tensor:
-        """[b, T]."""
-        return rows.response_mask
+    def at(self, rows: ResponseRows) -> Tensor:
+        """[B, T + 1]: the token before each response token."""
+        return _before_labels(rows.response_mask)
 
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
-        """[b, T]."""
-        mask = rows.response_mask
-        values = (model.scalars(hidden)[:, : mask.shape[1]] - self.offset) / self.scale
-        return values.masked_fill(~mask, 0.0)
+    def __call__(self, model: LlamaModel, states: States, rows: ResponseRows) -> Tensor:
+        """[n] fp32."""
+        return (model.scalars(states.hidden) - self.offset) / self.scale
+
+    def scores(self, numbers: Tensor, rows: ResponseRows) -> Tensor:
+        """[B, T]."""
+        return numbers[:, :-1]
 
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """(scalar head at each row's last token - offset) / scale: one score for the whole text."""
+    """(scalar head at each sequence's last token - offset) / scale: one score for the whole text."""
 
     offset: float = 0.0
     scale: float = 1.0
-    per_token = False
 
-    def reads(self, rows: Any) -> Tensor:
-        """[b, T + 1]: one a row."""
+    def at(self, rows: TokenRows) -> Tensor:
+        """[B, T + 1]: one a sequence."""
         return torch.arange(rows.tokens.shape[1], device=rows.tokens.device) == (rows.lengths - 1)[:, None]
 
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Any) -> Tensor:
-        """[b]."""
-        last = rows.lengths - 1
-        raw = model.scalars(hidden[torch.arange(len(last), device=last.device), last])
-        return (raw - self.offset) / self.scale
+    def __call__(self, model: LlamaModel, states: States, rows: TokenRows) -> Tensor:
+        """[n] fp32, which is one a sequence."""
+        return (model.scalars(states.hidden) - self.offset) / self.scale
+
+    def scores(self, numbers: Tensor, rows: TokenRows) -> Tensor:
+        """[B]."""
+        return numbers.gather(1, (rows.lengths - 1)[:, None])[:, 0]
+
+
+def _before_labels(mask: Tensor) -> Tensor:
+    """[B, T] of labels -> [B, T + 1] of tokens: label t is predicted after token t."""
+    return torch.nn.functional.pad(mask, (0, 1))

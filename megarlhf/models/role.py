@@ -20,8 +20,9 @@ from megarlhf.models.readings import Reading
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind, LlamaModel, build_chunks
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.micro_batches import Loss
 from megarlhf.parallel.offload import Offloader, resident_bytes, unique_storages
-from megarlhf.parallel.pipeline import Loss, LossMeans, forward_backward, forward_only
+from megarlhf.parallel.pipeline import LossMeans, forward_backward, forward_only
 
 Part = Literal["weights", "gradients", "optimizer"]
 Offload = Literal["host", "none"]
@@ -84,15 +85,15 @@ class Role:
         """What the role's reading says of every row: [B, T] or [B] fp32, equal on all tensor and pipeline ranks."""
         self._works_on(batch)
         with self.resident("weights"):
-            return forward_only(
+            numbers = forward_only(
                 self.chunks,
                 batch,
-                lambda hidden, rows: self.reading(self.model, hidden, rows),
+                self.reading.at(batch),
+                lambda states, rows: self.reading(self.model, states, rows),
                 mesh=self.mesh,
                 micro_batch=self.settings.micro_batch,
-                reads=self.reading.reads,
-                per_token=self.reading.per_token,
             )
+        return self.reading.scores(numbers, batch)
 
     @contextmanager
     def resident(self, *parts: Part) -> Iterator[None]:
@@ -224,10 +225,10 @@ class TrainableRole(Role):
             means = forward_backward(
                 self.wrapped,
                 batch,
+                self.reading.at(batch),
                 loss,
                 mesh=self.mesh,
                 micro_batch=self.settings.micro_batch,
-                reads=self.reading.reads,
             )
             norm, stepped = guarded_step(self.optimizer, means.loss, self.optim.max_grad_norm)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])

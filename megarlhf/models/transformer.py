@@ -93,46 +93,41 @@ class LlamaModel(GPTModel):
         return hidden_states.transpose(0, 1)
 
     def label_logprobs(
-        self, hidden: Tensor, labels: Tensor, mask: Tensor, *, temperature: float, with_entropy: bool
+        self, hidden: Tensor, labels: Tensor, *, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """Log-prob of each label that `mask` selects, and the entropy of its distribution.
+        """Log-prob of each label after its hidden state, and the entropy of its distribution.
 
-        Shapes:   hidden [b, s, H] with s >= T; labels [b, T] int64; mask [b, T] bool.
-                  Returns (logprobs, entropy) [b, T] fp32, exactly 0 where masked out.
-        Units:    nats. Entropy is 0 everywhere without `with_entropy`.
+        Shapes:   hidden [n, H]; labels [n] int64. Returns (logprobs, entropy) [n] fp32; entropy [0] without
+                  `with_entropy`.
+        Units:    nats.
         Ranks:    tensor: one gather of four numbers a row; the same result on each.
         """
-        logprobs, entropy = linear_logprob(
-            hidden[:, : labels.shape[1]][mask],
+        return linear_logprob(
+            hidden,
             self.vocab_weight,
-            labels[mask],
+            labels,
             temperature=temperature,
             with_entropy=with_entropy,
             weight_grad=self._vocab_weight_grad,
             **self._vocab_shard(),
         )
-        picked = _scattered(logprobs, mask)
-        return picked, _scattered(entropy, mask) if with_entropy else torch.zeros_like(picked)
 
-    def policy_loss(
-        self, hidden: Tensor, labels: Tensor, mask: Tensor, terms: PolicyTerms
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`terms` summed over the labels that `mask` selects, in row-major order; and what `label_logprobs` returns.
+    def policy_loss(self, hidden: Tensor, labels: Tensor, terms: PolicyTerms) -> tuple[Tensor, Tensor, Tensor]:
+        """`terms` summed over labels [n] after hidden states [n, H]; and what `label_logprobs` returns.
 
         Log-probs and entropy come without gradient. Backward must weigh the loss by 1, as the pipeline driver does.
         """
-        loss, logprobs, entropy = linear_ppo(
-            hidden[:, : labels.shape[1]][mask],
+        return linear_ppo(
+            hidden,
             self.vocab_weight,
-            labels[mask],
+            labels,
             terms,
             weight_grad=self._vocab_weight_grad,
             **self._vocab_shard(),
         )
-        return loss, _scattered(logprobs, mask), _scattered(entropy, mask)
 
     def scalars(self, hidden: Tensor) -> Tensor:
-        """The scalar head at every position: hidden [b, s, H] -> [b, s] fp32."""
+        """The scalar head at every position: hidden [n, H] -> [n] fp32."""
         return self.output_layer(hidden)
 
     @property
@@ -150,11 +145,6 @@ class LlamaModel(GPTModel):
         group = self.pg_collection.tp
         columns = self.vocab_size // group.size()
         return Shard(vocab_start=group.rank() * columns, vocab_size=self.spec.vocab_size, group=group)
-
-
-def _scattered(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` where `mask` is True, in row-major order; 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, values)
 
 
 def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> TransformerConfig:

@@ -24,14 +24,14 @@ from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.writers import RunWriter, read_metrics
 from megarlhf.ops.advantages import gae
 from megarlhf.ops.kl import kl_k1
-from megarlhf.ops.masked import masked_sum, masked_whiten
+from megarlhf.ops.masked import masked_whiten
 from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.rewards import add_kl_penalty, shape_scores
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import broadcast_object, gather, gather_rows, own_rows
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import occurrence
@@ -155,45 +155,45 @@ def _mini_batches(experience: Experience, cfg: PPOConfig, iteration: int) -> Ite
         yield from experience.mini_batches(cfg.global_batch, generator(cfg.seed, "mini_batches", iteration, epoch))
 
 
-def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss:
+def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[Experience]:
     """The clipped surrogate summed over response tokens: fused with the vocabulary projection, or composed of parts."""
 
-    def fused(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mask = rows.rollout.response_mask
+    def fused(states: States, rows: Experience) -> LossSums:
         terms = PolicyTerms(
-            rows.logprobs[mask],
-            rows.advantages[mask],
+            states.of(rows.logprobs),
+            states.of(rows.advantages),
             clip_range=cfg.clip_range,
             temperature=cfg.sampling.temperature,
             entropy_coef=cfg.entropy_coef,
         )
-        total, new_logprobs, entropy = actor.model.policy_loss(hidden, rows.rollout.labels, mask, terms)
-        _, count, metrics = clipped(new_logprobs, rows)
-        return total, count, {**metrics, "entropy": masked_sum(entropy, mask)}
+        total, new_logprobs, entropy = actor.model.policy_loss(states.hidden, states.of(rows.labels), terms)
+        _, metrics = clipped_policy_loss(new_logprobs, terms.logprobs, terms.advantages, clip_range=cfg.clip_range)
+        return LossSums(total, states.count, {**metrics, "entropy": entropy.sum(dtype=torch.float64)})
 
-    def composed(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mask = rows.rollout.response_mask
+    def composed(states: States, rows: Experience) -> LossSums:
         new_logprobs, entropy = actor.model.label_logprobs(
-            hidden, rows.rollout.labels, mask, temperature=cfg.sampling.temperature, with_entropy=True
+            states.hidden, states.of(rows.labels), temperature=cfg.sampling.temperature, with_entropy=True
         )
-        total, count, metrics = clipped(new_logprobs, rows)
-        entropy = masked_sum(entropy, mask)
-        return total - cfg.entropy_coef * entropy, count, {**metrics, "entropy": entropy.detach()}
-
-    def clipped(new_logprobs: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mask = rows.rollout.response_mask
-        return clipped_policy_loss(new_logprobs, rows.logprobs, rows.advantages, mask, clip_range=cfg.clip_range)
+        total, metrics = clipped_policy_loss(
+            new_logprobs, states.of(rows.logprobs), states.of(rows.advantages), clip_range=cfg.clip_range
+        )
+        bonus = entropy.sum(dtype=torch.float64)
+        return LossSums(total - cfg.entropy_coef * bonus, states.count, {**metrics, "entropy": bonus.detach()})
 
     return fused if cfg.policy_loss == "fused" else composed
 
 
-def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss:
+def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss[Experience]:
     """The clipped regression on returns, summed over response tokens."""
 
-    def loss(hidden: Tensor, rows: Experience) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        new_values = critic.reading(critic.model, hidden, rows.rollout)
-        mask = rows.rollout.response_mask
-        return clipped_value_loss(new_values, rows.values, rows.returns, mask, value_clip_range=cfg.value_clip_range)
+    def loss(states: States, rows: Experience) -> LossSums:
+        total, metrics = clipped_value_loss(
+            critic.reading(critic.model, states, rows),
+            states.of(rows.values),
+            states.of(rows.returns),
+            value_clip_range=cfg.value_clip_range,
+        )
+        return LossSums(total, states.count, metrics)
 
     return loss
 

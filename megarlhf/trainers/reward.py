@@ -36,7 +36,7 @@ from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import gather, own_rows
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
@@ -111,26 +111,26 @@ def _from_labelled(labelled: LabelledResponses, couples: int, pointwise_weight: 
     return Couples(labelled.tokens, labelled.lengths, torch.zeros(len(labelled) // 2), labelled.correct, weight)
 
 
-def judgement_loss(role: TrainableRole, cfg: RewardConfig) -> Loss:
+def judgement_loss(role: TrainableRole, cfg: RewardConfig) -> Loss[Couples]:
     """Pairwise plus pointwise loss over couples."""
 
-    def loss(hidden: Tensor, rows: Couples) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        scores = role.reading(role.model, hidden, rows)
+    def loss(states: States, rows: Couples) -> LossSums:
+        scores = role.reading(role.model, states, rows)
         metrics: dict[str, Tensor] = {}
         total = scores.new_zeros(())
         if cfg.pairs is not None:
-            pairwise, _, seen = bradley_terry_loss(scores[0::2], scores[1::2], rows.pair_weight)
+            pairwise, seen = bradley_terry_loss(scores[0::2], scores[1::2], rows.pair_weight)
             total = total + pairwise
             metrics["reward/pairwise_loss"] = pairwise.detach()
             metrics["reward/pair_accuracy"] = seen["accuracy"]
             metrics["reward/margin_mean"] = seen["score_gap"]
         if cfg.labelled is not None:
             # The weights carry pointwise_weight; the metrics are reported without it.
-            pointwise, _, seen = pointwise_loss(scores, rows.correct, rows.point_weight)
+            pointwise, seen = pointwise_loss(scores, rows.correct, rows.point_weight)
             total = total + pointwise
             metrics["reward/pointwise_loss"] = pointwise.detach() / cfg.pointwise_weight
             metrics["reward/accuracy"] = seen["accuracy"] / cfg.pointwise_weight
-        return total, torch.tensor(len(rows), device=scores.device), metrics
+        return LossSums(total, len(rows), metrics)
 
     return loss
 
@@ -234,7 +234,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
                 labelled.batch(next(point_loader)) if labelled and point_loader else None,
                 cfg.pointwise_weight,
             )
-            update = role.update(own_rows(batch, mesh).to(mesh.device), judgement_loss(role, cfg))
+            update = role.update(own_rows(batch, mesh), judgement_loss(role, cfg))
         guard.check(role, update, index)
         clock.add("train", tokens=int(batch.lengths.sum()) - len(batch.lengths))
         return {

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.model_directory import ModelDescription, load_model, save_model
@@ -21,11 +20,10 @@ from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import GLOSSARY, Metrics
-from megarlhf.ops.masked import masked_sum
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
@@ -126,7 +124,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
     def step(index: int) -> Metrics:
         with clock("train"):
             batch = inputs.rows.batch(next(loader))
-            update = role.update(own_rows(batch, mesh).to(mesh.device), next_token_loss(role))
+            update = role.update(own_rows(batch, mesh), next_token_loss(role))
         guard.check(role, update, index)
         clock.add("train", tokens=int(batch.lengths.sum()) - len(batch))
         return {
@@ -156,13 +154,11 @@ def build_role(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> TrainableRole:
     return role
 
 
-def next_token_loss(role: TrainableRole) -> Loss:
+def next_token_loss(role: TrainableRole) -> Loss[TokenBatch]:
     """-log p(label), summed over supervised tokens."""
 
-    def loss(hidden: Tensor, rows: TokenBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logprobs, _ = role.model.label_logprobs(
-            hidden, rows.labels, rows.loss_mask, temperature=1.0, with_entropy=False
-        )
-        return -masked_sum(logprobs, rows.loss_mask), torch.sum(rows.loss_mask), {}
+    def loss(states: States, rows: TokenBatch) -> LossSums:
+        logprobs = role.reading(role.model, states, rows)
+        return LossSums(-logprobs.sum(dtype=torch.float64), states.count, {})
 
     return loss

@@ -17,6 +17,7 @@ from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.trainers.sft import next_token_loss
 from tests.helpers.models import language_model, learner, ragged_rollout, settings
 from tests.helpers.ranks import run_ranks, run_with_engine
 
@@ -31,13 +32,7 @@ def make(model: str, mesh: Mesh, distributed: bool, dtype: str) -> TrainableRole
 
 
 def step(role: TrainableRole, index: int) -> float:
-    def loss(hidden: Tensor, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        logprobs, _ = role.model.label_logprobs(
-            hidden, rows.labels, rows.response_mask, temperature=1.0, with_entropy=False
-        )
-        return -logprobs.sum(), rows.response_mask.sum(), {}
-
-    return role.update(own_rows(ragged_rollout(4, seed=index), role.mesh), loss).grad_norm
+    return role.update(own_rows(ragged_rollout(4, seed=index), role.mesh), next_token_loss(role)).grad_norm
 
 
 def numbers(role: TrainableRole) -> list[Tensor]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,9 +141,9 @@ def divide_by_rows(patch: Patch) -> None:
     def wrong(role: Any, cfg: Any) -> Any:
         loss = policy_loss(role, cfg)
 
-        def divided(hidden: Any, rows: Any) -> Any:
-            total, count, metrics = loss(hidden, rows)
-            return total / len(rows), count, metrics
+        def divided(states: Any, rows: Any) -> Any:
+            sums = loss(states, rows)
+            return replace(sums, total=sums.total / len(rows))
 
         return divided
 

@@ -19,7 +19,7 @@ from megarlhf.models.role import RoleSettings, TrainableRole
 from megarlhf.models.spec import preset
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.pipeline import sequence_multiple
+from megarlhf.parallel.micro_batches import sequence_multiple
 from megarlhf.rollout import engine as engine_module
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig

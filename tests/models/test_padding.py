@@ -49,7 +49,7 @@ def look(layout: ParallelLayout, language: str, scalar: str) -> dict[str, list[T
         role = frozen(directory, reading, mesh)
         scores = [role.score(rows) for rows in variants]
         for rows, score in zip(variants, scores, strict=True):
-            assert score.shape == (rows.labels.shape if reading.per_token else rows.lengths.shape)
+            assert score.shape == (rows.labels.shape if not isinstance(reading, SequenceScores) else rows.lengths.shape)
             assert score.ndim == 1 or not score[~rows.response_mask].any()
         seen[type(reading).__name__] = [score[:, :21] if score.ndim == 2 else score for score in scores]
     # A step from the same weights each time, without a role in between that could carry something over.

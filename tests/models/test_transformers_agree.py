@@ -16,6 +16,7 @@ from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.collectives import gather
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.micro_batches import States
 from tests.helpers.models import LAYOUTS, STRETCHED, frozen, language_model, name_of, ragged_rollout, score_model
 from tests.helpers.ranks import run_ranks
 
@@ -34,17 +35,19 @@ class VocabLogits:
 
     mesh: Mesh
     seen: dict[int, Tensor] = field(default_factory=dict)
-    per_token = True
 
-    def reads(self, rows: Rollout) -> Tensor:
-        return torch.ones_like(rows.labels, dtype=torch.bool)
+    def at(self, rows: Rollout) -> Tensor:
+        return torch.arange(rows.tokens.shape[1]) < (rows.lengths - 1)[:, None]
 
-    def __call__(self, model: LlamaModel, hidden: Tensor, rows: Rollout) -> Tensor:
-        local = hidden @ model.vocab_weight.t()
-        columns = gather(local.movedim(-1, 0).contiguous(), self.mesh, "tensor").movedim(0, -1)
-        for row, length, logits in zip(rows.prompt_ids.tolist(), rows.lengths.tolist(), columns, strict=True):
-            self.seen[row] = logits[: length - 1, : model.spec.vocab_size]
-        return rows.sampler_logprobs
+    def __call__(self, model: LlamaModel, states: States, rows: Rollout) -> Tensor:
+        local = states.hidden @ model.vocab_weight.t()
+        columns = gather(local.t().contiguous(), self.mesh, "tensor").t()[:, : model.spec.vocab_size]
+        for row, prompt in enumerate(rows.prompt_ids.tolist()):
+            self.seen[prompt] = columns[states.row == row]
+        return columns[:, 0]
+
+    def scores(self, numbers: Tensor, rows: Rollout) -> Tensor:
+        return numbers
 
 
 def read(layout: ParallelLayout, language: list[str], scored: str) -> dict[str, Any]:

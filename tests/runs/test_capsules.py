@@ -7,13 +7,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megarlhf.batch.rollouts import Experience, Prompts
 from megarlhf.batch.supervised import TokenBatch
@@ -23,7 +23,7 @@ from megarlhf.errors import DataError, TrainingError
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.capsule import leave_capsule, read_batch, read_notes, tensors_of, texts_of, write_capsule
 from megarlhf.trainers import ppo, sft
 from megarlhf.trainers.ppo_config import PPOConfig
@@ -182,9 +182,9 @@ def spoil_ppo(cfg: PPOConfig) -> str:
         calls += 1
         whole, factor = value_loss(critic, cfg), float("nan") if calls == 3 else 1.0
 
-        def loss(hidden: Tensor, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            total, count, metrics = whole(hidden, rows)
-            return total * factor, count, metrics
+        def loss(states: States, rows: Any) -> LossSums:
+            sums = whole(states, rows)
+            return replace(sums, total=sums.total * factor)
 
         return loss
 

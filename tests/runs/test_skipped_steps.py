@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.capsule import RNG, read_notes
 from megarlhf.runs.guard import StepGuard
 from megarlhf.trainers.ppo import optimise, policy_loss
@@ -44,15 +45,16 @@ class Faulty:
         self.loss = next_token_loss(role)
         self.kind = kind if role.mesh.data_rank == 1 else "none"
 
-    def __call__(self, hidden: Tensor, rows: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total, count, metrics = self.loss(hidden, rows)
+    def __call__(self, states: States, rows: Any) -> LossSums:
+        sums = self.loss(states, rows)
+        total = sums.total
         if self.kind == "loss":
             total = total * float("nan")
         elif self.kind == "infinite":
             total = total + float("inf")  # whose gradient is finite
         elif self.kind == "gradient":
-            total = total + (hidden.sum() * 0).sqrt()  # 0, whose gradient is not
-        return total, count, metrics
+            total = total + (states.hidden.sum() * 0).sqrt()  # 0, whose gradient is not
+        return replace(sums, total=total)
 
 
 def state_of(role: TrainableRole) -> list[Tensor]:

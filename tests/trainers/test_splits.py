@@ -19,7 +19,7 @@ from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.pipeline import Loss
+from megarlhf.parallel.micro_batches import Loss
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers.ppo import policy_loss, value_loss
 from megarlhf.trainers.ppo_config import PPOConfig
