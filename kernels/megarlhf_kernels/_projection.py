@@ -144,7 +144,14 @@ class Projection:
         same = chunk.weight.dtype == self.dtype
         d_logits = chunk.logits if same else torch.empty_like(chunk.logits, dtype=chunk.weight.dtype)
         logits_gradient(
-            chunk.logits, labels, terms, columns=self.columns, scale=self.scale, fast=self.fast, out=d_logits
+            chunk.logits,
+            labels,
+            terms,
+            columns=self.columns,
+            scale=self.scale,
+            sloped=d_entropy is not None,
+            fast=self.fast,
+            out=d_logits,
         )
         if out.hidden is not None:
             _mm(d_logits, chunk.weight, out=out.hidden[chunk.rows])

@@ -147,11 +147,12 @@ class _LinearPPO(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if float(d_loss) != ctx.loss_scale:
-            raise RuntimeError(
-                f"linear_ppo: its loss is weighted by {float(d_loss):g}, but its gradients were made for "
-                f"loss_scale={ctx.loss_scale:g}; pass loss_scale={float(d_loss):g}."
-            )
+        # Asserted where the number is: to look at it here would wait for the device once a micro-batch.
+        torch.ops.aten._assert_async.msg(
+            d_loss == ctx.loss_scale,
+            f"linear_ppo: its gradients were made for loss_scale={ctx.loss_scale:g}, but its loss is weighted by "
+            "another number; pass that as loss_scale.",
+        )
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden, d_weight, None, None, None, None
 

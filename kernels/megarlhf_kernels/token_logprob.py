@@ -111,7 +111,16 @@ class _TokenLogprob(torch.autograd.Function):
         softmax = Softmax(*rest)
         out = logits if plan.in_place else torch.empty_like(logits)
         terms = gradient_terms(softmax, labels, d_logprobs, d_entropy, columns=plan.columns, scale=plan.scale)
-        logits_gradient(logits, labels, terms, columns=plan.columns, scale=plan.scale, fast=plan.fast, out=out)
+        logits_gradient(
+            logits,
+            labels,
+            terms,
+            columns=plan.columns,
+            scale=plan.scale,
+            sloped=d_entropy is not None,
+            fast=plan.fast,
+            out=out,
+        )
         return out, None, None
 
 
@@ -183,9 +192,20 @@ def shard_statistics(
 
 
 def logits_gradient(
-    logits: Tensor, labels: Tensor, terms: Tensor, *, columns: int, scale: float, fast: bool, out: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    terms: Tensor,
+    *,
+    columns: int,
+    scale: float,
+    sloped: bool,
+    fast: bool,
+    out: Tensor,
 ) -> None:
-    """Fill `out` [N, V_local], which may be `logits` itself, as `gradient_terms` says; padding gets 0."""
+    """Fill `out` [N, V_local], which may be `logits` itself, as `gradient_terms` says; padding gets 0.
+
+    sloped: whether the entropy has a gradient; without one the slopes are 0.
+    """
     count, width = logits.shape
     if fast and count and width:
         tile = _tile(width)
@@ -195,7 +215,7 @@ def logits_gradient(
             num_warps=WARPS,
         )
     elif not fast:
-        _torch_gradient(logits, labels, terms, columns, scale, out)
+        _torch_gradient(logits, labels, terms, columns, scale, sloped=sloped, out=out)
 
 
 WARPS = 8
@@ -328,7 +348,9 @@ def _torch_statistics(logits: Tensor, labels: Tensor, scale: float, with_entropy
     picked.masked_fill_((labels < 0) | (labels >= width), NO_LOGIT)
 
 
-def _torch_gradient(logits: Tensor, labels: Tensor, terms: Tensor, columns: int, scale: float, out: Tensor) -> None:
+def _torch_gradient(
+    logits: Tensor, labels: Tensor, terms: Tensor, columns: int, scale: float, *, sloped: bool, out: Tensor
+) -> None:
     top, offset, slope, at_label = terms
     out[:, columns:] = 0.0
     if not columns:
@@ -336,7 +358,6 @@ def _torch_gradient(logits: Tensor, labels: Tensor, terms: Tensor, columns: int,
     column = labels.clamp(0, columns - 1)[:, None]
     live = out[:, :columns]
     direct = live.dtype == terms.dtype
-    sloped = bool(slope.any())
     chunks, work = _chunks(logits[:, :columns], terms.dtype, buffers=2)
     for rows in chunks:
         # fp32 gradients are computed where they will lie, be it over the logits; others are rounded once, at the end.

@@ -56,10 +56,11 @@ class LocalLayer(TransformerLayer):
     ) -> Any:
         """[s, b, H] -> [s, b, H]; rows in `padding_mask` [b, s] keep what they had.
 
-        Under sequence parallelism every row is computed: tensor ranks must hold equally many.
+        Under sequence parallelism every row is computed: tensor ranks must hold equally many. So it is on a GPU, which
+        would have to be waited for before anybody knew how many there are.
         """
         on_top = self.layer_number == self.config.num_layers
-        if padding_mask is None or not on_top or self.config.sequence_parallel:
+        if padding_mask is None or not on_top or self.config.sequence_parallel or not hidden_states.is_cpu:
             return super()._forward_mlp(hidden_states, inference_context)
         rows = hidden_states.flatten(0, 1)
         read = (~padding_mask).t().flatten().nonzero()[:, 0]

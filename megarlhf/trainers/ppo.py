@@ -178,7 +178,9 @@ def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[Experience]:
             new_logprobs, states.of(rows.logprobs), states.of(rows.advantages), clip_range=cfg.clip_range
         )
         bonus = entropy.sum(dtype=torch.float64)
-        return LossSums(total - cfg.entropy_coef * bonus, states.count, {**metrics, "entropy": bonus.detach()})
+        if cfg.entropy_coef:
+            total = total - cfg.entropy_coef * bonus
+        return LossSums(total, states.count, {**metrics, "entropy": bonus.detach()})
 
     return fused if cfg.policy_loss == "fused" else composed
 
