@@ -84,8 +84,8 @@ class FixedLengths(RolloutEngine):
 
     response_lengths: Tensor
 
-    def _ledger(self, rows: Prompts, sampling: SamplingConfig, seed: int) -> Ledger:
-        ledger = super()._ledger(rows, sampling, seed)
+    def _ledger(self, rows: Prompts, streams: Tensor, sampling: SamplingConfig, seed: int) -> Ledger:
+        ledger = super()._ledger(rows, streams, sampling, seed)
         draws = ledger.uniforms.clamp(min=0.1)
         last = (rows.lengths + self.response_lengths - 1)[:, None]
         kept = draws.gather(1, last) * (self.response_lengths == sampling.max_new_tokens)[:, None]
@@ -207,8 +207,8 @@ def _phases(
 
     responses, short, positions = sizes.rows * sizes.new_tokens, int(ragged.sum()), inputs.numel()
     spec = roles.actor.spec
-    forward = spec.forward_flops(positions, inputs.shape[1] / 2, responses)
-    body = spec.forward_flops(positions, inputs.shape[1] / 2, 0)
+    keys = len(inputs) * inputs.shape[1] * (inputs.shape[1] + 1) // 2
+    forward, body = (spec.forward_flops(positions, keys, projected) for projected in (responses, 0))
     flops = {role: forward if role.head == "language" else body for role in roles.every}
     learning = ((roles.actor, policy_loss(roles.actor, cfg)), (roles.critic, value_loss(roles.critic, cfg)))
     iteration_flops = forward + sum(flops.values()) + 3 * (forward + body)

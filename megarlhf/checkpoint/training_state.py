@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import pydantic
 import torch
@@ -38,6 +38,22 @@ STATE = "state.json"
 Count = Annotated[int, pydantic.Field(ge=0, lt=2**62)]
 
 
+Number = Annotated[int, pydantic.Field(ge=0, lt=2**100)]
+"""FLOPs count to more than 64 bits hold."""
+
+
+class Resumable(Protocol):
+    """A part of a run, besides its roles, that goes on where it was: a loader, a count, a coefficient that adapts."""
+
+    def state(self) -> Mapping[str, int]:
+        """Everything needed to go on from here."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any], /) -> None:
+        """Go on from `state`. Raises CheckpointError where it is of something else."""
+        ...
+
+
 class Best(Config):
     """The best state so far."""
 
@@ -52,8 +68,8 @@ class Position(Config):
 
     step: Count
     """Steps done."""
-    loaders: dict[str, dict[str, Count]]
-    """State of every loader, by name."""
+    parts: dict[str, dict[str, Number]]
+    """State of every part of the run that is `Resumable`, by name."""
     skipped_steps: Count
     """Optimiser steps skipped so far."""
     skipped_in_a_row: dict[str, Count] = pydantic.Field(default_factory=dict)

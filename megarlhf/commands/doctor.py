@@ -52,7 +52,7 @@ from megarlhf.observe.provenance import machine, versions
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.alone import alone, is_first
-from megarlhf.parallel.collectives import barrier, broadcast_object, own_rows
+from megarlhf.parallel.collectives import barrier, broadcast_object
 from megarlhf.parallel.mesh import Mesh, local_device, start
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
 from megarlhf.runtime.roles import role_settings
@@ -221,7 +221,7 @@ def examine_probe(cfg: DoctorConfig, inputs: PPOInputs, alternative: Measured | 
     else:
         layout = layout_gates(probe, measure(probe, fixed, loss, seed=cfg.seed), alternative)
     # A step gives the optimiser moments to lose.
-    probe.update(scored(probe, own_rows(unscored_experience(fixed, cfg.seed), mesh)), loss)
+    probe.update(scored(probe, unscored_experience(fixed, cfg.seed)), loss)
     return [*layout, replace(offload_gate([probe]), name=PROBE_OFFLOAD)]
 
 

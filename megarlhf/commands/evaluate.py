@@ -28,7 +28,6 @@ from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runtime.checks import (
     Model,
     check_room,
-    check_rows,
     check_same_tokenizer,
     check_tokenizer,
     checked_model,
@@ -104,7 +103,6 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
         if found is not None:
             check_tokenizer(tokenizer, found.spec, name)
             check_room(prompts.longest, cfg.max_new_tokens, found.spec, name, "max_new_tokens")
-    check_rows("layout.data", cfg.layout.data, "prompts", len(prompts))
     doubts = check_answers(prompts.answers, verifier, data.source)
     return EvalInputs(model, reward, tokenizer, data, prompts, verifier, doubts)
 

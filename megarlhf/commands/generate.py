@@ -25,7 +25,7 @@ from megarlhf.models.role import FrozenRole
 from megarlhf.observe.files import json_line, opened, writing
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import gather_rows, on_main
+from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
@@ -92,10 +92,6 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
     else:
         data = chosen_data(cfg.prompts, "prompts", speaker)
         prompts, said = load_prompts(data, tokenizer), [row.columns["prompt"] for row in load_rows(data, prompt_rows)]
-    if len(prompts) < cfg.layout.data:
-        raise LayoutError(
-            f"layout.data={cfg.layout.data} is more than the {len(prompts)} prompts; set it to at most {len(prompts)}."
-        )
     check_room(prompts.longest, cfg.sampling.max_new_tokens, model.spec, "model")
     return GenerateInputs(model, tokenizer, data, prompts, said)
 
@@ -151,12 +147,9 @@ def rollouts(policy: FrozenRole, inputs: GenerateInputs, cfg: GenerateConfig) ->
         max_sequence_length=prompts.longest + cfg.sampling.max_new_tokens,
         cuda_graphs=policy.settings.compute.cuda_graphs,
     )
-    # Equal parts, none smaller than the data ranks: every one of them takes part in every collective.
-    parts = min(-(-len(prompts) * cfg.group_size // ROLLOUTS), len(prompts) // mesh.size("data"))
+    parts = min(-(-len(prompts) * cfg.group_size // ROLLOUTS), len(prompts))
     for part in torch.arange(len(prompts)).tensor_split(parts):
-        mine = part.tensor_split(mesh.size("data"))[mesh.data_rank]
-        drawn = engine.generate(prompts.batch(mine), cfg.sampling, seed=cfg.seed, group_size=cfg.group_size)
-        yield gather_rows(drawn, mesh)
+        yield engine.generate(prompts.batch(part), cfg.sampling, seed=cfg.seed, group_size=cfg.group_size)
 
 
 def rows_of(rollout: Rollout, inputs: GenerateInputs) -> Iterator[dict[str, Any]]:

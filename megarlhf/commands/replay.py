@@ -108,9 +108,9 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
 
 
 def joined(capsule: Path, notes: Sequence[Note]) -> Any:
-    """The rows of all data ranks that left a capsule, in rank order, as one batch."""
-    first = {note.data_rank: note for note in reversed(notes)}  # tensor and pipeline ranks have the same rows
-    parts: list[Any] = [read_batch(capsule, first[rank], KINDS[first[rank].kind]) for rank in sorted(first)]
+    """The rows of all parts that left a capsule, in order, as one batch."""
+    first = {note.part: note for note in reversed(notes)}  # ranks of one model copy have the same rows
+    parts: list[Any] = [read_batch(capsule, first[part], KINDS[first[part].kind]) for part in sorted(first)]
     return cat(parts)
 
 

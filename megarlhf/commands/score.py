@@ -20,7 +20,6 @@ from typing import Any
 
 from pydantic import Field
 
-from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.model_directory import ModelDescription, load_model
 from megarlhf.commands.scored_file import DAY, Done, ScoredFile, content
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
@@ -30,7 +29,7 @@ from megarlhf.models.readings import LabelLogprobs, SequenceScores
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import broadcast_object, gather
+from megarlhf.parallel.collectives import broadcast_object
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.runtime.checks import Model, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import lock_of_file, sole_writer
@@ -39,8 +38,8 @@ from megarlhf.runtime.said import say, told_day
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.runtime.texts import check_one_day, chosen_template
 
-PART_ROWS = 256
-"""Rows of a data rank between two writes: at most these are lost when a run is killed, or held as tensors at once."""
+PART_ROWS = 512
+"""Rows between two writes: at most these are lost when a run is killed, or held as tensors at once."""
 ADDED = {"language": ("logprobs", "logprob_sum"), "scalar": ("score",)}
 """Fields that are added to a row, by the model's head."""
 
@@ -179,9 +178,8 @@ def scored_parts(model: FrozenRole, rows: ScoreSet, done: int) -> Iterator[tuple
     A part starts at a multiple of its size, and the first is scored whole even if some of it is done: a row then has
     the same neighbours, and the same last bits, whether or not the run was interrupted.
     """
-    size = PART_ROWS * model.mesh.size("data")
-    for first in range(done - done % size, len(rows), size):
-        part = range(first, min(first + size, len(rows)))
+    for first in range(done - done % PART_ROWS, len(rows), PART_ROWS):
+        part = range(first, min(first + PART_ROWS, len(rows)))
         fields = score_part(model, rows, part)
         known = max(done - first, 0)
         yield part[known:], fields[known:]
@@ -189,22 +187,11 @@ def scored_parts(model: FrozenRole, rows: ScoreSet, done: int) -> Iterator[tuple
 
 def score_part(model: FrozenRole, rows: ScoreSet, part: range) -> list[dict[str, Any]]:
     """What is added to each row of `part`. Collective; equal on every rank."""
-    mesh = model.mesh
-    share = -(-len(part) // mesh.size("data"))
-    # Every data rank takes part in every collective: past the end, the last row stands in for those that are missing.
-    mine = [part[min(mesh.data_rank * share + index, len(part) - 1)] for index in range(share)]
-    return _added(model, rows.batch(mine).to(mesh.device))[: len(part)]
-
-
-def _added(model: FrozenRole, batch: TokenBatch) -> list[dict[str, Any]]:
-    """What is added to the rows of the data ranks' batches, in rank order. Collective; equal on every rank."""
-    scores, mesh = model.score(batch), model.mesh
+    batch = rows.batch(part)
+    scores = model.score(batch).cpu()
     if model.head == "scalar":
-        return [{"score": _finite(score)} for score in gather(scores, mesh, "data").tolist()]
-    # Rows end to end, since data ranks pad to different widths.
-    flat = gather(scores[batch.response_mask], mesh, "data")
-    counts = gather(batch.response_mask.sum(dim=1), mesh, "data").tolist()
-    logprobs = [row.tolist() for row in flat.split(counts)]
+        return [{"score": _finite(score)} for score in scores.tolist()]
+    logprobs = [row[mask].tolist() for row, mask in zip(scores, batch.response_mask, strict=True)]
     return [{"logprobs": [*map(_finite, row)], "logprob_sum": _finite(sum(row))} for row in logprobs]
 
 

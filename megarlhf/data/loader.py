@@ -1,8 +1,8 @@
-"""Which rows come next: shuffled, sharded, resumable, and the same for every data-parallel size."""
+"""Which rows come next: shuffled, resumable, and the same for every layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -15,24 +15,18 @@ class Loader(Iterator[Tensor]):
     """An endless stream of global batches of row indices, the same on every rank.
 
     Epochs follow each other without a seam, each a permutation drawn from (seed, epoch): every row is seen once an
-    epoch, and a batch may end one epoch and begin the next. Each rank takes its share of a batch with `local`.
+    epoch, and a batch may end one epoch and begin the next.
 
     Shapes:   yields int64 [batch], indices in 0..rows-1.
-    Ranks:    none; data ranks hold equal loaders with different `data_rank`.
-    Raises:   ConfigError if the batch is larger than the rows or does not divide over the data ranks.
+    Ranks:    none: every rank holds an equal one.
+    Raises:   ConfigError if the batch is larger than the rows.
     """
 
-    def __init__(self, rows: int, batch: int, *, seed: int, data_rank: int = 0, data_size: int = 1) -> None:
+    def __init__(self, rows: int, batch: int, *, seed: int) -> None:
         """Begin at the first row of epoch 0."""
         if not 1 <= batch <= rows:
             raise ConfigError(f"batch does not fit the data: batch {batch}, {rows} rows; use 1 to {rows}.")
-        if batch % data_size:
-            raise ConfigError(
-                f"batch does not divide over data ranks: batch {batch}, data {data_size}; "
-                f"use a multiple of {data_size}."
-            )
         self.rows, self.batch, self.seed = rows, batch, seed
-        self.data_rank, self.data_size = data_rank, data_size
         self._position = 0
         self._epoch, self._order = 0, self._permutation(0)
 
@@ -53,15 +47,11 @@ class Loader(Iterator[Tensor]):
             self._position += len(parts[-1])
         return torch.cat(parts)
 
-    def local(self, indices: Tensor) -> Tensor:
-        """This data rank's share of a global batch: row i belongs to rank i // (batch / data_size)."""
-        return indices.chunk(self.data_size)[self.data_rank]
-
     def state(self) -> dict[str, int]:
-        """Everything needed to go on from here, whatever the batch and data size then."""
+        """Everything needed to go on from here, whatever the batch then."""
         return {"rows": self.rows, "seed": self.seed, "position": self._position}
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: Mapping[str, int]) -> None:
         """Go on from `state`.
 
         Raises:   CheckpointError if it was saved over other data or another seed.

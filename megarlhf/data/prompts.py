@@ -49,22 +49,17 @@ class PromptSet:
         """The parts of the first row, by name."""
         return {"prompt": self.tokens[0]}
 
-    def batch(self, indices: Tensor, again: Tensor | None = None) -> Prompts:
-        """The prompts at `indices` (int64 [P]), padded to the longest of them.
-
-        again: how often each is in the global batch already (int64 [P]): then it is sampled as another prompt would be.
-        """
+    def batch(self, indices: Tensor) -> Prompts:
+        """The prompts at `indices` (int64 [P]), padded to the longest of them."""
         chosen: list[int] = indices.tolist()
         tokens, lengths = pad_right([self.tokens[index] for index in chosen], self.pad_id)
         ids = torch.tensor([self.ids[index] for index in chosen], dtype=torch.int64)
-        if again is not None:
-            ids = ids + again * (max(self.ids) + 1)
         return Prompts(tokens, lengths, ids, tuple(self.answers[index] for index in chosen))
 
     def said_in(self, prompt_ids: Tensor) -> list[Any]:
         """The prompts of rollouts, as the data has them, by the ids that `batch` gave (int64 [B])."""
         said = dict(zip(self.ids, self.said, strict=True))
-        return [said[index % (max(self.ids) + 1)] for index in prompt_ids.tolist()]
+        return [said[index] for index in prompt_ids.tolist()]
 
 
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:

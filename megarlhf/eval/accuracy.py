@@ -14,12 +14,11 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.judges.rules import Verifier, verify
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
-from megarlhf.parallel.collectives import gather, gather_rows
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 
 CHUNK = 512
-"""Problems rolled out together, over all data ranks."""
+"""Problems rolled out together."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +62,15 @@ def evaluate(
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []
     with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:
-        # Equal parts, none smaller than the data ranks: every one of them takes part in every collective.
-        parts_wanted = min(-(-len(prompts) // CHUNK), len(prompts) // mesh.size("data"))
-        for chunk in torch.arange(len(prompts)).tensor_split(parts_wanted):
-            mine = chunk.tensor_split(mesh.size("data"))[mesh.data_rank]
+        for chunk in torch.arange(len(prompts)).tensor_split(-(-len(prompts) // CHUNK)):
             with policy.resident("weights"):
-                rollout = engine.generate(prompts.batch(mine), sampling, seed=seed)
+                rollout = engine.generate(prompts.batch(chunk), sampling, seed=seed)
             scores = (
                 rollout.lengths.new_zeros(len(rollout), dtype=torch.float32)
                 if reward is None
                 else reward.score(rollout)
             )
-            everyone, scores = gather_rows(rollout, mesh).to("cpu"), gather(scores, mesh, "data").cpu()
-            parts.append(_judged(everyone, scores, tokenizer, verifier))
+            parts.append(_judged(rollout.to("cpu"), scores.cpu(), tokenizer, verifier))
             bar.advance(len(chunk))
     return Evaluation(
         responses=tuple(text for part in parts for text in part.responses),

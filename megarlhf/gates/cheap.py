@@ -19,7 +19,7 @@ from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.roles import Roles
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss
-from megarlhf.parallel.pipeline import LossMeans, forward_backward
+from megarlhf.parallel.pipeline import LossMeans
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
@@ -45,7 +45,7 @@ def cheap_gates(
 ) -> list[Gate]:
     """What a run measures before its first step: seconds, and no trace in weights, optimiser state or random numbers.
 
-    prompts: this data rank's own; loss: the actor's; reference_is_actor: both have the same weights now.
+    prompts: those of `gate_prompts`; loss: the actor's; reference_is_actor: both have the same weights now.
     Memory:   one role is resident at a time, as in training. Ranks: collective over the mesh; equal on every rank.
     """
     actor, device = roles.actor, roles.actor.mesh.device
@@ -63,9 +63,8 @@ def cheap_gates(
 
 
 def gate_prompts(prompts: PromptSet, mesh: Mesh) -> Prompts:
-    """This data rank's prompts for a gate's batch: its own part of the first of the set."""
-    first = mesh.data_rank * PROMPTS
-    return prompts.batch(torch.arange(first, first + PROMPTS) % len(prompts))
+    """The first prompts of the set, as many as a gate's batch has on the ranks of `mesh`."""
+    return prompts.batch(torch.arange(PROMPTS * mesh.layout.data) % len(prompts))
 
 
 def fresh_rollout(
@@ -186,12 +185,11 @@ def scored(role: TrainableRole, batch: Experience) -> Experience:
 def gradients(role: TrainableRole, batch: Experience, loss: Loss, micro_batch: int) -> Iterator[LossMeans]:
     """The gradient of the mean loss in the role's buffers inside the block; zeroed after it, and no step taken.
 
-    batch: this data rank's rows. With the distributed optimizer only the rank's own shard is summed over data ranks.
+    With the distributed optimizer only a rank's own shard is summed over all of the batch.
     """
     with role.resident("weights", "gradients"):
         _zero_gradients(role)
-        at = role.reading.at(batch)
-        yield forward_backward(role.wrapped, batch, at, loss, mesh=role.mesh, micro_batch=micro_batch)
+        yield role.accumulate(batch, loss, micro_batch)
         _zero_gradients(role)
 
 

@@ -19,7 +19,7 @@ from megarlhf.gates.cheap import fingerprint, gradients, scored, unscored_experi
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.spec import PRESETS
-from megarlhf.parallel.collectives import all_reduce, broadcast, gather, own_rows
+from megarlhf.parallel.collectives import all_reduce, broadcast
 from megarlhf.parallel.micro_batches import Loss, States
 from megarlhf.parallel.pipeline import forward_only
 from megarlhf.parallel.rng import generator
@@ -144,10 +144,10 @@ def measure(role: TrainableRole, rollout: Rollout, loss: Loss, *, seed: int) -> 
 
     role: prepared with `distributed=False`, so that every data rank has the whole gradient.
     """
-    batch = scored(role, own_rows(unscored_experience(rollout, seed), role.mesh))
+    batch = scored(role, unscored_experience(rollout, seed))
     with gradients(role, batch, loss, role.settings.micro_batch):
         norms = _gradient_norms(role)
-    return Measured(gather(batch.logprobs, role.mesh, "data").cpu(), norms)
+    return Measured(batch.logprobs.cpu(), norms)
 
 
 def layout_gates(role: TrainableRole, here: Measured, one_rank: Measured) -> list[Gate]:

@@ -103,7 +103,8 @@ class SequenceScores:
 
     def scores(self, numbers: Tensor, rows: TokenRows) -> Tensor:
         """[B]."""
-        return numbers.gather(1, (rows.lengths - 1)[:, None])[:, 0]
+        last = rows.lengths.to(numbers.device) - 1
+        return numbers.gather(1, last[:, None])[:, 0]
 
 
 def _before_labels(mask: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megarlhf.batch.base import TokenRows
@@ -19,8 +21,9 @@ from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, 
 from megarlhf.models.readings import Reading
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind, LlamaModel, build_chunks
+from megarlhf.parallel.collectives import check_divides, gather, own_part
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.parallel.micro_batches import Loss
+from megarlhf.parallel.micro_batches import Loss, ends_of
 from megarlhf.parallel.offload import Offloader, resident_bytes, unique_storages
 from megarlhf.parallel.pipeline import LossMeans, forward_backward, forward_only
 
@@ -82,18 +85,25 @@ class Role:
         return resident_bytes([*copies, *(tensor for part in self.parts for tensor in self.tensors(part))])
 
     def score(self, batch: TokenRows) -> Tensor:
-        """What the role's reading says of every row: [B, T] or [B] fp32, equal on all tensor and pipeline ranks."""
-        self._works_on(batch)
+        """What the role's reading says of every row: [B, T] or [B] fp32.
+
+        Ranks:    collective over the mesh; every rank passes the same batch and gets the same numbers.
+        """
+        own, at = self._begin(batch, passes=1)
         with self.resident("weights"):
-            numbers = forward_only(
-                self.chunks,
-                batch,
-                self.reading.at(batch),
-                lambda states, rows: self.reading(self.model, states, rows),
-                mesh=self.mesh,
-                micro_batch=self.settings.micro_batch,
-            )
-        return self.reading.scores(numbers, batch)
+            # Fewer rows than data ranks leave some without any.
+            numbers = self._read(own, at) if len(own) else torch.zeros(at.shape, device=self.mesh.device)
+        return gather(self.reading.scores(numbers, own), self.mesh, "data")
+
+    def _read(self, own: TokenRows, at: Tensor) -> Tensor:
+        return forward_only(
+            self.chunks,
+            own,
+            at,
+            lambda states, rows: self.reading(self.model, states, rows),
+            mesh=self.mesh,
+            micro_batch=self.settings.micro_batch,
+        )
 
     @contextmanager
     def resident(self, *parts: Part) -> Iterator[None]:
@@ -120,8 +130,23 @@ class Role:
         if part == "weights" and self.settings.compute.fp8:
             drop_fp8_copies(self.chunks)
 
-    def _works_on(self, batch: TokenRows) -> None:
-        self.mesh.trail.role, self.mesh.trail.work = self.name, batch
+    def _begin(self, batch: TokenRows, *, passes: int) -> tuple[TokenRows, Tensor]:
+        """This data rank's rows of a global batch, and where they are read [b, T + 1], on the host.
+
+        passes: of the whole batch through the model, for which it is counted; backward is two.
+        """
+        at, part = self.reading.at(batch).cpu(), own_part(len(batch), self.mesh)
+        reads: NDArray[np.bool_] = np.asarray(at)
+        ends = ends_of(reads)
+        flops = self.spec.forward_flops(
+            tokens=int(ends.sum()),
+            keys=int((ends * (ends + 1) // 2).sum()),
+            projected=int(reads.sum()) if self.head == "language" else 0,
+        )
+        self.mesh.work.spend(tokens=int(ends.sum()), flops=passes * flops)
+        own, trail = batch.rows(part), self.mesh.trail
+        trail.role, trail.work, trail.part = self.name, own, self.mesh.data_rank
+        return own, at.view(len(batch), -1, at.shape[1])[part].flatten(0, 1)
 
     def _movable(self, part: Part) -> list[Tensor]:
         """`tensors(part)` without those whose storage belongs to the weights."""
@@ -213,25 +238,27 @@ class TrainableRole(Role):
         return [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]
 
     def update(self, batch: TokenRows, loss: Loss) -> Update:
-        """One optimiser step on `batch`, this data rank's rows of the global batch.
+        """One optimiser step on `batch`, the global one.
 
-        Ranks:    collective over the mesh; the result is equal on every rank.
+        Ranks:    collective over the mesh; every rank passes the same batch and gets the same result.
+        Raises:   ValueError where the rows do not divide over data ranks.
         """
-        self._works_on(batch)
         with self.resident(*self.parts):
             for wrapped in self.wrapped:
                 wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
-            means = forward_backward(
-                self.wrapped,
-                batch,
-                self.reading.at(batch),
-                loss,
-                mesh=self.mesh,
-                micro_batch=self.settings.micro_batch,
-            )
+            means = self.accumulate(batch, loss, self.settings.micro_batch)
             norm, stepped = guarded_step(self.optimizer, means.loss, self.optim.max_grad_norm)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if stepped:
             self.schedule.step(increment=1)
         return Update(means=means, grad_norm=norm, learning_rate=learning_rate, stepped=stepped)
+
+    def accumulate(self, batch: TokenRows, loss: Loss, micro_batch: int) -> LossMeans:
+        """Add the gradient of the mean loss over the global `batch` to the role's buffers, which must be resident.
+
+        micro_batch: rows of one forward on one data rank. Ranks and errors as in `update`.
+        """
+        check_divides(batch, self.mesh)
+        own, at = self._begin(batch, passes=3)
+        return forward_backward(self.wrapped, own, at, loss, mesh=self.mesh, micro_batch=micro_batch)

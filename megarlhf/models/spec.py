@@ -83,15 +83,16 @@ class ModelSpec(Config):
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * self.hidden_size
         return self.layers * layer + embeddings + self.hidden_size
 
-    def forward_flops(self, tokens: int, context: float, projected: int) -> float:
-        """Floating-point operations of one forward pass: 2 per multiply-add, causal attention counted at its triangle.
+    def forward_flops(self, tokens: int, keys: int, projected: int) -> int:
+        """Floating-point operations of one forward pass: 2 per multiply-add.
 
-        tokens: positions through the layers; context: mean number of keys a position sees;
-        projected: positions that reach the vocabulary projection.
+        tokens: positions through the layers; keys: that all of them see together, n (n + 1) / 2 of the first n of a
+        text; projected: positions that reach the vocabulary projection.
         """
         attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
-        layer = 2 * (attention + 3 * self.hidden_size * self.ffn_size) + 4 * self.heads * self.head_dim * context
-        return float(tokens) * self.layers * layer + 2.0 * projected * self.vocab_size * self.hidden_size
+        products = 2 * (attention + 3 * self.hidden_size * self.ffn_size) * tokens
+        layer = products + 4 * self.heads * self.head_dim * keys
+        return self.layers * layer + 2 * projected * self.vocab_size * self.hidden_size
 
     def padded_vocab(self, tensor: int) -> int:
         """Vocabulary rows after padding to a multiple of the tensor ranks; columns from vocab_size on are masked."""

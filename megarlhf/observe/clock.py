@@ -12,6 +12,7 @@ import torch
 from megarlhf.observe.memory import peak_resident
 from megarlhf.observe.metrics import PHASES, Metrics
 from megarlhf.observe.trail import Trail
+from megarlhf.observe.work import Work
 
 # Dense bf16 peak in FLOP/s, without sparsity. Source: NVIDIA's data sheets (A100, H100, H200, B200).
 _PEAK_FLOPS = (
@@ -38,16 +39,26 @@ class Clock:
     Phases nest: the inner phase's time is not counted in the outer one, so the phases of an iteration add up to at
     most its wall time.
 
-    Units:    tokens are global (all ranks); FLOPs are this device's share.
+    Units:    tokens are of all ranks; rates of FLOPs are of one device.
     Ranks:    local, no communication. On a GPU each phase border waits for the device, else work would be booked late.
     """
 
     def __init__(
-        self, device: torch.device, trail: Trail | None = None, *, now: Callable[[], float] = time.perf_counter
+        self,
+        device: torch.device,
+        trail: Trail | None = None,
+        work: Work | None = None,
+        *,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Start timing on `device`; phases leave their mark on `trail`; `now` is the source of seconds."""
+        """Start timing on `device`.
+
+        trail: on which phases leave their mark. work: told of the phase, and read for what was done in it. now: the
+        source of seconds.
+        """
         self._device, self._now, self._peak_flops = device, now, peak_flops(device)
         self._trail = Trail() if trail is None else trail
+        self._work = Work() if work is None else work
         self._stack: list[str] = []
         self._restart()
 
@@ -58,41 +69,42 @@ class Clock:
             raise ValueError(f"clock phase {phase!r}: not one of {', '.join(PHASES)}; add it to observe/metrics.py.")
         self._book()
         self._stack.append(phase)
+        self._work.phase = phase
         self._trail.enter(phase)
         try:
             yield
         finally:
             self._book()
             self._stack.pop()
-
-    def add(self, phase: str, *, tokens: int = 0, flops: float = 0.0) -> None:
-        """Count work done in `phase`."""
-        self._tokens[phase] += tokens
-        self._flops[phase] += flops
+            self._work.phase = self._stack[-1] if self._stack else ""
 
     def seconds(self, phase: str) -> float:
         """Seconds booked to `phase` since the last `metrics()`."""
         return self._seconds[phase]
 
     def metrics(self) -> Metrics:
-        """Return seconds, rates and peak memory since the last call, then reset; call it outside any phase."""
+        """Seconds, rates and peak memory since the last call, FLOPs since the run began; call it outside any phase."""
         self._book()
         result: Metrics = {"time/iteration_s": self._mark - self._start, "memory/peak_bytes": float(self._peak_bytes())}
         for phase, seconds in self._seconds.items():
             result[f"time/{phase}_s"] = seconds
-            if seconds > 0 and self._tokens[phase]:
-                result[f"throughput/{phase}_tokens_per_s"] = self._tokens[phase] / seconds
-            if seconds > 0 and self._flops[phase]:
-                result[f"throughput/{phase}_flops_per_s"] = self._flops[phase] / seconds
+            tokens = self._work.tokens[phase] - self._tokens[phase]
+            flops = (self._work.flops[phase] - self._flops[phase]) / self._work.ranks
+            if seconds > 0 and tokens:
+                result[f"throughput/{phase}_tokens_per_s"] = tokens / seconds
+            if seconds > 0 and flops:
+                result[f"throughput/{phase}_flops_per_s"] = flops / seconds
                 if self._peak_flops:
-                    result[f"mfu/{phase}"] = self._flops[phase] / seconds / self._peak_flops
+                    result[f"mfu/{phase}"] = flops / seconds / self._peak_flops
+        if self._work.flops:
+            result |= {f"compute/{phase}_flops": float(flops) for phase, flops in self._work.flops.items()}
+            result["compute/flops"] = float(sum(self._work.flops.values()))
         self._restart()
         return result
 
     def _restart(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
-        self._tokens: dict[str, int] = defaultdict(int)
-        self._flops: dict[str, float] = defaultdict(float)
+        self._tokens, self._flops = self._work.tokens.copy(), self._work.flops.copy()
         self._start = self._mark = self._now()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

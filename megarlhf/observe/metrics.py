@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from megarlhf.observe.work import CONVENTION
+
 Metrics = dict[str, float]
 
 PHASES = ("rollout", "score", "estimate", "optimise", "train")
@@ -120,17 +122,14 @@ _TRAIN = {
     "train/skipped_steps": Metric("steps", "optimiser steps skipped: non-finite loss or gradient", "sum since start"),
 }
 
-_POSITIONS = "positions of rows that pass through a model, padding and each row's last left out"
+_POSITIONS = "positions of rows up to the last one that is read, supervised or not"
 _TOKENS_OF = {
     "rollout": "response tokens",
-    "score": f"{_POSITIONS}, once for each of the four models",
+    "score": f"{_POSITIONS}, once for each model that scores",
     "optimise": f"{_POSITIONS}, once for each pass of each model that learns",
-    "train": f"{_POSITIONS}, supervised or not",
+    "train": _POSITIONS,
 }
 """What counts as a token, in the phases that have any."""
-
-_COUNTED = ("rollout", "score", "optimise")
-"""The phases whose FLOPs are counted."""
 
 _WARNING = {
     "warning/over_optimised": Metric(
@@ -153,13 +152,27 @@ _RESOURCES = {
     },
     **{
         f"throughput/{phase}_flops_per_s": Metric(
-            "FLOP/s", f"model FLOPs of the {phase} phase / its seconds", "per device"
+            "FLOP/s", f"model FLOPs of the {phase} phase / its seconds: {CONVENTION}", "per device"
         )
-        for phase in _COUNTED
+        for phase in _TOKENS_OF
     },
     **{
-        f"mfu/{phase}": Metric("fraction", f"throughput/{phase}_flops_per_s / the device's peak FLOP/s", "per device")
-        for phase in _COUNTED
+        f"mfu/{phase}": Metric(
+            "fraction",
+            f"throughput/{phase}_flops_per_s / the device's peak FLOP/s in dense bf16: {CONVENTION}",
+            "per device",
+        )
+        for phase in _TOKENS_OF
+    },
+}
+
+_COMPUTE = {
+    "compute/flops": Metric("FLOP", f"model FLOPs of all phases: {CONVENTION}", "sum over ranks, since the run began"),
+    **{
+        f"compute/{phase}_flops": Metric(
+            "FLOP", f"model FLOPs of the {phase} phase: {CONVENTION}", "sum over ranks, since the run began"
+        )
+        for phase in _TOKENS_OF
     },
 }
 
@@ -173,6 +186,7 @@ GLOSSARY: dict[str, Metric] = {
     **_TRAIN,
     **_WARNING,
     **_RESOURCES,
+    **_COMPUTE,
 }
 
 

@@ -27,7 +27,9 @@ class Trail:
     moved: float = field(default_factory=time.monotonic)
     """When it last entered a phase or a collective."""
     work: Any = field(default=None, repr=False)
-    """The batch that the role works on."""
+    """The rows that the role works on."""
+    part: int = 0
+    """Of the batch they are of, which part, counted from 0."""
     attempt: str = ""
     """Of which start of the run this is a part."""
     sign: Path | None = None

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from megarlhf.batch.base import Batch, RowsT
+from megarlhf.batch.base import Batch, RowsT, TokenRows
 from megarlhf.errors import MegarlhfError
 from megarlhf.parallel.mesh import Axis, Mesh
 
@@ -91,15 +91,20 @@ def gather_rows(batch: RowsT, mesh: Mesh) -> RowsT:
     return _gather_field(batch.padded_to(int(all_reduce(width, mesh, "data", op="max")) - 1), mesh)
 
 
-def own_rows(batch: RowsT, mesh: Mesh) -> RowsT:
-    """This data rank's share of a batch that every rank holds: consecutive rows, equally many on each rank.
+def own_part(count: int, mesh: Mesh) -> slice:
+    """This data rank's part of `count` rows that every rank holds: consecutive ones, at most one more than of others.
 
-    Raises:   ValueError where it does not divide: what is left over would be lost.
+    Fewer rows than data ranks leave some without any.
     """
-    share, left = divmod(len(batch), mesh.size("data"))
-    if left:
-        raise ValueError(f"{len(batch)} rows do not divide over {mesh.size('data')} data ranks; {left} would be lost.")
-    return batch.rows(slice(mesh.data_rank * share, (mesh.data_rank + 1) * share))
+    share, more = divmod(count, mesh.size("data"))
+    first = mesh.data_rank * share + min(mesh.data_rank, more)
+    return slice(first, first + share + (mesh.data_rank < more))
+
+
+def check_divides(batch: TokenRows, mesh: Mesh) -> None:
+    """Raise ValueError unless the rows of a batch to learn from divide over data ranks, which take steps together."""
+    if left := len(batch) % mesh.size("data"):
+        raise ValueError(f"{len(batch)} rows do not divide over {mesh.size('data')} data ranks; {left} are left over.")
 
 
 def _gather_field(value: Any, mesh: Mesh) -> Any:

@@ -17,6 +17,7 @@ from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 
 from megarlhf.errors import LayoutError
 from megarlhf.observe.trail import Trail
+from megarlhf.observe.work import Work
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.rng import seed_model_parallel
 
@@ -41,6 +42,8 @@ class Mesh:
     groups: ProcessGroupCollection
     trail: Trail = field(default_factory=Trail, compare=False)
     """What this rank is doing, for the case that it fails."""
+    work: Work = field(default_factory=Work, compare=False)
+    """What the run has done."""
 
     @property
     def tensor_rank(self) -> int:
@@ -138,7 +141,7 @@ def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mes
         # Half a million objects of imported modules would be walked at each collection; every save has several.
         gc.collect()
         gc.freeze()
-    return Mesh(layout=layout, device=device, rank=dist.get_rank(), groups=groups)
+    return Mesh(layout, device, dist.get_rank(), groups, work=Work(layout.world_size))
 
 
 def _patience(device: torch.device, timeout_s: float) -> float:

@@ -121,8 +121,7 @@ def split(batch: RowsT, at: Tensor, shapes: Shapes, *, may_repeat: bool) -> list
     Raises:   ValueError when interleaved stages would get unequal parts and no row `may_repeat` to even them out.
     """
     reads = cast(NDArray[np.bool_], np.asarray(at.cpu()))
-    after = cast(NDArray[np.int64], np.arange(1, reads.shape[1] + 1))
-    ends: NDArray[np.int64] = np.max(np.where(reads, after, 1).reshape(len(batch), -1), axis=1)
+    ends: NDArray[np.int64] = np.max(ends_of(reads).reshape(len(batch), -1), axis=1)
     order = np.argsort(-ends, kind="stable")
     interleaved = shapes.layout.virtual_pipeline > 1
     if interleaved:
@@ -138,6 +137,12 @@ def split(batch: RowsT, at: Tensor, shapes: Shapes, *, may_repeat: bool) -> list
         _micro_batch(batch, reads, rows, int(ends.max() if interleaved else ends[rows].max()), shapes)
         for rows in chunks
     ]
+
+
+def ends_of(reads: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """[sequences]: how many tokens of each a model must see; at least one. reads [sequences, T + 1]: which are read."""
+    after = cast(NDArray[np.int64], np.arange(1, reads.shape[1] + 1))
+    return np.max(np.where(reads, after, 1), axis=1)
 
 
 def _micro_batch(

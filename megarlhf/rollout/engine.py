@@ -16,11 +16,12 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
+from torch import Tensor
 
 from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.errors import ConfigError, DataError, LayoutError
 from megarlhf.models.spec import ModelSpec
-from megarlhf.parallel.collectives import all_reduce
+from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
 from megarlhf.parallel.layout import FP8_MULTIPLE
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.context import HostContext, RolloutContext
@@ -85,15 +86,34 @@ class RolloutEngine:
         """`group_size` responses to each prompt, adjacent. Each prompt is prefilled once, however many samples it has.
 
         A response depends on (seed, prompt id, index of the sample among the batch's rows of that prompt, weights) and
-        on nothing else: not on the batch, not on the layout. So keep all rows of a prompt on one data rank.
+        on nothing else: not on the batch, not on the layout.
 
-        Ranks:    collective over the tensor and pipeline ranks of one model copy, which pass the same arguments and get
-                  the same Rollout.
+        Ranks:    collective over the mesh; every rank passes the same prompts and gets the same Rollout, of all of
+                  them. Each data rank draws the responses to its part of the prompts.
         Raises:   DataError when a prompt leaves no room for a response.
         """
         _check_room(prompts, self.max_sequence_length)
-        rows = prompts.repeat(group_size).to(self.mesh.device)
-        ledger = self._ledger(rows, sampling, seed)
+        every = prompts.repeat(group_size)
+        part = own_part(len(prompts), self.mesh)
+        own = slice(part.start * group_size, part.stop * group_size)
+        rows = every.rows(own).to(self.mesh.device)
+        streams = stream_ids(every.ids, occurrence(every.ids))[own].to(self.mesh.device)
+        drawn = self._drawn(rows, streams, sampling, seed) if len(rows) else _none(rows)
+        rollout = gather_rows(drawn, self.mesh)
+        self._count(prompts, rollout)
+        return rollout
+
+    def _count(self, prompts: Prompts, rollout: Rollout) -> None:
+        """Book the work: a prompt passes once, however many samples it has; of a response all but its last token."""
+        given, starts, whole = prompts.lengths, rollout.prompt_lengths, rollout.lengths
+        drawn = int((whole - starts).sum())
+        fed = int(given.sum()) + drawn - len(rollout)
+        keys = _triangle(given) + _triangle(whole - 1) - _triangle(starts)
+        self.mesh.work.spend(tokens=drawn, flops=self.spec.forward_flops(fed, keys, projected=drawn))
+
+    def _drawn(self, rows: Prompts, streams: Tensor, sampling: SamplingConfig, seed: int) -> Rollout:
+        """The responses to `rows`, each from its own stream of random numbers."""
+        ledger = self._ledger(rows, streams, sampling, seed)
         # Transformer Engine keeps FP8 copies of weights: they are of the weights before the last step, unless told so.
         self.model.set_is_first_microbatch()
         graphs = decode_graphs(self.model) if self.cuda_graphs else nullcontext()
@@ -101,14 +121,13 @@ class RolloutEngine:
             engine.drain()
         return self._rollout(rows, ledger)
 
-    def _ledger(self, rows: Prompts, sampling: SamplingConfig, seed: int) -> Ledger:
+    def _ledger(self, rows: Prompts, streams: Tensor, sampling: SamplingConfig, seed: int) -> Ledger:
         width = min(int(rows.lengths.max()) + sampling.max_new_tokens, self.max_sequence_length)
         tokens = torch.full((len(rows), width), self.pad_id, device=rows.tokens.device)
         longest = int(rows.lengths.max())
         step = torch.arange(width, device=tokens.device)
         in_prompt = step[:longest] < rows.lengths[:, None]
         tokens[:, :longest][in_prompt] = rows.tokens[:, :longest][in_prompt]
-        streams = stream_ids(rows.ids, occurrence(rows.ids))
         draws = uniforms(seed, streams[:, None], step)
         return Ledger(tokens, torch.zeros_like(draws), draws, rows.lengths.clone())
 
@@ -267,6 +286,18 @@ def _evaluating(model: GPTModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _triangle(lengths: Tensor) -> int:
+    """Keys that the tokens of texts so long see together."""
+    return int((lengths * (lengths + 1) // 2).sum())
+
+
+def _none(prompts: Prompts) -> Rollout:
+    """No responses, to no prompts: of a data rank that has none."""
+    numbers = prompts.lengths
+    tokens = prompts.tokens[:, :1]
+    return Rollout(tokens, numbers, numbers, numbers > 0, numbers.new_zeros(0, 0).float(), numbers, ())
 
 
 def _check_room(prompts: Prompts, limit: int) -> None:

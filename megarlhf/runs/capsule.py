@@ -1,7 +1,7 @@
 """What a rank leaves behind when a run fails: where it was, the batch it worked on, its random state, the settings.
 
     RUN/capsules/step_00000012/rank_0.json          where, why, the command and all settings
-    RUN/capsules/step_00000012/rank_0.safetensors   the batch, this data rank's rows, and the states of random numbers
+    RUN/capsules/step_00000012/rank_0.safetensors   its rows of the batch, and the states of random numbers
     RUN/capsules/step_00000012/weights/             of the role, where all ranks failed together
 
 `megarlhf replay` does the step again. A rank that is killed leaves nothing, which is how the others know who it was.
@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 import typing
@@ -52,8 +53,8 @@ class Note(Config):
     """Entered last."""
     rank: Count
     """In the world."""
-    data_rank: Count
-    """Along the data axis."""
+    part: Count
+    """Which part of the batch its rows are, counted from 0."""
     world_size: Count
     """Ranks of the run."""
     attempt: str
@@ -87,7 +88,7 @@ def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
         role=trail.role,
         collective=trail.collective,
         rank=mesh.rank,
-        data_rank=mesh.data_rank,
+        part=trail.part,
         world_size=mesh.layout.world_size,
         attempt=trail.attempt,
         kind="" if batch is None else type(batch).__name__,
@@ -192,7 +193,8 @@ def texts_of(batch: Batch, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
 
 def _rebuilt(kind: type[Batch], prefix: str, tensors: dict[str, Tensor], texts: dict[str, list[str]]) -> Any:
     fields: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
+    hints = typing.get_type_hints(kind)
+    for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(kind)):
         if isinstance(hint, type) and issubclass(hint, Batch):
             fields[name] = _rebuilt(hint, f"{prefix}{name}.", tensors, texts)
         else:

@@ -14,8 +14,7 @@ from contextlib import contextmanager, suppress
 from megarlhf.checkpoint.disk import check_room
 from megarlhf.checkpoint.model_directory import weight_bytes
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
-from megarlhf.checkpoint.training_state import Best, Position, latest_state, load_state
-from megarlhf.data.loader import Loader
+from megarlhf.checkpoint.training_state import Best, Position, Resumable, latest_state, load_state
 from megarlhf.errors import (
     CheckpointError,
     ConfigError,
@@ -55,11 +54,12 @@ class Run:
         self,
         cfg: RunConfig,
         roles: Mapping[str, TrainableRole],
-        loaders: Mapping[str, Loader],
+        parts: Mapping[str, Resumable],
         guard: StepGuard,
         mesh: Mesh,
     ) -> None:
-        self._cfg, self._roles, self._loaders, self._guard = cfg, roles, loaders, guard
+        self._cfg, self._roles, self._guard = cfg, roles, guard
+        self._parts: dict[str, Resumable] = {**parts, "work": mesh.work}
         self.mesh = mesh
         self.states = StateWriter(cfg.states_dir, roles, Retention(cfg.keep_last, cfg.keep_every), mesh)
         self._stop = StopRequest(cfg.save_before, mesh)
@@ -85,14 +85,14 @@ class Run:
         return 0 if position is None else position.step
 
     def _take_place(self, position: Position) -> None:
-        missing = sorted(self._loaders.keys() - position.loaders.keys())
+        missing = sorted(self._parts.keys() - position.parts.keys())
         if missing:
             raise CheckpointError(
                 f"the state after step {position.step} in {self._cfg.states_dir} says nothing of {', '.join(missing)}: "
                 "it is of another kind of run; choose another run_dir."
             )
-        for name, loader in self._loaders.items():
-            loader.load_state(position.loaders[name])
+        for name, part in self._parts.items():
+            part.load_state(position.parts[name])
         self._guard.skipped, self._best = position.skipped_steps, position.best
         self._guard.in_a_row = dict(position.skipped_in_a_row)
 
@@ -233,7 +233,7 @@ class Run:
         self._best = better(self._best, self._cfg.keep_best, step, metrics)
         position = Position(
             step=step,
-            loaders={name: loader.state() for name, loader in self._loaders.items()},
+            parts={name: dict(part.state()) for name, part in self._parts.items()},
             skipped_steps=self._guard.skipped,
             skipped_in_a_row=dict(self._guard.in_a_row),
             bytes_written=lengths(self._cfg.run_dir) if main else {},

@@ -29,12 +29,11 @@ from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.rewards import add_kl_penalty, shape_scores
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import broadcast_object, gather, gather_rows, own_rows
+from megarlhf.parallel.collectives import broadcast_object
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.rollout.sampling import occurrence
 from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
@@ -45,7 +44,6 @@ from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
 from megarlhf.trainers.ppo_metrics import (
     accuracy_metric,
-    count_work,
     experience_metrics,
     judged_rollouts,
     learner_metrics,
@@ -75,8 +73,7 @@ def ppo_iteration(
     guard: StepGuard,
     clock: Clock,
 ) -> Iteration:
-    """Roll out, score, estimate, optimise: once. Collective: every rank calls it with its prompts, same iteration."""
-    mesh = roles.actor.mesh
+    """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""
     # 1. Roll out. Only the actor is resident, so the KV cache may have the rest of the memory.
     with clock("rollout"), roles.actor.resident("weights"):
         seed = derive_seed(cfg.seed, "rollout", iteration)
@@ -92,8 +89,7 @@ def ppo_iteration(
     # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
     with clock("estimate"):
         unestimated = torch.zeros_like(values)
-        experience = gather_rows(Experience(rollout, logprobs, ref_logprobs, values, unestimated, unestimated), mesh)
-        scores = gather(scores, mesh, "data")
+        experience = Experience(rollout, logprobs, ref_logprobs, values, unestimated, unestimated)
         experience, estimate = estimated(experience, scores, cfg, wrong_score=roles.wrong_score)
 
     # 4. Optimise. Each learner sees the same mini-batches; one of them is resident at a time.
@@ -106,7 +102,6 @@ def ppo_iteration(
         )
         critic = optimise(roles.critic, value_loss(roles.critic, cfg), experience, cfg, iteration, guard)
 
-    count_work(clock, roles, experience, cfg, trained=actor_learns)
     learning = {**learner_metrics(actor, critic), "train/skipped_steps": guard.skipped}
     return Iteration(experience, scores, {**estimate, **learning, **clock.metrics()})
 
@@ -140,12 +135,13 @@ def estimated(
 def optimise(
     role: TrainableRole, loss: Loss, experience: Experience, cfg: PPOConfig, iteration: int, guard: StepGuard
 ) -> list[Update]:
-    """`ppo_epochs` passes over the global experience in mini-batches, of which each data rank takes its share."""
+    """`ppo_epochs` passes over the experience in mini-batches."""
     updates = []
+    # On the host, where its rows are cut without waiting for the device, and take none of its memory.
+    waiting = experience.to("cpu")
     with role.resident(*role.parts):
-        for batch in _mini_batches(experience, cfg, iteration):
-            own = own_rows(batch, role.mesh)
-            updates.append(role.update(own, loss))
+        for batch in _mini_batches(waiting, cfg, iteration):
+            updates.append(role.update(batch, loss))
             guard.check(role, updates[-1], iteration)
     return updates
 
@@ -248,16 +244,13 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
     _say_start(cfg, inputs, mesh)
     print_remark(cut_score_remark(cfg, inputs.reward), mesh)
     engine = build_engine(cfg, inputs, roles.actor)
-    per_rank = {"data_rank": mesh.data_rank, "data_size": mesh.size("data")}
-    loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed, **per_rank)
+    loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     run = Run(cfg, {"actor": roles.actor, "critic": roles.critic}, {"prompts": loader}, guard, mesh)
-    clock, watch = Clock(mesh.device, mesh.trail), Watch(cfg)
+    clock, watch = Clock(mesh.device, mesh.trail, mesh.work), Watch(cfg)
 
     def step(iteration: int, writer: RunWriter | None) -> Metrics:
-        rows = next(loader)
-        # Where an epoch ends and the next begins a prompt can come twice, and perhaps on two data ranks.
-        prompts = inputs.prompts.batch(loader.local(rows), again=loader.local(occurrence(rows)))
+        prompts = inputs.prompts.batch(next(loader))
         done = ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
         rollout = done.experience.rollout
         judged = judged_rollouts(rollout, done.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)

@@ -244,18 +244,12 @@ def _check_batches(cfg: PPOConfig) -> None:
         raise ConfigError(
             f"rollout_batch={cfg.rollout_batch} is not divisible by group_size={cfg.group_size}; change one of them."
         )
-    if cfg.prompts_per_iteration % cfg.layout.data:
-        raise ConfigError(
-            f"rollout_batch={cfg.rollout_batch} / group_size={cfg.group_size} is {cfg.prompts_per_iteration} prompts, "
-            f"which do not divide over layout.data={cfg.layout.data} ranks; use a multiple of {cfg.layout.data}."
-        )
     if cfg.rollout_batch % cfg.global_batch:
         raise ConfigError(
             f"rollout_batch={cfg.rollout_batch} is not divisible by global_batch={cfg.global_batch}; "
             "change one of them."
         )
     check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
-    check_batch("rollout_batch", cfg.rollout_batch, cfg.layout, cfg.micro_batch)
     if cfg.value_warmup_iterations >= cfg.iterations:
         raise ConfigError(
             f"value_warmup_iterations={cfg.value_warmup_iterations} leaves none of the iterations={cfg.iterations} to "

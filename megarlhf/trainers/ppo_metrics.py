@@ -13,13 +13,10 @@ from megarlhf.data.prompts import PromptSet
 from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.judges.rules import Verifier, verify
-from megarlhf.models.role import Role, Update
-from megarlhf.models.roles import Roles
-from megarlhf.observe.clock import Clock
+from megarlhf.models.role import Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.kl import kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
-from megarlhf.trainers.ppo_config import PPOConfig
 
 
 def experience_metrics(
@@ -121,26 +118,6 @@ def accuracy_metric(judged: Sequence[Mapping[str, object]]) -> Metrics:
     if not verdicts:
         return {}
     return {"rollout/accuracy": verdicts.count(True) / len(verdicts), "rollout/verified": len(verdicts)}
-
-
-def count_work(clock: Clock, roles: Roles, experience: Experience, cfg: PPOConfig, *, trained: bool) -> None:
-    """Tokens and this device's model FLOPs of the iteration's phases, backward counted as twice forward."""
-    rollout = experience.rollout
-    responses = int(rollout.response_mask.sum())
-    positions = int(rollout.lengths.sum()) - len(rollout)
-    forward = {role.name: _forward_flops(role, rollout.lengths, responses) for role in roles.every}
-    ranks = roles.actor.mesh.layout.world_size
-    learners = forward["critic"] + (forward["actor"] if trained else 0.0)
-    clock.add("rollout", tokens=responses, flops=forward["actor"] / ranks)
-    clock.add("score", tokens=4 * positions, flops=sum(forward.values()) / ranks)
-    learner_passes = cfg.ppo_epochs * (2 if trained else 1)
-    clock.add("optimise", tokens=learner_passes * positions, flops=3 * cfg.ppo_epochs * learners / ranks)
-
-
-def _forward_flops(role: Role, lengths: Tensor, responses: int) -> float:
-    tokens = int(lengths.sum()) - len(lengths)
-    context = float((lengths.float() ** 2).sum()) / 2 / max(tokens, 1)
-    return role.spec.forward_flops(tokens, context, projected=responses if role.head == "language" else 0)
 
 
 def _mean(values: Sequence[float]) -> float:

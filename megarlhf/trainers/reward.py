@@ -34,7 +34,6 @@ from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import gather, own_rows
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.ending import conclude
@@ -187,7 +186,6 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
             steps = max(steps, round(cfg.epochs * len(rows) / batch))
     if heldout is not None:
         check_longest("heldout", heldout.longest, model.spec)
-        check_rows("layout.data", cfg.layout.data, "heldout", len(heldout))
     cfg.optim.check(steps, "optim")
     return RewardInputs(model, tokenizer, data, pairs, labelled, heldout, steps)
 
@@ -225,7 +223,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     loaders = {name: loader for name, loader in (("pairs", pair_loader), ("labelled", point_loader)) if loader}
     run = Run(cfg, {"reward": role}, loaders, guard, mesh)
-    clock = Clock(mesh.device, mesh.trail)
+    clock = Clock(mesh.device, mesh.trail, mesh.work)
 
     def step(index: int) -> Metrics:
         with clock("train"):
@@ -234,9 +232,8 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
                 labelled.batch(next(point_loader)) if labelled and point_loader else None,
                 cfg.pointwise_weight,
             )
-            update = role.update(own_rows(batch, mesh), judgement_loss(role, cfg))
+            update = role.update(batch, judgement_loss(role, cfg))
         guard.check(role, update, index)
-        clock.add("train", tokens=int(batch.lengths.sum()) - len(batch.lengths))
         return {
             "reward/loss": update.means.loss,
             **update.means.metrics,
@@ -324,9 +321,7 @@ def measure(role: TrainableRole, responses: LabelledResponses, *, heldout: bool)
 
     Ranks:    collective; equal on every rank. Source of the centring: Huang et al. 2024, SFT references score 0.
     """
-    mesh = role.mesh
-    mine = torch.arange(len(responses)).tensor_split(mesh.size("data"))[mesh.data_rank]
-    scores = gather(role.score(responses.rows(mine).to(mesh.device)), mesh, "data").cpu()
+    scores = role.score(responses).cpu()
     right = responses.correct > 0.5
     metrics = {"reward/score_mean": float(scores.mean()), "reward/score_std": float(scores.std())}
     if 0 < int(right.sum()) < len(right):

@@ -21,7 +21,6 @@ from megarlhf.models.role import TrainableRole
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import GLOSSARY, Metrics
 from megarlhf.parallel import launch
-from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.ending import conclude
@@ -119,14 +118,13 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     run = Run(cfg, {"model": role}, {"data": loader}, guard, mesh)
-    clock = Clock(mesh.device, mesh.trail)
+    clock = Clock(mesh.device, mesh.trail, mesh.work)
 
     def step(index: int) -> Metrics:
         with clock("train"):
             batch = inputs.rows.batch(next(loader))
-            update = role.update(own_rows(batch, mesh), next_token_loss(role))
+            update = role.update(batch, next_token_loss(role))
         guard.check(role, update, index)
-        clock.add("train", tokens=int(batch.lengths.sum()) - len(batch))
         return {
             "sft/loss": update.means.loss,
             "sft/tokens": update.means.count,

@@ -14,7 +14,6 @@ from megarlhf.checkpoint.training_state import Position, load_state
 from megarlhf.models.optim import OptimConfig, torch_optimizers
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole
-from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.trainers.sft import next_token_loss
@@ -32,7 +31,7 @@ def make(model: str, mesh: Mesh, distributed: bool, dtype: str) -> TrainableRole
 
 
 def step(role: TrainableRole, index: int) -> float:
-    return role.update(own_rows(ragged_rollout(4, seed=index), role.mesh), next_token_loss(role)).grad_norm
+    return role.update(ragged_rollout(4, seed=index), next_token_loss(role)).grad_norm
 
 
 def numbers(role: TrainableRole) -> list[Tensor]:
@@ -51,7 +50,7 @@ def go_on_twice(model: str, where: str) -> dict[str, tuple[str, int, bool, float
         for index in range(before):
             step(role, index)
         writer = StateWriter(directory, {"actor": role}, Retention(last=1, every=0), mesh)
-        position = Position(step=before, loaders={}, skipped_steps=0, bytes_written={})
+        position = Position(step=before, parts={}, skipped_steps=0, bytes_written={})
         writer.start(position)
         writer.finish()
         norms = [step(role, index) for index in (7, 8)]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from megarlhf.data.loader import Loader
 from megarlhf.errors import CheckpointError, ConfigError
@@ -30,23 +29,13 @@ def test_order_does_not_depend_on_the_batch() -> None:
     assert sum(take(Loader(12, 2, seed=1), 12), []) == sum(take(Loader(12, 6, seed=1), 4), [])
 
 
-@pytest.mark.parametrize("data_size", [1, 2, 4])
-def test_ranks_together_see_the_batch_that_one_rank_sees(data_size: int) -> None:
-    alone = take(Loader(30, 8, seed=5), 9)
-    loaders = [Loader(30, 8, seed=5, data_rank=rank, data_size=data_size) for rank in range(data_size)]
-    for expected in alone:
-        shares = [loader.local(next(loader)) for loader in loaders]
-        assert all(len(share) == 8 // data_size for share in shares)
-        assert torch.cat(shares).tolist() == expected
-
-
 @pytest.mark.parametrize("done", [0, 1, 4, 5, 13])
 def test_resumed_equals_uninterrupted(done: int) -> None:
     whole = take(Loader(21, 4, seed=9), 25)
     loader = Loader(21, 4, seed=9)
     take(loader, done)
     state = json.loads(json.dumps(loader.state()))
-    resumed = Loader(21, 4, seed=9, data_rank=1, data_size=2)
+    resumed = Loader(21, 4, seed=9)
     take(resumed, 3)
     resumed.load_state(state)
     assert resumed.epoch == done * 4 // 21
@@ -75,8 +64,3 @@ def test_state_of_other_data_is_refused() -> None:
 def test_batch_must_fit_the_rows(batch: int) -> None:
     with pytest.raises(ConfigError, match="20 rows; use 1 to 20"):
         Loader(20, batch, seed=0)
-
-
-def test_batch_must_divide_over_data_ranks() -> None:
-    with pytest.raises(ConfigError, match="batch 6, data 4; use a multiple of 4"):
-        Loader(20, 6, seed=0, data_size=4)

@@ -32,8 +32,7 @@ def test_said_is_by_row_of_what_was_kept_and_by_id_of_what_was_rolled_out(tmp_pa
     kept = [PROMPTS[0], TALK, PROMPTS[3]]
     assert prompts.said == kept
     assert tokenizer.decode(prompts.tokens[0]) != PROMPTS[0], "the header's words are among the tokens"
-    # The third prompt a second time: it is sampled as another prompt would be, and is still the third.
-    batch = prompts.batch(torch.tensor([2, 0, 1, 2]), again=torch.tensor([0, 0, 0, 1]))
+    batch = prompts.batch(torch.tensor([2, 0, 1, 2]))
     assert prompts.said_in(batch.ids) == [kept[2], kept[0], kept[1], kept[2]]
 
 

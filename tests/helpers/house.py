@@ -24,6 +24,9 @@ _RUN_FILES = re.compile(
 _OURS = {"megarlhf", "megarlhf_kernels", "tests", "__future__"}
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 _BLOCK = ast.If | ast.For | ast.AsyncFor | ast.While | ast.With | ast.AsyncWith | ast.Try | ast.TryStar | ast.Match
+_GLOBAL = {"trainers", "runs", "eval", "judges", "gates", "runtime", "commands", "scaling"}
+_OF_DATA_RANKS = {"data_rank", "own_part", "check_divides", "gather_rows"}
+_OVER_AN_AXIS = (["size"], ["group"], ["all_reduce"], ["gather"], ["broadcast"], ["broadcast_object"])
 _UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 _UNSAFE_CALLS = {"torch.load", "FileSystemReader", "os.system", "os.popen", "eval", "exec"}
 
@@ -123,6 +126,19 @@ def run_files_spelt_once(source: Source) -> Found:
             yield f"{source.path}:{node.lineno}: spells {node.value!r}; {THE_RUN_FILES} does"
 
 
+def global_batches(source: Source) -> Found:
+    """Which rank holds which rows is known below: everybody else holds what every rank holds."""
+    above = PurePosixPath(source.path).parts[:1] == ("megarlhf",) and source.path.split("/")[1] in _GLOBAL
+    for node in ast.walk(source.tree) if above else ():
+        name = _chain(node)[-1:] if isinstance(node, ast.Name | ast.Attribute) else []
+        said = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else name
+        if isinstance(node, ast.Call):
+            over = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            said = ["data_rank"] if _chain(node.func)[-1:] in _OVER_AN_AXIS and "data" in over else []
+        if _OF_DATA_RANKS.intersection(said):
+            yield f"{source.path}:{_line(node)}: of data ranks"
+
+
 def no_star_imports(source: Source) -> Found:
     """Every name says where it comes from."""
     for node in ast.walk(source.tree):
@@ -159,6 +175,7 @@ FILE_RULES: tuple[Callable[[Source], Found], ...] = (
     no_probing,
     no_star_imports,
     run_files_spelt_once,
+    global_batches,
     nothing_unsafe,
 )
 

@@ -30,7 +30,8 @@ WAITS = {
 }
 """What must wait for a device before it can go on; so must indexing by a mask. (`any` and `all` are read by `if`.)"""
 ON_THE_HOST = (
-    "cpu, micro_batches.py:split",  # the batch waits on the host, and the positions to read with it
+    "cpu, role.py:_begin",  # the batch waits on the host, and the positions to read with it
+    "cpu, micro_batches.py:split",
     "tolist, base.py:_numbers",  # which rows: decided on the host
     "nonzero, transformer.py:_forward_mlp",  # for a CPU alone
 )

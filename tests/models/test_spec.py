@@ -137,7 +137,7 @@ def test_flops_of_a_forward_by_hand() -> None:
     matrices = query + key + value + out + 3 * 8 * 16
     attention = 2 * (2 * 4 * 5)  # scores and mixture: heads x width x keys, in multiply-adds
     expected = 10 * 3 * 2 * (matrices + attention) + 6 * 2 * 8 * 11
-    assert spec.forward_flops(10, 5.0, 6) == expected
+    assert spec.forward_flops(tokens=10, keys=50, projected=6) == expected
 
 
 @pytest.mark.parametrize(("stages", "pieces"), [(2, [63, 63]), (4, [31, 32, 32, 31]), (8, [15, *[16] * 6, 15])])

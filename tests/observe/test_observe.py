@@ -19,6 +19,7 @@ from megarlhf.observe.clock import Clock, peak_flops
 from megarlhf.observe.metrics import GLOSSARY, UnknownMetricError, check
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.provenance import write_provenance
+from megarlhf.observe.work import Work
 from megarlhf.observe.writers import RunWriter, check_trackers, read_metrics
 
 CPU = torch.device("cpu")
@@ -53,24 +54,44 @@ def test_unlisted_names_raise_with_the_nearest() -> None:
 
 
 def test_clock_books_nested_phases_once_and_resets() -> None:
-    now = FakeTime()
-    clock = Clock(CPU, now=now)
+    now, work = FakeTime(), Work(ranks=2)
+    clock = Clock(CPU, work=work, now=now)
     with clock("optimise"):
         now.wait(1.0)
         with clock("score"):
             now.wait(2.0)
+            work.spend(tokens=300, flops=100)
         now.wait(4.0)
+        work.spend(tokens=10, flops=7)
     now.wait(8.0)
+    work.spend(tokens=1000, flops=1000)  # a check between two phases
     with clock("score"):
         now.wait(16.0)
-    clock.add("score", tokens=360, flops=90.0)
+        work.spend(tokens=60, flops=80)
     metrics = clock.metrics()
     assert (metrics["time/optimise_s"], metrics["time/score_s"], metrics["time/iteration_s"]) == (5.0, 18.0, 31.0)
     assert metrics["throughput/score_tokens_per_s"] == 20.0
     assert metrics["throughput/score_flops_per_s"] == 5.0
+    assert (metrics["compute/score_flops"], metrics["compute/optimise_flops"], metrics["compute/flops"]) == (
+        180,
+        7,
+        187,
+    )
     check(metrics)
     now.wait(3.0)
-    assert clock.metrics().keys() == {"time/iteration_s", "memory/peak_bytes"}
+    nothing = clock.metrics()
+    assert nothing.keys() - metrics.keys() == set()
+    assert not any(name.startswith("throughput/") for name in nothing)
+    assert nothing["compute/flops"] == 187
+    # A run that goes on counts on.
+    resumed = Work()
+    resumed.load_state(json.loads(json.dumps(work.state())))
+    clock = Clock(CPU, work=resumed, now=now)
+    with clock("score"):
+        now.wait(1.0)
+        resumed.spend(tokens=1, flops=13)
+    metrics = clock.metrics()
+    assert (metrics["compute/flops"], metrics["throughput/score_flops_per_s"]) == (200, 13)
 
 
 def test_clock_books_a_phase_that_raises_and_refuses_unknown_ones() -> None:
@@ -86,9 +107,10 @@ def test_clock_books_a_phase_that_raises_and_refuses_unknown_ones() -> None:
 
 
 def test_cpu_has_no_known_peak_so_no_mfu_and_memory_is_resident_bytes() -> None:
-    clock = Clock(CPU)
+    work = Work()
+    clock = Clock(CPU, work=work)
     with clock("score"):
-        clock.add("score", flops=1e9)
+        work.spend(tokens=1, flops=10**9)
     metrics = clock.metrics()
     assert peak_flops(CPU) == 0.0
     assert not any(name.startswith("mfu/") for name in metrics)
@@ -99,12 +121,13 @@ def test_cpu_has_no_known_peak_so_no_mfu_and_memory_is_resident_bytes() -> None:
 @pytest.mark.gpu
 def test_gpu_clock_waits_for_the_device_and_sees_its_peak() -> None:
     device = torch.device("cuda")
-    clock = Clock(device)
+    work = Work()
+    clock = Clock(device, work=work)
     with clock("score"):
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         for _ in range(50):
             b = a @ a
-        clock.add("score", flops=50 * 2 * 8192**3)
+        work.spend(tokens=1, flops=50 * 2 * 8192**3)
     metrics = clock.metrics()
     assert metrics["memory/peak_bytes"] >= 2 * a.nbytes
     assert b.shape == a.shape

@@ -9,7 +9,15 @@ import torch
 
 from megarlhf.batch.rollouts import Experience, Rollout
 from megarlhf.errors import LayoutError
-from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object, gather, gather_rows, own_rows
+from megarlhf.parallel.collectives import (
+    all_reduce,
+    broadcast,
+    broadcast_object,
+    check_divides,
+    gather,
+    gather_rows,
+    own_part,
+)
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Axis, start
 from tests.helpers.models import ragged_rollout
@@ -54,11 +62,12 @@ def work(layout: ParallelLayout) -> dict[str, Any]:
             "flags": gather(torch.tensor([mesh.rank % 2 == 0]), mesh, axis),
         }
         assert mine.tolist() == [mesh.rank, 10.0]  # inputs are left as they are
-    own = own_rows(whole(), mesh)
+    own = whole().rows(own_part(8, mesh))
     seen["own"] = own.rollout.prompt_ids
     if layout.data == 2:
-        with pytest.raises(ValueError, match="3 rows do not divide over 2 data ranks; 1 would be lost"):
-            own_rows(whole().rows(slice(0, 3)), mesh)
+        with pytest.raises(ValueError, match="3 rows do not divide over 2 data ranks; 1 are left over"):
+            check_divides(whole().rows(slice(0, 3)), mesh)
+    seen["part"] = [own_part(count, mesh) for count in (0, 1, 2, 5)]
     # Each data rank's rows as wide as its own longest text, as a sampler would leave them.
     together = gather_rows(own.trimmed(int(own.lengths.max()) - 1), mesh)
     seen["round trip"] = vars(together) | vars(together.rollout)
@@ -80,6 +89,8 @@ def test_every_collective_over_every_axis() -> None:
             assert seen["flags"].tolist() == [member % 2 == 0 for member in members]
         assert rank["place"] == (number % 2, 0, number // 2, number == 0)
         assert rank["own"].tolist() == list(range(4 * (number // 2), 4 * (number // 2) + 4))
+        parts = [(0, 0), (0, 1), (0, 1), (0, 3)] if number < 2 else [(0, 0), (1, 1), (1, 2), (3, 5)]
+        assert [(part.start, part.stop) for part in rank["part"]] == parts
         for name, value in (vars(expected) | vars(expected.rollout)).items():
             found = rank["round trip"][name]
             if isinstance(value, torch.Tensor):

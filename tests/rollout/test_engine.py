@@ -100,6 +100,30 @@ def roll_apart() -> tuple:
     return together.tokens, [part.tokens for part in alone], repeated.tokens, shuffled.tokens
 
 
+def roll_unevenly(layout: ParallelLayout) -> list[tuple]:
+    """One prompt, so that a data rank has none; and one prompt twice, far apart, with two samples each."""
+    role = actor(layout)
+    sampler = engine(role)
+    twice = prompts(4).rows(torch.tensor([1, 0, 2, 3, 1]))
+    return [
+        (*as_tensors(rollout), role.score(rollout))
+        for rollout in (
+            sampler.generate(prompts(1), SAMPLING, seed=7, group_size=2),
+            sampler.generate(twice, SAMPLING, seed=7, group_size=2),
+        )
+    ]
+
+
+def test_prompts_need_not_divide_over_data_ranks_and_one_that_comes_twice_has_other_samples() -> None:
+    whole = run_ranks(roll_unevenly, 1, ParallelLayout())[0]
+    for rank in run_ranks(roll_unevenly, 2, ParallelLayout(data=2)):
+        for (tokens, *_, logprobs), (expected, *_, theirs) in zip(rank, whole, strict=True):
+            assert torch.equal(tokens, expected)
+            torch.testing.assert_close(logprobs, theirs, atol=1e-5, rtol=0)
+    samples = whole[1][0][[0, 1, 8, 9]]
+    assert len({tuple(row.tolist()) for row in samples}) == 4
+
+
 def test_a_rollout_does_not_depend_on_its_batch() -> None:
     together, alone, repeated, shuffled = run_ranks(roll_apart, 1)[0]
     for prompt, tokens in zip((4, 2, 0), alone, strict=True):

@@ -93,7 +93,7 @@ def test_an_exploding_step_is_taken_again_on_one_rank(tmp_path: Path) -> None:
     capsule = tmp_path / "capsules" / "step_00000001"
     assert f"megarlhf replay capsule={capsule} takes the step again" in said[0]
     notes = read_notes(capsule)
-    assert [(note.rank, note.data_rank, note.kind) for note in notes] == [(0, 0, "TokenBatch"), (1, 1, "TokenBatch")]
+    assert [(note.rank, note.part, note.kind) for note in notes] == [(0, 0, "TokenBatch"), (1, 1, "TokenBatch")]
     assert notes[1].where == "step 1, phase train, role model"
     assert all(isinstance(read_batch(capsule, note, TokenBatch).rows(slice(0, 4)), TokenBatch) for note in notes)
     ((code, printed),) = run_ranks(replay, 1, str(capsule))
@@ -217,7 +217,7 @@ def test_a_step_of_ppo_is_taken_again_with_offloading_though_a_state_was_being_w
 
 def note_of(**changes: Any) -> dict[str, Any]:
     texts = ("reason", "where", "role", "collective", "attempt", "kind", "command", "config")
-    note: dict[str, Any] = {**dict.fromkeys(texts, ""), "step": 1, "rank": 0, "data_rank": 0, "world_size": 1}
+    note: dict[str, Any] = {**dict.fromkeys(texts, ""), "step": 1, "rank": 0, "part": 0, "world_size": 1}
     return {**note, "texts": {}, **changes}
 
 

@@ -19,7 +19,6 @@ from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, SequenceScores
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.metrics import Metrics
-from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runs.loop import Run
@@ -289,7 +288,7 @@ def two_and_two_steps(layout: ParallelLayout, where: str, folder: str, distribut
     for step in range(2 if again else 0, 4):
         if step == 2 and not again:
             save(Path(where), at(2), role)
-        role.update(own_rows(experience(step), mesh), ppo.policy_loss(role, cfg))
+        role.update(experience(step), ppo.policy_loss(role, cfg))
     return whole_weights(role)
 
 
@@ -301,7 +300,7 @@ def save(where: Path, position: Position, role: TrainableRole) -> None:
 
 
 def at(step: int) -> Position:
-    return Position(step=step, loaders={}, skipped_steps=0, bytes_written={})
+    return Position(step=step, parts={}, skipped_steps=0, bytes_written={})
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["sharded", "whole"])

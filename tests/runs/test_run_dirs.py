@@ -35,7 +35,7 @@ def state(directory: Path, step: int, /, **changes: object) -> Path:
     """A state without weights."""
     where = directory / f"step_{step:08d}"
     where.mkdir(parents=True)
-    position = Position(step=step, loaders={}, skipped_steps=0, bytes_written={"metrics.jsonl": 0}).model_dump()
+    position = Position(step=step, parts={}, skipped_steps=0, bytes_written={"metrics.jsonl": 0}).model_dump()
     (where / "state.json").write_text(json.dumps({**position, **changes}))
     return where
 
@@ -95,8 +95,8 @@ def test_a_pointer_that_is_a_directory_is_refused(tmp_path: Path) -> None:
         ({"step": 4}, "says that it is of step 4"),
         ({"skipped_steps": -1}, "(skipped_steps: Input should be greater than or equal to 0)"),
         ({"bytes_written": {"metrics.jsonl": 1e8}}, "(bytes_written.metrics.jsonl: Input should be a valid integer)"),
-        ({"loaders": {"data": {"position": 10**30}}}, "(loaders.data.position: Input should be less than"),
-        ({"loaders": []}, "(loaders: Input should be an object)"),
+        ({"parts": {"data": {"position": 10**31}}}, "(parts.data.position: Input should be less than"),
+        ({"parts": []}, "(parts: Input should be an object)"),
         ({"best": {"step": 3, "value": "nan"}}, "(best.value: Input should be a valid number)"),
         ({"more": 1}, "(more: Extra inputs are not permitted)"),
     ],
@@ -112,7 +112,7 @@ def test_a_state_that_says_what_no_run_says_is_refused(changes: dict, cause: str
 
 def noted(run_dir: Path) -> Position:
     (run_dir / "metrics.jsonl").write_text(LINES)
-    position = Position(step=3, loaders={}, skipped_steps=0, bytes_written=lengths(run_dir), sums=sums(run_dir))
+    position = Position(step=3, parts={}, skipped_steps=0, bytes_written=lengths(run_dir), sums=sums(run_dir))
     assert position.sums["metrics.jsonl"] == hashlib.sha256(LINES.encode()).hexdigest()
     return position
 

@@ -53,7 +53,7 @@ def writer_of(role: TrainableRole, where: Path, last: int = 1) -> StateWriter:
 
 
 def at(step: int, best: Best | None = None) -> Position:
-    return Position(step=step, loaders={}, skipped_steps=0, bytes_written={}, best=best)
+    return Position(step=step, parts={}, skipped_steps=0, bytes_written={}, best=best)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_past_the_limit_the_run_stops_with_the_evidence(directory: str, tmp_path
         for part in ("3 optimiser steps", "learner, step 7", "loss nan", str(capsule), "raise max_skipped_steps"):
             assert part in rank["message"]
         note = read_notes(capsule)[number]
-        assert (note.role, note.step, note.rank, note.data_rank, note.kind) == (
+        assert (note.role, note.step, note.rank, note.part, note.kind) == (
             "learner",
             7,
             number,

@@ -67,7 +67,6 @@ def test_settings(command: tuple[str, ...], override: str, message: str, refused
             ["layout.virtual_pipeline=2", "layout.pipeline=2"],
             "layout.virtual_pipeline=2 cannot roll out: .*; set layout.virtual_pipeline=1",
         ),
-        (GENERATE, ["layout.data=5"], "layout.data=5 is more than the 4 prompts; set it to at most 4"),
     ],
 )
 def test_layouts(
@@ -111,18 +110,8 @@ def test_rank_counts(ranks: str, refused: Callable[..., str], monkeypatch: pytes
             ["labelled_batch=128"],
             "labelled_batch=128 is more than the 64 rows of labelled; lower labelled",
         ),
-        (
-            REWARD,
-            ["layout.data=2", "micro_batch=4", "heldout.arithmetic.rows=1", "heldout.template=plain"],
-            "layout.data=2 is more than the 1 rows of heldout; lower layout.data to at most 1",
-        ),
         (REWARD, ["labelled=null"], "pairs and labelled are both unset; set pairs.source or labelled.source"),
         (PPO, ["group_size=3"], "rollout_batch=16 is not divisible by group_size=3; change"),
-        (
-            PPO,
-            ["group_size=8", "layout.data=4"],
-            "rollout_batch=16 / group_size=8 is 2 prompts, .*layout.data=4 ranks;",
-        ),
         (PPO, ["global_batch=12"], "rollout_batch=16 is not divisible by global_batch=12; change"),
         (PPO, ["micro_batch=3"], "global_batch=16 is 16 rows a data rank, .* micro_batch=3; set"),
         (

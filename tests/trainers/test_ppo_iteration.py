@@ -12,7 +12,6 @@ import torch
 
 from megarlhf.batch.rollouts import Prompts
 from megarlhf.models.role import Role, TrainableRole
-from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.offload import Offloader
@@ -114,10 +113,10 @@ def train(layout: ParallelLayout, folder: str) -> dict[str, Any]:
         peaks = {"build": watch.take()}
         idle = roles.resident_bytes()
         engine = RolloutEngine(roles.actor.model, roles.actor.spec, mesh, eos_ids=[3], pad_id=0, max_sequence_length=20)
-        own = own_rows(prompts(), mesh)
+        every = prompts()
         metrics = []
         for iteration in range(2):
-            metrics.append(iterate(roles, engine, own, cfg, iteration).metrics)
+            metrics.append(iterate(roles, engine, every, cfg, iteration).metrics)
             peaks[f"iteration {iteration}"] = watch.take()
         idle = max(idle, roles.resident_bytes())
         single = {}
@@ -126,7 +125,7 @@ def train(layout: ParallelLayout, folder: str) -> dict[str, Any]:
                 single[role.name] = role.resident_bytes()
         watch.take()
         roles.reference._offloaders["weights"].to_device()
-        iterate(roles, engine, own, cfg, 2)
+        iterate(roles, engine, every, cfg, 2)
         forgetful = watch.take()
     gc.unfreeze()
     planned = {role.name: sum(role.planned_bytes()) for role in roles.every}

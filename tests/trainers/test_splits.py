@@ -16,9 +16,8 @@ from megarlhf.data.rows import DataConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
 from megarlhf.models.role import TrainableRole
-from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import start
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers.ppo import policy_loss, value_loss
@@ -105,9 +104,9 @@ def couples(step: int) -> Any:
     )
 
 
-def steps_of(role: TrainableRole, loss: Loss, batches: Sequence[Any], mesh: Mesh) -> dict[str, Any]:
+def steps_of(role: TrainableRole, loss: Loss, batches: Sequence[Any]) -> dict[str, Any]:
     """What every optimiser step reports, and what the model is and says afterwards."""
-    updates = [role.update(own_rows(batch, mesh), loss) for batch in batches]
+    updates = [role.update(batch, loss) for batch in batches]
     assert all(update.stepped for update in updates)
     numbers = [{"loss": u.means.loss, "norm": u.grad_norm, "count": u.means.count, **u.means.metrics} for u in updates]
     return {"steps": numbers, "weights": whole_weights(role), "scores": role.score(ROWS)}
@@ -124,13 +123,13 @@ def learn(split: Split, language: str, tied: str, scalar: str) -> dict[str, dict
     )
     result = {}
     role = learner(tied, LabelLogprobs(1.0), shared, mesh, optim)
-    result["sft"] = steps_of(role, next_token_loss(role), [sft_batch(i) for i in range(STEPS)], mesh)
+    result["sft"] = steps_of(role, next_token_loss(role), [sft_batch(i) for i in range(STEPS)])
     role = learner(language, LabelLogprobs(0.7), shared, mesh, optim)
-    result["policy"] = steps_of(role, policy_loss(role, ppo), [experience(i) for i in range(STEPS)], mesh)
+    result["policy"] = steps_of(role, policy_loss(role, ppo), [experience(i) for i in range(STEPS)])
     role = learner(scalar, PositionValues(), shared, mesh, optim)
-    result["value"] = steps_of(role, value_loss(role, ppo), [experience(i) for i in range(STEPS)], mesh)
+    result["value"] = steps_of(role, value_loss(role, ppo), [experience(i) for i in range(STEPS)])
     role = learner(scalar, SequenceScores(), shared, mesh, optim)
-    result["reward"] = steps_of(role, judgement_loss(role, reward), [couples(i) for i in range(STEPS)], mesh)
+    result["reward"] = steps_of(role, judgement_loss(role, reward), [couples(i) for i in range(STEPS)])
     return result
 
 
@@ -220,4 +219,4 @@ def policy_steps(layout: ParallelLayout, language: str, kind: str) -> dict[str, 
         }
     )
     role = learner(language, LabelLogprobs(0.7), settings(mesh, 3), mesh, OptimConfig(lr=LR))
-    return steps_of(role, policy_loss(role, ppo), [experience(i) for i in range(STEPS)], mesh)
+    return steps_of(role, policy_loss(role, ppo), [experience(i) for i in range(STEPS)])

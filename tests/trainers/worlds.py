@@ -12,7 +12,6 @@ from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
-from megarlhf.parallel.collectives import own_rows
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
@@ -62,7 +61,7 @@ def ppo_roles(cfg: PPOConfig, mesh: Mesh) -> Roles:
 
 
 class Canned(RolloutEngine):
-    """Gives every data rank its rows of one prepared rollout."""
+    """Gives one prepared rollout."""
 
     def __init__(self, rollout: Rollout, roles: Roles) -> None:
         role = roles.actor
@@ -70,11 +69,13 @@ class Canned(RolloutEngine):
         self._answer = rollout
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:
-        return own_rows(self._answer, self.mesh)
+        return self._answer
 
 
 def iterate(roles: Roles, engine: RolloutEngine, prompts: Prompts, cfg: PPOConfig, iteration: int = 0) -> Iteration:
     """One PPO iteration that allows no skipped step."""
     mesh = roles.actor.mesh
     guard = StepGuard(cfg.run_dir, 0, mesh)
-    return ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=Clock(mesh.device))
+    return ppo_iteration(
+        roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=Clock(mesh.device, mesh.trail, mesh.work)
+    )
