@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import Field
 from rich.table import Table
 
-from megarlhf.checkpoint.model_directory import MODEL, describe_model, load_model
+from megarlhf.checkpoint.model_directory import MODEL, describe_model
 from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig
 from megarlhf.data.prompts import PromptSet, load_prompts
@@ -32,7 +32,6 @@ from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import Interval, mean, paired_difference, share
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, SequenceScores
-from megarlhf.models.role import FrozenRole
 from megarlhf.observe import run_files
 from megarlhf.observe.files import write_whole
 from megarlhf.observe.lock import check_free
@@ -47,7 +46,7 @@ from megarlhf.runs.loop import sole_run
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import Model, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import check_directory, sole_writer
-from megarlhf.runtime.roles import role_settings
+from megarlhf.runtime.roles import frozen
 from megarlhf.trainers import ppo, reward, sft
 from megarlhf.trainers.ppo_config import FrozenConfig, LearnerConfig, PPOConfig
 from megarlhf.trainers.reward import RewardConfig
@@ -258,15 +257,13 @@ def _evaluated(cfg: DemoConfig, mesh: Mesh) -> Outcome:
     inits = [str(sft_config(cfg).model_dir), str(ppo_config(cfg).model_dir)]
     tokenizer = resolve_tokenizer("", Model("model", inits[0], describe_model(inits[0])))
     prompts = load_prompts(_data(cfg, cfg.problems, seed=cfg.seed + 3, split="heldout"), tokenizer)
-    settings = role_settings(ppo_config(cfg), mesh)
-    judge = describe_model(str(reward_config(cfg).model_dir))
-    scores = SequenceScores(judge.score_offset, judge.score_scale)
-    reward_model = FrozenRole("reward", judge.spec, "scalar", scores, settings, mesh)
-    load_model(reward_model, str(reward_config(cfg).model_dir), seed=cfg.seed)
+    where, shared = str(reward_config(cfg).model_dir), ppo_config(cfg)
+    judge = Model("reward", where, describe_model(where))
+    scores = SequenceScores(judge.description.score_offset, judge.description.score_scale)
+    reward_model = frozen("reward", judge, scores, shared, mesh)
     results: list[list[Evaluation]] = [[], []]
     for init in inits:
-        policy = FrozenRole("policy", describe_model(init).spec, "language", LabelLogprobs(1.0), settings, mesh)
-        load_model(policy, init, seed=cfg.seed)
+        policy = frozen("policy", Model("model", init, describe_model(init)), LabelLogprobs(1.0), shared, mesh)
         for kind, temperature in zip(results, (1.0, 0.0), strict=True):
             sampling = SamplingConfig(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS)
             kind.append(

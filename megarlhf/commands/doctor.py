@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from megarlhf.batch.rollouts import Rollout
-from megarlhf.checkpoint.model_directory import load_model
 from megarlhf.data.rows import BUILT_IN
 from megarlhf.errors import TrainingError
 from megarlhf.gates.cheap import (
@@ -55,7 +54,7 @@ from megarlhf.parallel.alone import alone, is_first
 from megarlhf.parallel.collectives import barrier, broadcast_object
 from megarlhf.parallel.mesh import Mesh, local_device, start
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
-from megarlhf.runtime.roles import role_settings
+from megarlhf.runtime.roles import learner
 from megarlhf.trainers.ppo import build_engine, build_roles, policy_loss
 from megarlhf.trainers.ppo_config import LearnerConfig, PPOConfig, PPOInputs, prepare
 
@@ -171,11 +170,9 @@ def one_rank(cfg: DoctorConfig, inputs: PPOInputs) -> Measured | str:
 def build_probe(cfg: DoctorConfig, inputs: PPOInputs, mesh: Mesh) -> TrainableRole:
     """A second actor, to be trained; each data rank has its whole gradient and optimiser state."""
     reading = LabelLogprobs(cfg.sampling.temperature)
-    probe = TrainableRole("probe", inputs.actor.spec, "language", reading, role_settings(cfg, mesh), mesh)
-    load_model(probe, cfg.actor.init, seed=cfg.seed)
     optim = cfg.actor.optim.model_copy(update={"distributed": False})
-    probe.prepare(optim, cfg.iterations * cfg.steps_per_iteration)
-    return probe
+    steps = cfg.iterations * cfg.steps_per_iteration
+    return learner("probe", inputs.by_role(cfg)["actor"], reading, optim, steps, cfg, mesh)
 
 
 def _fixed(cfg: DoctorConfig, inputs: PPOInputs, mesh: Mesh) -> Rollout:

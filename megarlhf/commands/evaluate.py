@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field
 from rich.table import Table
 
-from megarlhf.checkpoint.model_directory import ModelDescription, load_model
+from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Tokenizer
@@ -19,11 +19,9 @@ from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
 from megarlhf.judges.rules import AutoVerifier, Verifier, check_answers, chosen_verifier
 from megarlhf.models.readings import LabelLogprobs, SequenceScores
-from megarlhf.models.role import FrozenRole
 from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
-from megarlhf.parallel import launch
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runtime.checks import (
     Model,
@@ -33,8 +31,9 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
-from megarlhf.runtime.roles import role_settings
+from megarlhf.runtime.roles import frozen
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.runtime.texts import check_one_day, chosen_data
@@ -109,30 +108,27 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
 
 def main(cfg: EvalConfig, argv: Sequence[str]) -> int:
     """`megarlhf eval`."""
-    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs), cfg.layout, argv)
+    return on_ranks(cfg, argv, prepare, _run)
 
 
-def _run(cfg: EvalConfig, inputs: EvalInputs) -> None:
-    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+def _run(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
     check_one_day(inputs.tokenizer, mesh)
     with nullcontext() if cfg.output is None else sole_writer(lock_of_file(cfg.output), "output", cfg.output, mesh):
         _evaluate(cfg, inputs, mesh)
 
 
 def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
-    settings = role_settings(cfg, mesh)
-    policy = FrozenRole("policy", inputs.model.spec, "language", LabelLogprobs(cfg.temperature), settings, mesh)
-    load_model(policy, cfg.model, seed=cfg.seed)
+    speaker = Model("model", cfg.model, inputs.model)
+    policy = frozen("policy", speaker, LabelLogprobs(cfg.temperature), cfg, mesh)
     sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
     readers = [Model("reward", cfg.reward, inputs.reward)] if inputs.reward else []
-    said = remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model), readers)
+    said = remarks(sets, inputs.tokenizer, speaker, readers)
     say_data(sets, inputs.tokenizer, mesh, epochs={})
     say([*said, ends(inputs.tokenizer), f"verifier: {inputs.verifier}", *filter(None, [inputs.doubts])], mesh)
     reward = None
-    if inputs.reward is not None:
-        reading = SequenceScores(inputs.reward.score_offset, inputs.reward.score_scale)
-        reward = FrozenRole("reward", inputs.reward.spec, "scalar", reading, settings, mesh)
-        load_model(reward, cfg.reward, seed=cfg.seed)
+    for judge in readers:
+        scores = SequenceScores(judge.description.score_offset, judge.description.score_scale)
+        reward = frozen("reward", judge, scores, cfg, mesh)
     results = {
         name: evaluate(
             policy,

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from megarlhf.batch.rollouts import Rollout
-from megarlhf.checkpoint.model_directory import ModelDescription, load_model
+from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig, load_rows
@@ -24,14 +24,14 @@ from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.files import json_line, opened, writing
 from megarlhf.observe.progress import Progress
-from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import on_main
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runtime.checks import Model, check_room, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
-from megarlhf.runtime.roles import print_choices, print_dropped, role_settings
+from megarlhf.runtime.roles import frozen, print_choices, print_dropped
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.runtime.texts import check_one_day, chosen_data, chosen_template
@@ -98,21 +98,19 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
 
 def main(cfg: GenerateConfig, argv: Sequence[str]) -> int:
     """`megarlhf generate`."""
-    return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs), cfg.layout, argv)
+    return on_ranks(cfg, argv, prepare, _run)
 
 
-def _run(cfg: GenerateConfig, inputs: GenerateInputs) -> None:
-    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+def _run(cfg: GenerateConfig, inputs: GenerateInputs, mesh: Mesh) -> None:
     check_one_day(inputs.tokenizer, mesh)
     with _open(cfg, mesh) as file:
         _generate(cfg, inputs, file, mesh)
 
 
 def _generate(cfg: GenerateConfig, inputs: GenerateInputs, file: IO[str], mesh: Mesh) -> None:
-    settings = role_settings(cfg, mesh)
-    policy = FrozenRole("model", inputs.model.spec, "language", LabelLogprobs(cfg.sampling.temperature), settings, mesh)
-    load_model(policy, cfg.model, seed=cfg.seed)
-    print_choices(settings.compute.choices, mesh)
+    speaker = Model("model", cfg.model, inputs.model)
+    policy = frozen("model", speaker, LabelLogprobs(cfg.sampling.temperature), cfg, mesh)
+    print_choices(policy.settings.compute.choices, mesh)
     _say_start(cfg, inputs, mesh)
     print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
     with Progress(len(inputs.prompts), "generate", enabled=mesh.is_main) as bar:
@@ -137,16 +135,8 @@ def _say_start(cfg: GenerateConfig, inputs: GenerateInputs, mesh: Mesh) -> None:
 
 def rollouts(policy: FrozenRole, inputs: GenerateInputs, cfg: GenerateConfig) -> Iterator[Rollout]:
     """Responses to all prompts in order, a part at a time. Collective; equal on every rank."""
-    mesh, prompts = policy.mesh, inputs.prompts
-    engine = RolloutEngine(
-        policy.model,
-        policy.spec,
-        mesh,
-        eos_ids=inputs.tokenizer.eos_ids,
-        pad_id=inputs.tokenizer.pad_id,
-        max_sequence_length=prompts.longest + cfg.sampling.max_new_tokens,
-        cuda_graphs=policy.settings.compute.cuda_graphs,
-    )
+    prompts = inputs.prompts
+    engine = RolloutEngine.of(policy, inputs.tokenizer, prompts.longest + cfg.sampling.max_new_tokens)
     parts = min(-(-len(prompts) * cfg.group_size // ROLLOUTS), len(prompts))
     for part in torch.arange(len(prompts)).tensor_split(parts):
         yield engine.generate(prompts.batch(part), cfg.sampling, seed=cfg.seed, group_size=cfg.group_size)

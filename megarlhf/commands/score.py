@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import Field
 
-from megarlhf.checkpoint.model_directory import ModelDescription, load_model
+from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.commands.scored_file import DAY, Done, ScoredFile, content
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
@@ -28,12 +28,12 @@ from megarlhf.errors import ConfigError
 from megarlhf.models.readings import LabelLogprobs, SequenceScores
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
-from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import broadcast_object
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh
 from megarlhf.runtime.checks import Model, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import lock_of_file, sole_writer
-from megarlhf.runtime.roles import print_choices, role_settings
+from megarlhf.runtime.roles import frozen, print_choices
 from megarlhf.runtime.said import say, told_day
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.runtime.texts import check_one_day, chosen_template
@@ -128,12 +128,11 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
 
 def main(cfg: ScoreConfig, argv: Sequence[str]) -> int:
     """`megarlhf score`."""
-    return launch.run(lambda: prepare(cfg), lambda inputs: run(cfg, inputs), cfg.layout, argv)
+    return on_ranks(cfg, argv, prepare, run)
 
 
-def run(cfg: ScoreConfig, inputs: ScoreInputs) -> None:
+def run(cfg: ScoreConfig, inputs: ScoreInputs, mesh: Mesh) -> None:
     """Score what the output lacks and write it. Collective: every rank of the layout calls it."""
-    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
     if inputs.tokenizer is not None:
         check_one_day(inputs.tokenizer, mesh)
     # The file is rank 0's; another machine may see it late, or not at all.
@@ -163,13 +162,9 @@ def run(cfg: ScoreConfig, inputs: ScoreInputs) -> None:
 
 def build(cfg: ScoreConfig, described: ModelDescription, mesh: Mesh) -> FrozenRole:
     """The model, with the reading that its head has."""
-    if described.head == "language":
-        reading = LabelLogprobs(cfg.temperature)
-    else:
-        reading = SequenceScores(described.score_offset, described.score_scale)
-    role = FrozenRole("model", described.spec, described.head, reading, role_settings(cfg, mesh), mesh)
-    load_model(role, cfg.model, seed=cfg.seed)
-    return role
+    scores = SequenceScores(described.score_offset, described.score_scale)
+    reading = LabelLogprobs(cfg.temperature) if described.head == "language" else scores
+    return frozen("model", Model("model", cfg.model, described), reading, cfg, mesh)
 
 
 def scored_parts(model: FrozenRole, rows: ScoreSet, done: int) -> Iterator[tuple[range, list[dict[str, Any]]]]:

@@ -50,15 +50,7 @@ def evaluate(
     Ranks:    collective over the policy's mesh; every rank gets the whole Evaluation.
     """
     mesh = policy.mesh
-    engine = RolloutEngine(
-        policy.model,
-        policy.spec,
-        mesh,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        max_sequence_length=prompts.longest + sampling.max_new_tokens,
-        cuda_graphs=policy.settings.compute.cuda_graphs,
-    )
+    engine = RolloutEngine.of(policy, tokenizer, prompts.longest + sampling.max_new_tokens)
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []
     with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from megarlhf.batch.base import TokenRows
-from megarlhf.models.transformer import LlamaModel
+from megarlhf.models.transformer import HeadKind, LlamaModel
 from megarlhf.parallel.micro_batches import RowsT_contra, States
 
 
@@ -48,6 +48,7 @@ class LabelLogprobs:
     """Log-prob of every response token under the model, temperature applied. 0 elsewhere."""
 
     temperature: float
+    head: ClassVar[HeadKind] = "language"
 
     def at(self, rows: ResponseRows) -> Tensor:
         """[B, T + 1]: the token before each response token."""
@@ -72,6 +73,7 @@ class PositionValues:
 
     offset: float = 0.0
     scale: float = 1.0
+    head: ClassVar[HeadKind] = "scalar"
 
     def at(self, rows: ResponseRows) -> Tensor:
         """[B, T + 1]: the token before each response token."""
@@ -92,6 +94,7 @@ class SequenceScores:
 
     offset: float = 0.0
     scale: float = 1.0
+    head: ClassVar[HeadKind] = "scalar"
 
     def at(self, rows: TokenRows) -> Tensor:
         """[B, T + 1]: one a sequence."""
@@ -105,6 +108,10 @@ class SequenceScores:
         """[B]."""
         last = rows.lengths.to(numbers.device) - 1
         return numbers.gather(1, last[:, None])[:, 0]
+
+
+HeadReading = LabelLogprobs | PositionValues | SequenceScores
+"""A reading of one kind of head, which it names."""
 
 
 def _before_labels(mask: Tensor) -> Tensor:

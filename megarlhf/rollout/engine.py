@@ -8,7 +8,7 @@ import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from megatron.core.inference.engines import dynamic_engine
@@ -19,7 +19,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megarlhf.batch.rollouts import Prompts, Rollout
+from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, DataError, LayoutError
+from megarlhf.models.role import Role
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
 from megarlhf.parallel.layout import FP8_MULTIPLE
@@ -81,6 +83,19 @@ class RolloutEngine:
         self.max_sequence_length = max_sequence_length
         self.max_requests = max_requests
         self.cuda_graphs = cuda_graphs
+
+    @classmethod
+    def of(cls, role: Role, tokenizer: Tokenizer, max_sequence_length: int) -> Self:
+        """The engine over a role's own weights, which ends responses as the tokenizer does."""
+        return cls(
+            role.model,
+            role.spec,
+            role.mesh,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+            max_sequence_length=max_sequence_length,
+            cuda_graphs=role.settings.compute.cuda_graphs,
+        )
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:
         """`group_size` responses to each prompt, adjacent. Each prompt is prefilled once, however many samples it has.

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from rich.table import Table
 
+from megarlhf.checkpoint.model_directory import load_model
 from megarlhf.models.compute import Choice, resolve
-from megarlhf.models.role import Role, RoleSettings
+from megarlhf.models.optim import OptimConfig
+from megarlhf.models.readings import HeadReading
+from megarlhf.models.role import FrozenRole, Role, RoleSettings, TrainableRole
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.runtime.checks import Model
 from megarlhf.runtime.settings import RanksConfig
+
+RoleT = TypeVar("RoleT", bound=Role)
 
 
 def role_settings(cfg: RanksConfig, mesh: Mesh) -> RoleSettings:
     """What the run's settings mean for its roles on this machine."""
     return RoleSettings(compute=resolve(cfg.compute, mesh.device), micro_batch=cfg.micro_batch, offload=cfg.offload)
+
+
+def frozen(name: str, model: Model, reading: HeadReading, cfg: RanksConfig, mesh: Mesh) -> FrozenRole:
+    """A role that is only read, its weights loaded. Collective."""
+    role = FrozenRole(name, model.description.spec, reading.head, reading, role_settings(cfg, mesh), mesh)
+    load_model(role, model.init, seed=cfg.seed)
+    return role
+
+
+def learner(
+    name: str, model: Model, reading: HeadReading, optim: OptimConfig, steps: int, cfg: RanksConfig, mesh: Mesh
+) -> TrainableRole:
+    """A role that is to take `steps` optimiser steps, its weights loaded. Collective."""
+    role = TrainableRole(name, model.description.spec, reading.head, reading, role_settings(cfg, mesh), mesh)
+    load_model(role, model.init, seed=cfg.seed)
+    role.prepare(optim, steps)
+    return role
+
+
+def away(role: RoleT) -> RoleT:
+    """The role, moved off the device until it is wanted, so that the next one has room to arrive."""
+    role.leave()
+    return role
 
 
 def print_choices(choices: Sequence[Choice], mesh: Mesh) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch.rollouts import Experience, Prompts
-from megarlhf.checkpoint.model_directory import load_model, save_model
+from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
 from megarlhf.gates.cheap import cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
 from megarlhf.judges.rules import verifier_remark
 from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
-from megarlhf.models.role import FrozenRole, TrainableRole, Update
+from megarlhf.models.role import TrainableRole, Update
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
@@ -28,9 +28,8 @@ from megarlhf.ops.masked import masked_whiten
 from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.rewards import add_kl_penalty, shape_scores
 from megarlhf.ops.value_loss import clipped_value_loss
-from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import broadcast_object
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
@@ -38,7 +37,16 @@ from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
 from megarlhf.runs.stopping import stopping_at_start
-from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
+from megarlhf.runtime.command import on_ranks
+from megarlhf.runtime.roles import (
+    away,
+    frozen,
+    learner,
+    print_choices,
+    print_dropped,
+    print_memory_plan,
+    print_remark,
+)
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
@@ -198,40 +206,23 @@ def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss[Experience]:
 
 def build_roles(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> Roles:
     """Load all four, one after another, each moved off the device before the next arrives."""
-    settings = role_settings(cfg, mesh)
     logprobs = LabelLogprobs(cfg.sampling.temperature)
     values = PositionValues(inputs.critic.score_offset, inputs.critic.score_scale)
     scores = SequenceScores(inputs.reward.score_offset, inputs.reward.score_scale)
     steps = cfg.iterations * cfg.steps_per_iteration
-    actor = TrainableRole("actor", inputs.actor.spec, "language", logprobs, settings, mesh)
-    load_model(actor, cfg.actor.init, seed=cfg.seed)
-    actor.prepare(cfg.actor.optim, steps - cfg.value_warmup_iterations * cfg.steps_per_iteration)
-    actor.leave()
-    critic = TrainableRole("critic", inputs.critic.spec, "scalar", values, settings, mesh)
-    load_model(critic, cfg.critic_init, seed=cfg.seed)
-    critic.prepare(cfg.critic.optim, steps)
-    critic.leave()
-    reference = FrozenRole("reference", inputs.reference.spec, "language", logprobs, settings, mesh)
-    load_model(reference, cfg.reference_init, seed=cfg.seed)
-    reference.leave()
-    reward = FrozenRole("reward", inputs.reward.spec, "scalar", scores, settings, mesh)
-    load_model(reward, cfg.reward.init, seed=cfg.seed)
-    reward.leave()
+    actor_steps = steps - cfg.value_warmup_iterations * cfg.steps_per_iteration
+    of = inputs.by_role(cfg)
+    actor = away(learner("actor", of["actor"], logprobs, cfg.actor.optim, actor_steps, cfg, mesh))
+    critic = away(learner("critic", of["critic"], values, cfg.critic.optim, steps, cfg, mesh))
+    reference = away(frozen("reference", of["reference"], logprobs, cfg, mesh))
+    reward = away(frozen("reward", of["reward"], scores, cfg, mesh))
     wrong_score = inputs.reward.score_wrong
     return Roles(actor, critic, reference, reward, math.inf if wrong_score is None else wrong_score)
 
 
 def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> RolloutEngine:
     """The inference engine over the actor's own weights."""
-    return RolloutEngine(
-        actor.model,
-        actor.spec,
-        actor.mesh,
-        eos_ids=inputs.tokenizer.eos_ids,
-        pad_id=inputs.tokenizer.pad_id,
-        max_sequence_length=inputs.prompts.longest + cfg.sampling.max_new_tokens,
-        cuda_graphs=actor.settings.compute.cuda_graphs,
-    )
+    return RolloutEngine.of(actor, inputs.tokenizer, inputs.prompts.longest + cfg.sampling.max_new_tokens)
 
 
 def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
@@ -296,11 +287,10 @@ def _say_start(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> None:
 def main(cfg: PPOConfig, argv: Sequence[str]) -> int:
     """`megarlhf ppo`."""
     with stopping_at_start():
-        return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
+        return on_ranks(cfg, argv, prepare, lambda cfg, inputs, mesh: _run(cfg, inputs, argv, mesh))
 
 
-def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str]) -> None:
-    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], mesh: Mesh) -> None:
     with sole_run(cfg, mesh):
         metrics = train(cfg, inputs, argv, mesh=mesh)
         model = shlex.quote(str(cfg.model_dir))

@@ -162,16 +162,19 @@ class PPOInputs:
     doubts: str
     """What is to be said of answers that are right for no response."""
 
+    def by_role(self, cfg: PPOConfig) -> dict[str, Model]:
+        """The model that each role starts from."""
+        return {
+            "actor": Model("actor.init", cfg.actor.init, self.actor),
+            "reward": Model("reward.init", cfg.reward.init, self.reward),
+            "critic": Model("critic.init", cfg.critic_init, self.critic),
+            "reference": Model("reference.init", cfg.reference_init, self.reference),
+        }
+
     def models(self, cfg: PPOConfig) -> list[Model]:
         """Every model of the run once, the actor's first, by the first setting that names it."""
-        named = (
-            Model("actor.init", cfg.actor.init, self.actor),
-            Model("reward.init", cfg.reward.init, self.reward),
-            Model("critic.init", cfg.critic_init, self.critic),
-            Model("reference.init", cfg.reference_init, self.reference),
-        )
         found: dict[str, Model] = {}
-        for model in named:
+        for model in self.by_role(cfg).values():
             found.setdefault(model.init, model)
         return list(found.values())
 

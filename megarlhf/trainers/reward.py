@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megarlhf.batch.base import cat
 from megarlhf.batch.supervised import Couples, LabelledResponses, PreferencePairs
-from megarlhf.checkpoint.model_directory import ModelDescription, load_model, save_model
+from megarlhf.checkpoint.model_directory import ModelDescription, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import LabelledSet, PreferenceSet, load_labelled, load_preferences
 from megarlhf.data.rows import DataConfig
@@ -33,8 +33,7 @@ from megarlhf.models.role import TrainableRole
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
-from megarlhf.parallel import launch
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
@@ -50,7 +49,8 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
-from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, print_remark, role_settings
+from megarlhf.runtime.command import on_ranks
+from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan, print_remark
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day, chosen_data
 
@@ -193,11 +193,10 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
 def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
     """`megarlhf reward`."""
     with stopping_at_start():
-        return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
+        return on_ranks(cfg, argv, prepare, lambda cfg, inputs, mesh: _run(cfg, inputs, argv, mesh))
 
 
-def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str]) -> None:
-    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Mesh) -> None:
     with sole_run(cfg, mesh):
         metrics = train(cfg, inputs, argv, mesh=mesh)
         model = shlex.quote(str(cfg.model_dir))
@@ -286,11 +285,9 @@ def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> None:
 
 def build_role(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> TrainableRole:
     """The model, ready to learn. Collective."""
-    settings = role_settings(cfg, mesh)
-    role = TrainableRole("reward", inputs.model.spec, "scalar", SequenceScores(), settings, mesh)
-    load_model(role, cfg.model, seed=cfg.seed)
-    role.prepare(cfg.optim, inputs.steps)
-    print_choices(settings.compute.choices, mesh)
+    body = Model("model", cfg.model, inputs.model)
+    role = learner("reward", body, SequenceScores(), cfg.optim, inputs.steps, cfg, mesh)
+    print_choices(role.settings.compute.choices, mesh)
     print_memory_plan([role], mesh)
     return role
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from megarlhf.batch.supervised import TokenBatch
-from megarlhf.checkpoint.model_directory import ModelDescription, load_model, save_model
+from megarlhf.checkpoint.model_directory import ModelDescription, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.sft import SftSet, load_sft
@@ -20,8 +20,7 @@ from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import GLOSSARY, Metrics
-from megarlhf.parallel import launch
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
@@ -37,7 +36,8 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
-from megarlhf.runtime.roles import print_choices, print_dropped, print_memory_plan, role_settings
+from megarlhf.runtime.command import on_ranks
+from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day, chosen_data
 
@@ -91,11 +91,10 @@ def prepare(cfg: SftConfig) -> SftInputs:
 def main(cfg: SftConfig, argv: Sequence[str]) -> int:
     """`megarlhf sft`."""
     with stopping_at_start():
-        return launch.run(lambda: prepare(cfg), lambda inputs: _run(cfg, inputs, argv), cfg.layout, argv)
+        return on_ranks(cfg, argv, prepare, lambda cfg, inputs, mesh: _run(cfg, inputs, argv, mesh))
 
 
-def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str]) -> None:
-    mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) -> None:
     with sole_run(cfg, mesh):
         metrics = train(cfg, inputs, argv, mesh=mesh)
         model = shlex.quote(str(cfg.model_dir))
@@ -143,11 +142,9 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
 
 def build_role(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> TrainableRole:
     """The model, ready to learn. Collective."""
-    settings = role_settings(cfg, mesh)
-    role = TrainableRole("model", inputs.model.spec, "language", LabelLogprobs(1.0), settings, mesh)
-    load_model(role, cfg.model, seed=cfg.seed)
-    role.prepare(cfg.optim, inputs.steps)
-    print_choices(settings.compute.choices, mesh)
+    start_from = Model("model", cfg.model, inputs.model)
+    role = learner("model", start_from, LabelLogprobs(1.0), cfg.optim, inputs.steps, cfg, mesh)
+    print_choices(role.settings.compute.choices, mesh)
     print_memory_plan([role], mesh)
     return role
 

@@ -32,7 +32,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.offload import Offloader
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.trainers import ppo
+from megarlhf.runtime import roles as runtime_roles
 from megarlhf.trainers.ppo import build_engine, build_roles, policy_loss
 from tests.helpers.models import language_model, name_of, score_model
 from tests.helpers.ranks import run_ranks
@@ -90,7 +90,7 @@ def no_fault(patch: Patch) -> None:
 
 def transpose_a_projection(patch: Patch) -> None:
     """The actor's first output projection is loaded the wrong way round."""
-    load = ppo.load_model
+    load = runtime_roles.load_model
 
     def transposed(role: Role, init: str, *, seed: int) -> None:
         load(role, init, seed=seed)
@@ -99,7 +99,7 @@ def transpose_a_projection(patch: Patch) -> None:
             weight = layer.self_attention.linear_proj.weight.data
             weight.copy_(weight.t().clone())
 
-    patch.setattr(ppo, "load_model", transposed)
+    patch.setattr(runtime_roles, "load_model", transposed)
 
 
 def wrong_rope_base(patch: Patch) -> None:

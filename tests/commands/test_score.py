@@ -26,6 +26,7 @@ from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.runtime import command as runtime_command
 from tests.helpers.models import language_model, name_of, score_model, settings
 from tests.helpers.ranks import run_ranks
 from tests.helpers.refusal import assert_matches
@@ -128,7 +129,8 @@ def scored(layout: ParallelLayout, folder: Path, model: str, output: Path, chang
     cfg = ScoreConfig.model_validate({"micro_batch": 2, **given, **changes})
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
         patch.setattr(score, "PART_ROWS", PART)
-        score.run(cfg, score.prepare(cfg))
+        inputs = score.prepare(cfg)
+        score.run(cfg, inputs, start(cfg.layout, seed=cfg.seed))
     return said.getvalue()
 
 
@@ -210,7 +212,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     def started(*_args: object, **_options: object) -> None:
         raise AssertionError("no check had found fault")
 
-    monkeypatch.setattr(score, "start", started)
+    monkeypatch.setattr(runtime_command, "start", started)
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
