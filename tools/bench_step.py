@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megarlhf.batch.rollouts import Experience, Prompts
+from megarlhf.batch.rollouts import PolicyRows, Prompts, ValueRows
 from megarlhf.errors import MegarlhfError
 from megarlhf.models.role import TrainableRole
 from megarlhf.models.roles import Roles
@@ -203,7 +203,8 @@ def _phases(
         raise RuntimeError("ragged rollouts do not end where they should; the model's first token is too likely.")
     mask, inputs, labels = rollout.response_mask, rollout.inputs, rollout.labels
     zeros = torch.zeros_like(rollout.sampler_logprobs)
-    experience = Experience(rollout, rollout.sampler_logprobs, zeros, zeros, zeros + 1.0, zeros)
+    actor_rows = PolicyRows(rollout, rollout.sampler_logprobs, zeros + 1.0)
+    rows = {"actor": actor_rows, "critic": ValueRows(rollout, zeros, zeros)}
 
     responses, short, positions = sizes.rows * sizes.new_tokens, int(ragged.sum()), inputs.numel()
     spec = roles.actor.spec
@@ -214,7 +215,7 @@ def _phases(
     iteration_flops = forward + sum(flops.values()) + 3 * (forward + body)
 
     def update(role: TrainableRole, loss: Loss) -> Phase:
-        run = partial(optimise, role, loss, experience, cfg, 0, guard)
+        run = partial(optimise, role, loss, rows[role.name], cfg, 0, guard)
         return Phase(f"update_{role.name}", run, {"train": 1}, positions, 3 * flops[role])
 
     phases = [

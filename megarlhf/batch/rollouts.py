@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -69,20 +70,13 @@ class Rollout(Batch):
 
 
 @dataclass(frozen=True, eq=False)
-class Experience(Batch):
-    """Rollouts with everything the optimiser needs.
+class LearnerRows(Batch):
+    """Rollouts with what one learner needs of them besides: one type a learner, not an algorithm.
 
-    Shapes:   logprobs, ref_logprobs, values, advantages, returns [B, T] fp32, as `rollout.labels`.
-    Units:    log-probs in nats; values and returns in reward; advantages whitened.
-    Raises:   ValueError naming the field and both shapes.
+    Shapes:   every field [B, T] fp32, as `rollout.labels`. Raises: ValueError naming the field and both shapes.
     """
 
     rollout: Rollout
-    logprobs: TokenNumbers
-    ref_logprobs: TokenNumbers
-    values: TokenNumbers
-    advantages: TokenNumbers
-    returns: TokenNumbers
 
     @property
     def tokens(self) -> Tensor:
@@ -99,7 +93,7 @@ class Experience(Batch):
         """[B, T] bool: the rollout's."""
         return self.rollout.response_mask
 
-    def mini_batches(self, size: int, generator: torch.Generator) -> Iterator[Experience]:
+    def mini_batches(self, size: int, generator: torch.Generator) -> Iterator[Self]:
         """Every row once: a permutation from `generator` (a CPU one), cut into consecutive chunks of `size`.
 
         Raises:   ValueError if `size` does not divide the rows, since a short last chunk would weigh its rows more.
@@ -107,6 +101,24 @@ class Experience(Batch):
         count = len(self)
         if size < 1 or count % size:
             raise ValueError(f"mini_batches: {count} rows do not divide into chunks of {size}; choose a divisor.")
-        order = torch.randperm(count, generator=generator).to(self.logprobs.device)
+        order = torch.randperm(count, generator=generator).to(self.tokens.device)
         for first in range(0, count, size):
             yield self.rows(order[first : first + size])
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyRows(LearnerRows):
+    """What a policy learns from."""
+
+    logprobs: TokenNumbers
+    """When the rollout was made, in nats."""
+    advantages: TokenNumbers
+
+
+@dataclass(frozen=True, eq=False)
+class ValueRows(LearnerRows):
+    """What a critic learns from, in reward."""
+
+    values: TokenNumbers
+    """When the rollout was made."""
+    returns: TokenNumbers

@@ -32,7 +32,7 @@ from megarlhf.gates.cheap import (
     reference_gate,
     sampler_gate,
     scored,
-    unscored_experience,
+    unscored,
 )
 from megarlhf.gates.deep import (
     Measured,
@@ -218,7 +218,7 @@ def examine_probe(cfg: DoctorConfig, inputs: PPOInputs, alternative: Measured | 
     else:
         layout = layout_gates(probe, measure(probe, fixed, loss, seed=cfg.seed), alternative)
     # A step gives the optimiser moments to lose.
-    probe.update(scored(probe, unscored_experience(fixed, cfg.seed)), loss)
+    probe.update(scored(probe, unscored(fixed, cfg.seed)), loss)
     return [*layout, replace(offload_gate([probe]), name=PROBE_OFFLOAD)]
 
 

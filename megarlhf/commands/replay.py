@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megarlhf.batch.base import Batch, cat
-from megarlhf.batch.rollouts import Experience
+from megarlhf.batch.rollouts import PolicyRows, ValueRows
 from megarlhf.batch.supervised import Couples, TokenBatch
 from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.model_directory import load_weights
@@ -75,7 +75,8 @@ def _reward(cfg: RewardConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Los
 
 
 TRAINERS = {
-    Experience: Trainer(PPOConfig, _ppo),
+    PolicyRows: Trainer(PPOConfig, _ppo),
+    ValueRows: Trainer(PPOConfig, _ppo),
     TokenBatch: Trainer(SftConfig, _sft),
     Couples: Trainer(RewardConfig, _reward),
 }

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megarlhf.batch.rollouts import Experience, Prompts, Rollout
+from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
@@ -94,7 +94,7 @@ def first_pass_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed:
 
     loss: reports `ratio`, `clip_fraction` and `approx_kl`.
     """
-    batch = scored(actor, unscored_experience(rollout, seed))
+    batch = scored(actor, unscored(rollout, seed))
     with gradients(actor, batch, loss, actor.settings.micro_batch) as means:
         told = means.metrics
     return Gate(
@@ -169,20 +169,20 @@ def fingerprint(tensor: Tensor) -> int | None:
     return total % 2**64
 
 
-def unscored_experience(rollout: Rollout, seed: int) -> Experience:
+def unscored(rollout: Rollout, seed: int) -> PolicyRows:
     """`rollout` with random advantages, the same for every layout; log-probs are 0 until `scored`."""
     zeros = torch.zeros_like(rollout.sampler_logprobs)
     advantages = torch.randn(zeros.shape, generator=generator(seed, "gates", "advantages")).to(zeros.device)
-    return Experience(rollout, zeros, zeros, zeros, advantages, zeros)
+    return PolicyRows(rollout, zeros, advantages)
 
 
-def scored(role: TrainableRole, batch: Experience) -> Experience:
+def scored(role: TrainableRole, batch: PolicyRows) -> PolicyRows:
     """`batch` with the log-probs that the role gives it now."""
     return replace(batch, logprobs=role.score(batch.rollout))
 
 
 @contextmanager
-def gradients(role: TrainableRole, batch: Experience, loss: Loss, micro_batch: int) -> Iterator[LossMeans]:
+def gradients(role: TrainableRole, batch: PolicyRows, loss: Loss, micro_batch: int) -> Iterator[LossMeans]:
     """The gradient of the mean loss in the role's buffers inside the block; zeroed after it, and no step taken.
 
     With the distributed optimizer only a rank's own shard is summed over all of the batch.

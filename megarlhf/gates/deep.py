@@ -15,7 +15,7 @@ from megarlhf.checkpoint.hf_names import source_of
 from megarlhf.checkpoint.hf_verify import ROWS, TOKENS, hf_logits
 from megarlhf.checkpoint.model_directory import MODEL, load_model, save_model
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.gates.cheap import fingerprint, gradients, scored, unscored_experience
+from megarlhf.gates.cheap import fingerprint, gradients, scored, unscored
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.spec import PRESETS
@@ -85,7 +85,7 @@ def logit_gap(role: Role, tokens: Tensor, logits: Tensor) -> float:
 
 def micro_batch_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed: int) -> Gate:
     """The gradient does not depend on how rows are cut into micro-batches. The weights are left as they were."""
-    batch = scored(actor, unscored_experience(rollout, seed))
+    batch = scored(actor, unscored(rollout, seed))
     usual = min(actor.settings.micro_batch, len(batch))
     other = usual // 2 if usual > 1 else 2
     with gradients(actor, batch, loss, usual):
@@ -144,7 +144,7 @@ def measure(role: TrainableRole, rollout: Rollout, loss: Loss, *, seed: int) -> 
 
     role: prepared with `distributed=False`, so that every data rank has the whole gradient.
     """
-    batch = scored(role, unscored_experience(rollout, seed))
+    batch = scored(role, unscored(rollout, seed))
     with gradients(role, batch, loss, role.settings.micro_batch):
         norms = _gradient_norms(role)
     return Measured(batch.logprobs.cpu(), norms)

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from megarlhf.batch.rollouts import Experience, Prompts
+from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, ValueRows
 from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
 from megarlhf.gates.cheap import cheap_gates, gate_prompts
@@ -22,11 +21,7 @@ from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.writers import RunWriter, read_metrics
-from megarlhf.ops.advantages import gae
-from megarlhf.ops.kl import kl_k1
-from megarlhf.ops.masked import masked_whiten
 from megarlhf.ops.policy_loss import clipped_policy_loss
-from megarlhf.ops.rewards import add_kl_penalty, shape_scores
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel.collectives import broadcast_object
 from megarlhf.parallel.mesh import Mesh
@@ -50,6 +45,7 @@ from megarlhf.runtime.roles import (
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
+from megarlhf.trainers.ppo_estimate import Estimate, Scored, estimated
 from megarlhf.trainers.ppo_metrics import (
     accuracy_metric,
     experience_metrics,
@@ -64,10 +60,10 @@ __all__ = ["PPOConfig", "main", "ppo_iteration", "train"]
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one iteration made: the global experience, its raw scores [B], and its metrics; equal on every rank."""
+    """What one iteration made, and its metrics; equal on every rank."""
 
-    experience: Experience
-    scores: Tensor
+    scored: Scored
+    estimate: Estimate
     metrics: Metrics
 
 
@@ -89,64 +85,39 @@ def ppo_iteration(
 
     # 2. Score. Forward only, one model resident at a time.
     with clock("score"):
-        logprobs = roles.actor.score(rollout)  # [B, T] recomputed by the trainer's forward
-        ref_logprobs = roles.reference.score(rollout)  # [B, T]
-        values = roles.critic.score(rollout)  # [B, T]
-        scores = roles.reward.score(rollout)  # [B]
+        scored = Scored(
+            rollout,
+            logprobs=roles.actor.score(rollout),
+            ref_logprobs=roles.reference.score(rollout),
+            values=roles.critic.score(rollout),
+            scores=roles.reward.score(rollout),
+        )
 
     # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
     with clock("estimate"):
-        unestimated = torch.zeros_like(values)
-        experience = Experience(rollout, logprobs, ref_logprobs, values, unestimated, unestimated)
-        experience, estimate = estimated(experience, scores, cfg, wrong_score=roles.wrong_score)
+        estimate = estimated(scored, cfg, wrong_score=roles.wrong_score)
+        metrics = experience_metrics(scored, estimate, kl_coef=cfg.kl_coef)
+        lessons = PolicyRows(rollout, scored.logprobs, estimate.whitened)
+        targets = ValueRows(rollout, scored.values, estimate.returns)
 
     # 4. Optimise. Each learner sees the same mini-batches; one of them is resident at a time.
     with clock("optimise"):
-        actor_learns = iteration >= cfg.value_warmup_iterations
-        actor = (
-            optimise(roles.actor, policy_loss(roles.actor, cfg), experience, cfg, iteration, guard)
-            if actor_learns
-            else []
-        )
-        critic = optimise(roles.critic, value_loss(roles.critic, cfg), experience, cfg, iteration, guard)
+        actor = []
+        if iteration >= cfg.value_warmup_iterations:
+            actor = optimise(roles.actor, policy_loss(roles.actor, cfg), lessons, cfg, iteration, guard)
+        critic = optimise(roles.critic, value_loss(roles.critic, cfg), targets, cfg, iteration, guard)
 
     learning = {**learner_metrics(actor, critic), "train/skipped_steps": guard.skipped}
-    return Iteration(experience, scores, {**estimate, **learning, **clock.metrics()})
-
-
-def estimated(
-    experience: Experience, scores: Tensor, cfg: PPOConfig, *, wrong_score: float = math.inf
-) -> tuple[Experience, Metrics]:
-    """Token-level rewards, advantages and returns of the global batch; wrong_score as in `shape_scores`.
-
-    Shapes:   scores [B]. Returns the experience with advantages (whitened) and returns, and its metrics.
-    """
-    rollout = experience.rollout
-    mask = rollout.response_mask
-    kl = kl_k1(experience.logprobs, experience.ref_logprobs)
-    shaped = shape_scores(
-        scores,
-        rollout.terminated,
-        missing_eos_score=cfg.missing_eos_score,
-        wrong_score=wrong_score,
-        clip=cfg.score_clip,
-    )
-    token_level_rewards = add_kl_penalty(shaped, kl, mask, kl_coef=cfg.kl_coef)
-    advantages, returns = gae(
-        token_level_rewards, experience.values, mask, rollout.terminated, gamma=cfg.gamma, lam=cfg.gae_lambda
-    )
-    metrics = experience_metrics(experience, scores, token_level_rewards, advantages, returns, kl_coef=cfg.kl_coef)
-    whitened = masked_whiten(advantages, mask)
-    return Experience(**{**vars(experience), "advantages": whitened, "returns": returns}), metrics
+    return Iteration(scored, estimate, {**metrics, **learning, **clock.metrics()})
 
 
 def optimise(
-    role: TrainableRole, loss: Loss, experience: Experience, cfg: PPOConfig, iteration: int, guard: StepGuard
+    role: TrainableRole, loss: Loss, rows: LearnerRows, cfg: PPOConfig, iteration: int, guard: StepGuard
 ) -> list[Update]:
-    """`ppo_epochs` passes over the experience in mini-batches."""
+    """`ppo_epochs` passes over the rows in mini-batches."""
     updates = []
     # On the host, where its rows are cut without waiting for the device, and take none of its memory.
-    waiting = experience.to("cpu")
+    waiting = rows.to("cpu")
     with role.resident(*role.parts):
         for batch in _mini_batches(waiting, cfg, iteration):
             updates.append(role.update(batch, loss))
@@ -154,15 +125,15 @@ def optimise(
     return updates
 
 
-def _mini_batches(experience: Experience, cfg: PPOConfig, iteration: int) -> Iterator[Experience]:
+def _mini_batches(rows: LearnerRows, cfg: PPOConfig, iteration: int) -> Iterator[LearnerRows]:
     for epoch in range(cfg.ppo_epochs):
-        yield from experience.mini_batches(cfg.global_batch, generator(cfg.seed, "mini_batches", iteration, epoch))
+        yield from rows.mini_batches(cfg.global_batch, generator(cfg.seed, "mini_batches", iteration, epoch))
 
 
-def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[Experience]:
+def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[PolicyRows]:
     """The clipped surrogate summed over response tokens: fused with the vocabulary projection, or composed of parts."""
 
-    def fused(states: States, rows: Experience) -> LossSums:
+    def fused(states: States, rows: PolicyRows) -> LossSums:
         terms = PolicyTerms(
             states.of(rows.logprobs),
             states.of(rows.advantages),
@@ -174,7 +145,7 @@ def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[Experience]:
         _, metrics = clipped_policy_loss(new_logprobs, terms.logprobs, terms.advantages, clip_range=cfg.clip_range)
         return LossSums(total, states.count, {**metrics, "entropy": entropy.sum(dtype=torch.float64)})
 
-    def composed(states: States, rows: Experience) -> LossSums:
+    def composed(states: States, rows: PolicyRows) -> LossSums:
         new_logprobs, entropy = actor.model.label_logprobs(
             states.hidden, states.of(rows.labels), temperature=cfg.sampling.temperature, with_entropy=True
         )
@@ -189,10 +160,10 @@ def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[Experience]:
     return fused if cfg.policy_loss == "fused" else composed
 
 
-def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss[Experience]:
+def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss[ValueRows]:
     """The clipped regression on returns, summed over response tokens."""
 
-    def loss(states: States, rows: Experience) -> LossSums:
+    def loss(states: States, rows: ValueRows) -> LossSums:
         total, metrics = clipped_value_loss(
             critic.reading(critic.model, states, rows),
             states.of(rows.values),
@@ -243,8 +214,8 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
     def step(iteration: int, writer: RunWriter | None) -> Metrics:
         prompts = inputs.prompts.batch(next(loader))
         done = ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
-        rollout = done.experience.rollout
-        judged = judged_rollouts(rollout, done.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)
+        scored = done.scored
+        judged = judged_rollouts(scored.rollout, scored.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)
         if writer is not None and iteration % cfg.samples_every == 0:
             writer.samples(judged[: cfg.samples], iteration + 1)
         metrics = {**done.metrics, **accuracy_metric(judged)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarlhf.batch.rollouts import Experience, Rollout
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
@@ -17,32 +17,25 @@ from megarlhf.models.role import Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.kl import kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
+from megarlhf.trainers.ppo_estimate import Estimate, Scored
 
 
-def experience_metrics(
-    experience: Experience,
-    scores: Tensor,
-    token_level_rewards: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    *,
-    kl_coef: float,
-) -> Metrics:
-    """Of the global batch, before the optimiser has moved anything. Shapes: scores [B]; the rest [B, T]."""
-    rollout, mask = experience.rollout, experience.rollout.response_mask
-    kl = kl_k1(experience.logprobs, experience.ref_logprobs)
-    gap = (rollout.sampler_logprobs - experience.logprobs).abs()
+def experience_metrics(scored: Scored, estimate: Estimate, *, kl_coef: float) -> Metrics:
+    """Of the global batch, before the optimiser has moved anything."""
+    rollout, scores, mask = scored.rollout, scored.scores, scored.rollout.response_mask
+    kl = kl_k1(scored.logprobs, scored.ref_logprobs)
+    gap = (rollout.sampler_logprobs - scored.logprobs).abs()
     lengths = rollout.response_lengths.float()
     rows = len(rollout)
     reference_kl = float(masked_sum(kl, mask)) / rows
-    residual = masked_var(returns - experience.values, mask)
-    spread = masked_var(returns, mask)
+    residual = masked_var(estimate.returns - scored.values, mask)
+    spread = masked_var(estimate.returns, mask)
     return {
         "rollout/score_mean": float(scores.mean()),
         "rollout/score_std": float(scores.std(correction=0)),
         "rollout/score_min": float(scores.min()),
         "rollout/score_max": float(scores.max()),
-        "rollout/reward_mean": float(masked_sum(token_level_rewards, mask)) / rows,
+        "rollout/reward_mean": float(masked_sum(estimate.token_level_rewards, mask)) / rows,
         "rollout/response_length_mean": float(lengths.mean()),
         "rollout/response_length_max": float(lengths.max()),
         "rollout/prompt_length_mean": float(rollout.prompt_lengths.float().mean()),
@@ -51,13 +44,13 @@ def experience_metrics(
         "rollout/sampler_gap_mean": float(masked_mean(gap, mask)),
         "rollout/tokens": float(mask.sum()),
         "kl/reference_mean": reference_kl,
-        "kl/reference_k3_mean": float(masked_sum(kl_k3(experience.logprobs, experience.ref_logprobs), mask)) / rows,
+        "kl/reference_k3_mean": float(masked_sum(kl_k3(scored.logprobs, scored.ref_logprobs), mask)) / rows,
         "kl/reference_per_token": float(masked_mean(kl, mask)),
         "kl/penalty_mean": kl_coef * reference_kl,
         "kl/coef": kl_coef,
-        "policy/advantage_std": float(masked_var(advantages, mask)) ** 0.5,
-        "value/mean": float(masked_mean(experience.values, mask)),
-        "value/return_mean": float(masked_mean(returns, mask)),
+        "policy/advantage_std": float(masked_var(estimate.advantages, mask)) ** 0.5,
+        "value/mean": float(masked_mean(scored.values, mask)),
+        "value/return_mean": float(masked_mean(estimate.returns, mask)),
         "value/explained_variance": 1.0 - float(residual) / max(float(spread), 1e-12),
     }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megarlhf.batch.base import Axes, Batch, cat
-from megarlhf.batch.rollouts import Experience, Prompts, Rollout
+from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout
 from megarlhf.batch.supervised import LabelledResponses, PreferencePairs, TokenBatch
 
 
@@ -28,10 +28,8 @@ def a_rollout(rows: int = 4, width: int = 8) -> Rollout:
     )
 
 
-def an_experience(rows: int = 4) -> Experience:
-    rollout = a_rollout(rows)
-    fields = {name: torch.randn(rows, 7) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns")}
-    return Experience(rollout=rollout, **fields)
+def policy_rows(rows: int = 4) -> PolicyRows:
+    return PolicyRows(a_rollout(rows), torch.randn(rows, 7), torch.randn(rows, 7))
 
 
 def test_response_mask_covers_exactly_the_response_labels():
@@ -65,13 +63,13 @@ def test_padding_changes_no_mask_and_cat_keeps_rows():
 
 
 def test_trimming_undoes_padding_in_every_field():
-    experience = an_experience()
-    back = experience.padded_to(12).trimmed(7)
-    for before, after in ((experience, back), (experience.rollout, back.rollout)):
+    given = policy_rows()
+    back = given.padded_to(12).trimmed(7)
+    for before, after in ((given, back), (given.rollout, back.rollout)):
         for name, value in vars(before).items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(vars(after)[name], value)
-    assert back.rollout.answers == experience.rollout.answers
+    assert back.rollout.answers == given.rollout.answers
     pairs = PreferencePairs(torch.ones(4, 3, dtype=torch.int64), torch.full((4,), 2), torch.ones(2))
     assert pairs.trimmed(1).tokens.shape == (4, 2)
     assert pairs.padded_to(5).weight.shape == (2,)
@@ -79,29 +77,29 @@ def test_trimming_undoes_padding_in_every_field():
 
 @pytest.mark.parametrize("index", [torch.tensor([3, 0, 3]), slice(1, 3), torch.tensor([], dtype=torch.int64)])
 def test_rows_selects_in_every_field(index):
-    experience = an_experience()
-    selected = experience.rows(index)
+    given = policy_rows()
+    selected = given.rows(index)
     ids = torch.arange(4)[index].tolist()
     assert selected.rollout.answers == tuple(str(i) for i in ids)
     assert selected.rollout.prompt_ids.tolist() == [100 + i for i in ids]
-    assert torch.equal(selected.advantages, experience.advantages[index])
+    assert torch.equal(selected.advantages, given.advantages[index])
 
 
 def test_mini_batches_visit_every_row_once_and_repeat_with_the_seed():
-    experience = an_experience(6)
+    given = policy_rows(6)
     orders = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(3)
-        batches = list(experience.mini_batches(2, generator))
+        batches = list(given.mini_batches(2, generator))
         assert [len(batch) for batch in batches] == [2, 2, 2]
         orders.append([i for batch in batches for i in batch.rollout.prompt_ids.tolist()])
         for batch in batches:  # fields stay with their row
             rows = batch.rollout.prompt_ids - 100
-            assert torch.equal(batch.returns, experience.returns[rows])
+            assert torch.equal(batch.logprobs, given.logprobs[rows])
     assert orders[0] == orders[1]
     assert sorted(orders[0]) == [100, 101, 102, 103, 104, 105] != orders[0]
     with pytest.raises(ValueError, match="6 rows do not divide into chunks of 4"):
-        next(experience.mini_batches(4, torch.Generator()))
+        next(given.mini_batches(4, torch.Generator()))
 
 
 def test_preference_pairs_select_pairs():
@@ -158,7 +156,7 @@ def test_axes_of_one_name_are_equally_long():
 
 def test_what_is_made_from_checked_rows_is_not_checked_again(monkeypatch):
     """A check looks at values, for which a GPU must be waited for."""
-    batch = an_experience()
+    batch = policy_rows()
     checked = []
 
     def check(made: Batch) -> None:
@@ -167,16 +165,16 @@ def test_what_is_made_from_checked_rows_is_not_checked_again(monkeypatch):
     monkeypatch.setattr(Batch, "__post_init__", check)
     cat([batch.rows(slice(0, 2)).padded_to(9).trimmed(8).to("cpu"), batch.rows(torch.tensor([3]))])
     assert checked == []
-    dataclasses.replace(batch, values=batch.returns)
+    dataclasses.replace(batch, advantages=batch.logprobs)
     assert len(checked) == 1
 
 
 def test_to_keeps_every_value():
-    experience = an_experience()
-    moved = experience.to("cpu")
-    assert torch.equal(moved.rollout.tokens, experience.rollout.tokens)
-    assert moved.rollout.answers == experience.rollout.answers
-    assert torch.equal(moved.values, experience.values)
+    given = policy_rows()
+    moved = given.to("cpu")
+    assert torch.equal(moved.rollout.tokens, given.rollout.tokens)
+    assert moved.rollout.answers == given.rollout.answers
+    assert torch.equal(moved.logprobs, given.logprobs)
 
 
 def test_frozen():
@@ -184,12 +182,12 @@ def test_frozen():
         a_rollout().tokens = torch.zeros(1)  # type: ignore[misc]
 
 
-def test_empty_batch_is_a_batch():
+def test_empty_givenis_a_batch():
     empty = a_rollout().rows(slice(0, 0))
     assert len(empty) == 0
     assert empty.response_mask.shape == (0, 7)
-    experience = an_experience().rows(slice(0, 0))
-    assert list(experience.mini_batches(2, torch.Generator())) == []
+    given = policy_rows().rows(slice(0, 0))
+    assert list(given.mini_batches(2, torch.Generator())) == []
 
 
 @pytest.mark.parametrize(
@@ -213,8 +211,8 @@ def test_rollout_errors_name_field_and_shapes(field, value, message):
 
 def test_other_errors_name_field_and_shapes():
     tokens, lengths = torch.zeros(4, 3, dtype=torch.int64), torch.full((4,), 3)
-    with pytest.raises(ValueError, match=r"Experience.values: got torch.float32 \[4, 6\]; .* \[4, 7\]"):
-        dataclasses.replace(an_experience(), values=torch.zeros(4, 6))
+    with pytest.raises(ValueError, match=r"PolicyRows.advantages: got torch.float32 \[4, 6\]; .* \[4, 7\]"):
+        dataclasses.replace(policy_rows(), advantages=torch.zeros(4, 6))
     with pytest.raises(ValueError, match=r"Prompts.ids: got torch.int32"):
         Prompts(tokens, lengths, torch.zeros(4, dtype=torch.int32), ("",) * 4)
     with pytest.raises(ValueError, match=r"TokenBatch.loss_mask: got torch.bool \[4, 3\]; .* \[4, 2\]"):

@@ -28,7 +28,7 @@ from megarlhf.trainers.ppo_config import PPOConfig
 from tests.helpers.models import learner, name_of, ragged_rollout, settings
 from tests.helpers.ranks import run_with_engine
 from tests.rollout.worlds import EOS, PAD, prompts
-from tests.trainers.test_splits import experience
+from tests.trainers.test_splits import lessons
 
 SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=12)
 PPO = PPOConfig.model_validate({"run_dir": "unused", "sampling": SAMPLING})
@@ -68,7 +68,7 @@ def sample_and_learn() -> dict[str, Any]:
             return engine.generate(prompts(), SAMPLING, seed=7, group_size=3)
 
         gates["before"] = sampler_gate(role, drawn())
-        assert role.update(experience(0), policy_loss(role, PPO)).stepped
+        assert role.update(lessons(0)[0], policy_loss(role, PPO)).stepped
         patch.setattr(role.model, "set_is_first_microbatch", lambda: None)
         stale = drawn()  # what rollouts were like
         patch.setattr(role.model, "set_is_first_microbatch", renew)
@@ -91,7 +91,7 @@ def score_and_learn(layout: ParallelLayout) -> tuple[float, float, float]:
     mesh = start(layout, seed=1)
     rounded, exact = actors(mesh, "hybrid", None)
     gap = (rounded.score(ROWS) - exact.score(ROWS))[ROWS.response_mask].abs().mean()
-    norms = [role.update(experience(0), policy_loss(role, PPO)).grad_norm for role in (rounded, exact)]
+    norms = [role.update(lessons(0)[0], policy_loss(role, PPO)).grad_norm for role in (rounded, exact)]
     return float(gap), norms[0] / norms[1], float(rounded.resident_bytes() > exact.resident_bytes())
 
 

@@ -22,7 +22,7 @@ from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.sft import next_token_loss
 from tests.helpers.models import language_model, learner, score_model, settings
 from tests.helpers.ranks import run_ranks
-from tests.trainers.test_splits import experience, sft_batch
+from tests.trainers.test_splits import lessons, sft_batch
 
 WAITS = {
     *("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "cpu", "numpy", "__array__"),
@@ -78,9 +78,9 @@ def count(language: str, scalar: str) -> dict[str, Counter[str]]:
     actor = learner(language, LabelLogprobs(0.7), shared, mesh, optim)
     critic = learner(scalar, PositionValues(), shared, mesh, optim)
     return {
-        "policy, fused": of(actor, experience(0), policy_loss(actor, cfg)),
-        "policy, composed": of(actor, experience(0), policy_loss(actor, composed)),
-        "value": of(critic, experience(0), value_loss(critic, cfg)),
+        "policy, fused": of(actor, lessons(0)[0], policy_loss(actor, cfg)),
+        "policy, composed": of(actor, lessons(0)[0], policy_loss(actor, composed)),
+        "value": of(critic, lessons(0)[1], value_loss(critic, cfg)),
         "sft": of(actor, sft_batch(0), next_token_loss(actor)),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.batch.rollouts import Experience, Rollout
+from megarlhf.batch.rollouts import PolicyRows, Rollout
 from megarlhf.errors import LayoutError
 from megarlhf.parallel.collectives import (
     all_reduce,
@@ -35,14 +35,10 @@ MEMBERS = {
 """Who shares each axis: tensor ranks are neighbours, data ranks come last."""
 
 
-def experience(rows: Rollout) -> Experience:
-    tensors = [float(i + 1) * rows.labels.float() for i in range(5)]
-    return Experience(rows, *tensors)
-
-
-def whole() -> Experience:
+def whole() -> PolicyRows:
     rows = ragged_rollout(8)
-    return experience(Rollout(**{**vars(rows), "answers": tuple("abcdefgh")}))
+    rollout = Rollout(**{**vars(rows), "answers": tuple("abcdefgh")})
+    return PolicyRows(rollout, rows.labels.float(), 2.0 * rows.labels.float())
 
 
 def work(layout: ParallelLayout) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.batch.rollouts import Experience, Prompts
+from megarlhf.batch.rollouts import PolicyRows, Prompts
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.commands.replay import ReplayConfig, main
@@ -32,7 +32,7 @@ from tests.helpers.models import language_model, score_model
 from tests.helpers.ranks import run_ranks
 from tests.runs.test_killed import config
 from tests.runs.test_resume import ppo_settings
-from tests.trainers.test_splits import experience
+from tests.trainers.test_splits import lessons
 
 LAYOUT = ParallelLayout(data=2)
 
@@ -45,7 +45,7 @@ def write_batches(run_dir: str) -> list[dict[str, Any]]:
     """Each kind of batch, written and read again by its rank."""
     mesh = start(ParallelLayout(), seed=1)
     differences = []
-    for step, batch in enumerate((experience(3), prompts())):
+    for step, batch in enumerate((lessons(3)[0], prompts())):
         mesh.trail.step, mesh.trail.work = step, batch
         directory = write_capsule(Path(run_dir), "a reason", mesh)
         (note,) = read_notes(directory)
@@ -64,7 +64,7 @@ def write_batches(run_dir: str) -> list[dict[str, Any]]:
 
 def test_batches_come_back_as_they_were(tmp_path: Path) -> None:
     (found,) = run_ranks(write_batches, 1, str(tmp_path))
-    assert [one["kind"] for one in found] == [Experience.__name__, Prompts.__name__]
+    assert [one["kind"] for one in found] == [PolicyRows.__name__, Prompts.__name__]
     for one in found:
         assert one["equal"]
         for ours, theirs in (one["names"], one["texts"]):

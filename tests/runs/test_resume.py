@@ -37,7 +37,7 @@ from tests.helpers.models import (
     worst,
 )
 from tests.helpers.ranks import run_ranks
-from tests.trainers.test_splits import experience
+from tests.trainers.test_splits import lessons
 from tests.trainers.worlds import ppo_config
 
 ITERATIONS = 4
@@ -288,7 +288,7 @@ def two_and_two_steps(layout: ParallelLayout, where: str, folder: str, distribut
     for step in range(2 if again else 0, 4):
         if step == 2 and not again:
             save(Path(where), at(2), role)
-        role.update(experience(step), ppo.policy_loss(role, cfg))
+        role.update(lessons(step)[0], ppo.policy_loss(role, cfg))
     return whole_weights(role)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megarlhf.batch.rollouts import Experience
+from megarlhf.batch.rollouts import PolicyRows
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.errors import TrainingError
 from megarlhf.models.optim import OptimConfig
@@ -114,7 +114,7 @@ def test_all_ranks_skip_together(layout: ParallelLayout, distributed: bool, dire
 
 
 def give_up(layout: ParallelLayout, directory: str, run_dir: str) -> dict[str, Any]:
-    """PPO's own loop over experience with one NaN advantage, in data rank 1's rows."""
+    """PPO's own loop over rows with one NaN advantage, in data rank 1's rows."""
     mesh = start(layout, seed=1)
     cfg = ppo_config(Path(run_dir), layout, directory, directory, rollout_batch=4, global_batch=4, ppo_epochs=3)
     role = learner(directory, LabelLogprobs(0.7), settings(mesh, 2), mesh, OptimConfig())
@@ -122,11 +122,11 @@ def give_up(layout: ParallelLayout, directory: str, run_dir: str) -> dict[str, A
     advantages = torch.ones(ROWS.labels.shape)
     advantages[3, int(ROWS.lengths[3]) - 2] = float("nan")
     zeros = torch.zeros(ROWS.labels.shape)
-    experience = Experience(ROWS, zeros - 4.0, zeros, zeros, advantages, zeros)
+    rows = PolicyRows(ROWS, zeros - 4.0, advantages)
     guard = StepGuard(cfg.run_dir, 2, mesh)
     torch.manual_seed(40 + mesh.rank)
     try:
-        optimise(role, policy_loss(role, cfg), experience, cfg, 7, guard)
+        optimise(role, policy_loss(role, cfg), rows, cfg, 7, guard)
         message = "no error"
     except TrainingError as error:
         message = str(error)
@@ -149,7 +149,7 @@ def test_past_the_limit_the_run_stops_with_the_evidence(directory: str, tmp_path
             7,
             number,
             number,
-            "Experience",
+            "PolicyRows",
         )
         assert note.reason.startswith("not finite: loss nan")
         with safe_open(capsule / f"rank_{number}.safetensors", framework="pt") as file:

@@ -14,7 +14,6 @@ from transformers import LlamaForSequenceClassification
 from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.trainers import ppo
 from tests.helpers.by_hand import load_by_hand
 from tests.helpers.models import name_of, whole_weights, worst
 from tests.helpers.ranks import run_ranks
@@ -142,20 +141,11 @@ def step(layout: ParallelLayout, folder: str, rollout: Rollout, epochs: int) -> 
         ppo_epochs=epochs,
     )
     roles = ppo_roles(cfg, mesh)
-    seen: dict[str, Tensor] = {}
-    measure = ppo.experience_metrics
-
-    def observe(experience: Any, scores: Tensor, rewards: Tensor, advantages: Tensor, *rest: Any, **more: Any) -> Any:
-        seen.update(token_level_rewards=rewards, advantages=advantages)
-        return measure(experience, scores, rewards, advantages, *rest, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "experience_metrics", observe)
-        nothing = Prompts(torch.ones(1, 1, dtype=torch.int64), torch.tensor([1]), torch.tensor([0]), ("",))
-        done = iterate(roles, Canned(rollout, roles), nothing, cfg)
-    experience = done.experience
-    seen |= {"logprobs": experience.logprobs, "ref_logprobs": experience.ref_logprobs, "values": experience.values}
-    seen |= {"whitened_advantages": experience.advantages, "returns": experience.returns, "scores": done.scores}
+    nothing = Prompts(torch.ones(1, 1, dtype=torch.int64), torch.tensor([1]), torch.tensor([0]), ("",))
+    done = iterate(roles, Canned(rollout, roles), nothing, cfg)
+    seen = {**done.scored._asdict(), **done.estimate._asdict()}
+    del seen["rollout"]
+    seen["whitened_advantages"] = seen.pop("whitened")
     return {
         "seen": seen,
         "metrics": done.metrics,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.batch.rollouts import Experience
+from megarlhf.batch.rollouts import PolicyRows, ValueRows
 from megarlhf.batch.supervised import LabelledResponses, PreferencePairs, TokenBatch
 from megarlhf.data.rows import DataConfig
 from megarlhf.models.optim import OptimConfig
@@ -82,13 +82,13 @@ def sft_batch(step: int) -> TokenBatch:
     return TokenBatch(rows.tokens, rows.lengths, rows.response_mask)
 
 
-def experience(step: int) -> Experience:
+def lessons(step: int) -> tuple[PolicyRows, ValueRows]:
     """Log-probs near a uniform policy's and values near 0, so that some tokens are clipped and some are not."""
     rows = ragged_rollout(8, vocab=VOCAB, seed=40 + step)
     generator = torch.Generator().manual_seed(60 + step)
     noise = torch.randn(4, *rows.labels.shape, generator=generator)
     logprobs = -torch.tensor(float(VOCAB)).log() + noise[0]
-    return Experience(rows, logprobs, logprobs, 0.5 * noise[1], noise[2], noise[3])
+    return PolicyRows(rows, logprobs, noise[2]), ValueRows(rows, 0.5 * noise[1], noise[3])
 
 
 def couples(step: int) -> Any:
@@ -125,9 +125,9 @@ def learn(split: Split, language: str, tied: str, scalar: str) -> dict[str, dict
     role = learner(tied, LabelLogprobs(1.0), shared, mesh, optim)
     result["sft"] = steps_of(role, next_token_loss(role), [sft_batch(i) for i in range(STEPS)])
     role = learner(language, LabelLogprobs(0.7), shared, mesh, optim)
-    result["policy"] = steps_of(role, policy_loss(role, ppo), [experience(i) for i in range(STEPS)])
+    result["policy"] = steps_of(role, policy_loss(role, ppo), [lessons(i)[0] for i in range(STEPS)])
     role = learner(scalar, PositionValues(), shared, mesh, optim)
-    result["value"] = steps_of(role, value_loss(role, ppo), [experience(i) for i in range(STEPS)])
+    result["value"] = steps_of(role, value_loss(role, ppo), [lessons(i)[1] for i in range(STEPS)])
     role = learner(scalar, SequenceScores(), shared, mesh, optim)
     result["reward"] = steps_of(role, judgement_loss(role, reward), [couples(i) for i in range(STEPS)])
     return result
@@ -176,7 +176,7 @@ def first_pass(layout: ParallelLayout, language: str, kind: str) -> dict[str, fl
         {"run_dir": "unused", "sampling": SamplingConfig(temperature=0.7), "policy_loss": kind}
     )
     role = learner(language, LabelLogprobs(0.7), settings(mesh, 3), mesh, OptimConfig(lr=LR))
-    given = experience(0)
+    given, _ = lessons(0)
     update = role.update(replace(given, logprobs=role.score(given.rollout)), policy_loss(role, ppo))
     return {"loss": update.means.loss, "norm": update.grad_norm, **update.means.metrics}
 
@@ -219,4 +219,4 @@ def policy_steps(layout: ParallelLayout, language: str, kind: str) -> dict[str, 
         }
     )
     role = learner(language, LabelLogprobs(0.7), settings(mesh, 3), mesh, OptimConfig(lr=LR))
-    return steps_of(role, policy_loss(role, ppo), [experience(i) for i in range(STEPS)])
+    return steps_of(role, policy_loss(role, ppo), [lessons(i)[0] for i in range(STEPS)])

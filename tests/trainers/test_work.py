@@ -77,10 +77,8 @@ def count(layout: ParallelLayout, folder: str) -> list[dict[str, Any]]:
     seen = []
     for index in range(2):
         done = iterate(roles, engine, prompts(), cfg, index)
-        roles.actor.score(done.experience.rollout)  # in no phase: a check of the run, and not its work
-        expected = by_hand(
-            roles.actor.spec, roles.reward.spec, done.experience.rollout.to("cpu"), actor_learns=index == 1
-        )
+        roles.actor.score(done.scored.rollout)  # in no phase: a check of the run, and not its work
+        expected = by_hand(roles.actor.spec, roles.reward.spec, done.scored.rollout.to("cpu"), actor_learns=index == 1)
         seen.append({"metrics": done.metrics, "expected": expected})
     return seen
 
