@@ -201,14 +201,13 @@ def _phases(
     rollout = roll_out(equal)
     if not (roll_out(ragged).response_lengths == ragged).all():
         raise RuntimeError("ragged rollouts do not end where they should; the model's first token is too likely.")
-    mask, inputs, labels = rollout.response_mask, rollout.inputs, rollout.labels
-    zeros = torch.zeros_like(rollout.sampler_logprobs)
-    actor_rows = PolicyRows(rollout, rollout.sampler_logprobs, zeros + 1.0)
-    rows = {"actor": actor_rows, "critic": ValueRows(rollout, zeros, zeros)}
+    inputs, zeros = rollout.inputs, torch.zeros_like(rollout.sampler_logprobs)
+    lessons = PolicyRows(rollout, rollout.sampler_logprobs, zeros + 1.0)
+    rows = {"actor": lessons, "critic": ValueRows(rollout, zeros, zeros)}
 
     responses, short, positions = sizes.rows * sizes.new_tokens, int(ragged.sum()), inputs.numel()
     spec = roles.actor.spec
-    keys = len(inputs) * inputs.shape[1] * (inputs.shape[1] + 1) // 2
+    keys = positions * (inputs.shape[1] + 1) // 2
     forward, body = (spec.forward_flops(positions, keys, projected) for projected in (responses, 0))
     flops = {role: forward if role.head == "language" else body for role in roles.every}
     learning = ((roles.actor, policy_loss(roles.actor, cfg)), (roles.critic, value_loss(roles.critic, cfg)))
@@ -232,7 +231,7 @@ def _phases(
         Phase("generate", lambda: peer.generate(equal), {}, responses, forward),
         Phase("generate_ragged", lambda: peer.generate(ragged), {}, short, forward * short / responses),
         Phase("forward", lambda: peer.forward(inputs), {}, positions, forward),
-        Phase("train", lambda: peer.train(inputs, labels, mask), {}, positions, 3 * forward),
+        Phase("train", lambda: peer.train(inputs, rollout.labels, rollout.response_mask), {}, positions, 3 * forward),
     ]
     return phases, {phase.name: phase for phase in work}
 

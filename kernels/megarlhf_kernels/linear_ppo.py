@@ -29,6 +29,9 @@ from megarlhf_kernels.dispatch import Impl
 from megarlhf_kernels.policy_value_loss import clipped_policy_loss
 from megarlhf_kernels.token_logprob import Softmax
 
+METRICS = ("clip_fraction", "approx_kl", "ratio", "entropy")
+"""What `linear_ppo` says besides, as sums over tokens: those of `policy_value_loss`, and the entropy."""
+
 
 @dataclass(frozen=True)
 class PolicyTerms:
@@ -46,16 +49,21 @@ class PolicyTerms:
     ref_logprobs: Tensor | None = None
     """The reference's, in nats; needed with `kl_coef`."""
 
-    def loss(self, new_logprobs: Tensor, entropy: Tensor, rows: slice, *, impl: Impl) -> Tensor:
-        """The sum over `rows`, whose log-probs and entropy [n] are given."""
+    def loss(self, new_logprobs: Tensor, entropy: Tensor, rows: slice, *, impl: Impl) -> tuple[Tensor, Tensor]:
+        """The sum over `rows`, whose log-probs and entropy [n] are given; and what `METRICS` names, summed alike."""
         every = torch.ones_like(new_logprobs, dtype=torch.bool)
         old, advantages = self.logprobs[rows], self.advantages[rows]
-        total, *_ = clipped_policy_loss(new_logprobs, old, advantages, every, clip_range=self.clip_range, impl=impl)
+        total, _, seen = clipped_policy_loss(
+            new_logprobs, old, advantages, every, clip_range=self.clip_range, impl=impl
+        )
+        metrics = torch.stack(
+            [seen[name].double() for name in METRICS[:-1]] + [entropy.detach().sum(dtype=torch.float64)]
+        )
         if self.entropy_coef:
             total = total - self.entropy_coef * entropy.sum()
         if self.ref_logprobs is not None:
             total = total + 0.5 * self.kl_coef * ((new_logprobs - self.ref_logprobs[rows]) ** 2).sum()
-        return total
+        return total, metrics
 
 
 def definition(hidden: Tensor, weight: Tensor, labels: Tensor, terms: PolicyTerms) -> Tensor:
@@ -81,15 +89,15 @@ def linear_ppo(
     weight_grad: Tensor | None = None,
     impl: Impl = "auto",
     **shard: Unpack[Shard],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The policy loss summed over tokens, differentiable in hidden and weight; and each token's log-prob and entropy.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The policy loss summed over tokens, differentiable in hidden and weight; its metrics; log-probs and entropies.
 
     The gradients are made on the way forward, for an upstream gradient of `loss_scale`. With `weight_grad` the weight's
     is added to it there and then, and backward returns none: one fp32 sum over all chunks and micro-batches.
 
     Shapes:   hidden [N, H] and weight [V_local, H], one float dtype; labels [N] int64, global; weight_grad
-              [V_local, H] fp32. Returns (loss scalar, logprobs [N], entropy [N]) in fp32 (fp64 for fp64 inputs), the
-              last two without gradient.
+              [V_local, H] fp32. Returns (loss scalar, metrics [4] fp64 in the order of `METRICS`, logprobs [N],
+              entropy [N]) in fp32 (fp64 for fp64 inputs), all but the first without gradient.
     Units:    nats.
     Ranks:    `group`'s ranks hold the other columns and the same hidden. One gather of 4 floats a token and chunk, and
               one sum of the gradient of hidden; all results are bitwise equal on all ranks.
@@ -122,27 +130,29 @@ class _LinearPPO(torch.autograd.Function):
         projection: Projection,
         loss_scale: float,
         weight_grad: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight, *_ = ctx.needs_input_grad
         gradients = projection.gradients(hidden=wants_hidden, weight=wants_weight, weight_grad=weight_grad)
         logprobs, entropy = torch.empty(2, len(hidden), dtype=projection.dtype, device=hidden.device)
         loss = logprobs.new_zeros((), dtype=torch.float64)
+        metrics = logprobs.new_zeros(len(METRICS), dtype=torch.float64)
         for chunk in projection.chunks():
             rows = chunk.rows
             statistics = torch.empty(4, rows.stop - rows.start, dtype=projection.dtype, device=hidden.device)
             projection.statistics(chunk, out=statistics)
             softmax = projection.softmax(statistics)
             logprobs[rows], entropy[rows] = softmax.logprobs, softmax.entropy
-            part, d_logprobs, d_entropy = _loss_and_gradient(terms, softmax, rows, projection.fast)
+            part, seen, d_logprobs, d_entropy = _loss_and_gradient(terms, softmax, rows, projection.fast)
             loss += part
+            metrics += seen
             if wants_hidden or wants_weight:
                 d_entropy = loss_scale * d_entropy if terms.entropy_coef else None
                 projection.backward(chunk, softmax, loss_scale * d_logprobs, d_entropy, gradients)
         ctx.loss_scale = loss_scale
         d_weight = gradients.weight if weight_grad is None else None
         ctx.save_for_backward(projection.summed(gradients), None if d_weight is None else d_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(logprobs, entropy)
-        return loss.to(projection.dtype), logprobs, entropy
+        ctx.mark_non_differentiable(metrics, logprobs, entropy)
+        return loss.to(projection.dtype), metrics, logprobs, entropy
 
     @staticmethod
     @once_differentiable
@@ -157,10 +167,11 @@ class _LinearPPO(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
-def _loss_and_gradient(terms: PolicyTerms, softmax: Softmax, rows: slice, fast: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of some rows, and its gradients in their log-probs and entropy: numbers a token, so autograd will do."""
+def _loss_and_gradient(terms: PolicyTerms, softmax: Softmax, rows: slice, fast: bool) -> tuple[Tensor, ...]:
+    """Loss and metrics of some rows, and the loss's gradients in their log-probs and entropy, by autograd: numbers a
+    token, so it will do."""
     with torch.enable_grad():
         inputs = softmax.logprobs.detach().requires_grad_(), softmax.entropy.detach().requires_grad_()
-        loss = terms.loss(*inputs, rows, impl="triton" if fast else "reference")
+        loss, metrics = terms.loss(*inputs, rows, impl="triton" if fast else "reference")
         d_logprobs, d_entropy = torch.autograd.grad(loss, inputs, materialize_grads=True)
-    return loss.detach(), d_logprobs, d_entropy
+    return loss.detach(), metrics, d_logprobs, d_entropy

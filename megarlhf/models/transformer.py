@@ -33,6 +33,7 @@ from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.mesh import Mesh
 from megarlhf_kernels import PolicyTerms, Shard, linear_logprob, linear_ppo
+from megarlhf_kernels.linear_ppo import METRICS
 
 HeadKind = Literal["language", "scalar"]
 
@@ -113,12 +114,12 @@ class LlamaModel(GPTModel):
             **self._vocab_shard(),
         )
 
-    def policy_loss(self, hidden: Tensor, labels: Tensor, terms: PolicyTerms) -> tuple[Tensor, Tensor, Tensor]:
-        """`terms` summed over labels [n] after hidden states [n, H]; and what `label_logprobs` returns.
+    def policy_loss(self, hidden: Tensor, labels: Tensor, terms: PolicyTerms) -> tuple[Tensor, dict[str, Tensor]]:
+        """`terms` summed over labels [n] after hidden states [n, H]; and the loss's metrics, summed alike.
 
-        Log-probs and entropy come without gradient. Backward must weigh the loss by 1, as the pipeline driver does.
+        Backward must weigh the loss by 1, as the pipeline driver does.
         """
-        return linear_ppo(
+        loss, metrics, *_ = linear_ppo(
             hidden,
             self.vocab_weight,
             labels,
@@ -126,6 +127,7 @@ class LlamaModel(GPTModel):
             weight_grad=self._vocab_weight_grad,
             **self._vocab_shard(),
         )
+        return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
 
     def scalars(self, hidden: Tensor) -> Tensor:
         """The scalar head at every position: hidden [n, H] -> [n] fp32."""

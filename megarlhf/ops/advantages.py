@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from megarlhf.ops.masked import check_mask
-from megarlhf_kernels.rewards_gae import Discount
+from megarlhf_kernels.rewards_gae import Discount, Shaping, mean_and_variance, rewards_gae
 from megarlhf_kernels.rewards_gae import gae as fused_gae
+
+
+class Advantages(NamedTuple):
+    """What `shaped_gae` returns: [B, T] fp32 without gradient, exactly 0 where masked."""
+
+    token_level_rewards: Tensor
+    advantages: Tensor
+    """Before whitening."""
+    whitened: Tensor
+    returns: Tensor
+
+
+def shaped_gae(
+    logprobs: Tensor, values: Tensor, response_mask: Tensor, terminated: Tensor, shaping: Shaping, discount: Discount
+) -> Advantages:
+    """KL penalty, score, GAE and whitening, fused: one pass over the tokens and one over what came of it.
+
+        token_level_rewards = -kl_coef * (logprobs - ref_logprobs)  + score at the last response token
+        whitened = (advantages - mean) / sqrt(var + 1e-8)
+
+    Its slow twin is `add_kl_penalty` of k1, `gae` and `masked_whiten`, one after another.
+
+    Shapes:   logprobs, values, shaping.ref_logprobs [B, T] fp32; shaping.scores [B]; response_mask [B, T] bool;
+              terminated [B] bool.
+    Units:    reward; log-probs in nats.
+    Ranks:    none (pure): pass the global batch, for the mean over a part of it is another mean.
+    Raises:   ValueError if shapes differ or a mask is not bool.
+    """
+    mask = response_mask.contiguous()
+    shaping = shaping._replace(ref_logprobs=shaping.ref_logprobs.contiguous())
+    found = rewards_gae(logprobs.contiguous(), values.contiguous(), mask, terminated, shaping, discount)
+    mean, variance = mean_and_variance(found.moments)
+    whitened = torch.where(mask, ((found.advantages.double() - mean) * torch.rsqrt(variance + 1e-8)).float(), 0.0)
+    return Advantages(found.token_level_rewards, found.advantages, whitened, found.returns)
 
 
 def gae(

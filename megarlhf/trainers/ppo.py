@@ -21,6 +21,7 @@ from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.writers import RunWriter, read_metrics
+from megarlhf.ops.advantages import Advantages
 from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel.collectives import broadcast_object
@@ -45,7 +46,7 @@ from megarlhf.runtime.roles import (
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
-from megarlhf.trainers.ppo_estimate import Estimate, Scored, estimated
+from megarlhf.trainers.ppo_estimate import Scored, estimated
 from megarlhf.trainers.ppo_metrics import (
     accuracy_metric,
     experience_metrics,
@@ -63,7 +64,7 @@ class Iteration:
     """What one iteration made, and its metrics; equal on every rank."""
 
     scored: Scored
-    estimate: Estimate
+    estimate: Advantages
     metrics: Metrics
 
 
@@ -141,9 +142,8 @@ def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[PolicyRows]:
             temperature=cfg.sampling.temperature,
             entropy_coef=cfg.entropy_coef,
         )
-        total, new_logprobs, entropy = actor.model.policy_loss(states.hidden, states.of(rows.labels), terms)
-        _, metrics = clipped_policy_loss(new_logprobs, terms.logprobs, terms.advantages, clip_range=cfg.clip_range)
-        return LossSums(total, states.count, {**metrics, "entropy": entropy.sum(dtype=torch.float64)})
+        total, metrics = actor.model.policy_loss(states.hidden, states.of(rows.labels), terms)
+        return LossSums(total, states.count, metrics)
 
     def composed(states: States, rows: PolicyRows) -> LossSums:
         new_logprobs, entropy = actor.model.label_logprobs(

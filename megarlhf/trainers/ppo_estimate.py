@@ -8,11 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megarlhf.batch.rollouts import Rollout
-from megarlhf.ops.advantages import gae
-from megarlhf.ops.kl import kl_k1
-from megarlhf.ops.masked import masked_whiten
-from megarlhf.ops.rewards import add_kl_penalty, shape_scores
+from megarlhf.ops.advantages import Advantages, shaped_gae
+from megarlhf.ops.rewards import shape_scores
 from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf_kernels.rewards_gae import Discount, Shaping
 
 
 class Scored(NamedTuple):
@@ -27,30 +26,21 @@ class Scored(NamedTuple):
     """Before any penalty."""
 
 
-class Estimate(NamedTuple):
-    """What is made of it: [B, T] fp32, 0 outside of responses."""
-
-    token_level_rewards: Tensor
-    advantages: Tensor
-    """Before whitening."""
-    whitened: Tensor
-    returns: Tensor
-
-
-def estimated(scored: Scored, cfg: PPOConfig, *, wrong_score: float = math.inf) -> Estimate:
+def estimated(scored: Scored, cfg: PPOConfig, *, wrong_score: float = math.inf) -> Advantages:
     """Token-level rewards, advantages and returns of the global batch; wrong_score as in `shape_scores`."""
     rollout = scored.rollout
-    mask = rollout.response_mask
-    kl = kl_k1(scored.logprobs, scored.ref_logprobs)
-    shaped = shape_scores(
+    scores = shape_scores(
         scored.scores,
         rollout.terminated,
         missing_eos_score=cfg.missing_eos_score,
         wrong_score=wrong_score,
         clip=cfg.score_clip,
     )
-    token_level_rewards = add_kl_penalty(shaped, kl, mask, kl_coef=cfg.kl_coef)
-    advantages, returns = gae(
-        token_level_rewards, scored.values, mask, rollout.terminated, gamma=cfg.gamma, lam=cfg.gae_lambda
+    return shaped_gae(
+        scored.logprobs,
+        scored.values,
+        rollout.response_mask,
+        rollout.terminated,
+        Shaping(scored.ref_logprobs, scores, cfg.kl_coef),
+        Discount(cfg.gamma, cfg.gae_lambda),
     )
-    return Estimate(token_level_rewards, advantages, masked_whiten(advantages, mask), returns)

@@ -15,12 +15,13 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.judges.rules import Verifier, verify
 from megarlhf.models.role import Update
 from megarlhf.observe.metrics import Metrics
+from megarlhf.ops.advantages import Advantages
 from megarlhf.ops.kl import kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
-from megarlhf.trainers.ppo_estimate import Estimate, Scored
+from megarlhf.trainers.ppo_estimate import Scored
 
 
-def experience_metrics(scored: Scored, estimate: Estimate, *, kl_coef: float) -> Metrics:
+def experience_metrics(scored: Scored, estimate: Advantages, *, kl_coef: float) -> Metrics:
     """Of the global batch, before the optimiser has moved anything."""
     rollout, scores, mask = scored.rollout, scored.scores, scored.rollout.response_mask
     kl = kl_k1(scored.logprobs, scored.ref_logprobs)

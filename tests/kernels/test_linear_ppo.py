@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf_kernels import PolicyTerms, _projection, linear_logprob, linear_ppo
 from megarlhf_kernels.dispatch import Impl
-from megarlhf_kernels.linear_ppo import definition
+from megarlhf_kernels.linear_ppo import METRICS, definition
 from tests.helpers.ranks import run_ranks
 from tests.kernels.linear_cases import Case, a_case, leaves, shard_of, worst
 
@@ -46,7 +46,7 @@ def exact(case: Case, terms: PolicyTerms, dtype: torch.dtype = torch.float64) ->
 
 def ours(case: Case, terms: PolicyTerms, **options) -> list[torch.Tensor]:
     hidden, weight = leaves(case, torch.float32)
-    loss, _, _ = linear_ppo(hidden, weight, case.labels, terms, **options)
+    loss, *_ = linear_ppo(hidden, weight, case.labels, terms, **options)
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
 
@@ -105,10 +105,22 @@ def test_the_first_pass_has_ratio_one_bit_for_bit(impl, monkeypatch):
     case = a_case(30, 60)
     old, entropy = linear_logprob(case.hidden, case.weight, case.labels, temperature=0.6, impl=impl)
     terms = PolicyTerms(old, case.d_logprobs, clip_range=0.2, temperature=0.6)
-    loss, logprobs, same = linear_ppo(case.hidden, case.weight, case.labels, terms, impl=impl)
+    loss, metrics, logprobs, same = linear_ppo(case.hidden, case.weight, case.labels, terms, impl=impl)
     assert torch.equal(logprobs, old)
     assert torch.equal(same, entropy)
+    assert metrics.tolist() == [0.0, 0.0, 30.0, pytest.approx(float(entropy.double().sum()), rel=1e-12)]
     torch.testing.assert_close(loss, -case.d_logprobs.double().sum().float(), rtol=1e-6, atol=1e-6)
+
+
+def test_metrics_are_those_of_the_clipped_loss(impl, monkeypatch):
+    monkeypatch.setattr(_projection, "CPU_ELEMENTS", 8 * 60)  # chunks of 8 rows
+    case = a_case(30, 60)
+    terms = some_terms(case, full=True)
+    _, metrics, logprobs, entropy = linear_ppo(case.hidden, case.weight, case.labels, terms, impl=impl)
+    _, seen = clipped_policy_loss(logprobs, terms.logprobs, terms.advantages, clip_range=0.2)
+    expected = [*(float(seen[name]) for name in METRICS[:-1]), float(entropy.double().sum())]
+    assert metrics.tolist() == pytest.approx(expected, rel=1e-6)
+    assert 0.2 < metrics[0] / 30 < 0.8
 
 
 def test_ratios_that_overflow_stay_finite(impl):

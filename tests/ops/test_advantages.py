@@ -7,7 +7,11 @@ import math
 import pytest
 import torch
 
-from megarlhf.ops.advantages import gae
+from megarlhf.ops.advantages import gae, shaped_gae
+from megarlhf.ops.kl import kl_k1
+from megarlhf.ops.masked import masked_whiten
+from megarlhf.ops.rewards import add_kl_penalty
+from megarlhf_kernels.rewards_gae import Discount, Shaping
 
 
 def by_recursion(rewards, values, mask, terminated, gamma, lam) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,3 +113,21 @@ def test_empty_batch_no_gradient_and_errors():
         gae(rewards, values, mask, terminated[:3], gamma=1.0, lam=0.95)
     with pytest.raises(ValueError, match=r"values: got \[4, 5\], mask is \[4, 6\]"):
         gae(rewards, values[:, 1:], mask, terminated, gamma=1.0, lam=0.95)
+
+
+@pytest.mark.parametrize("kind", ["responses", "gaps"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_the_fused_estimate_is_its_slow_twin(kl_coef, kind):
+    rewards, values, mask, terminated = a_case(7, 97, kind)
+    generator = torch.Generator().manual_seed(4)
+    logprobs, ref_logprobs = rewards.clone(), torch.randn(rewards.shape, generator=generator)
+    scores = torch.randn(7, generator=generator)
+    fused = shaped_gae(logprobs, values, mask, terminated, Shaping(ref_logprobs, scores, kl_coef), Discount(0.97, 0.9))
+    shaped = add_kl_penalty(scores, kl_k1(logprobs, ref_logprobs), mask, kl_coef=kl_coef)
+    advantages, returns = gae(shaped, values, mask, terminated, gamma=0.97, lam=0.9)
+    twin = (shaped, advantages, masked_whiten(advantages, mask), returns)
+    for name, ours, theirs in zip(fused._fields, fused, twin, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6, msg=name)
+        assert not ours[~mask].any()
+    assert fused.whitened[mask].mean().abs() < 1e-6
+    assert fused.whitened[mask].var(correction=0).item() == pytest.approx(1.0, abs=1e-5)
