@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ LONGEST_PATH, LONGEST_NAME = 4096, 255
 """Bytes that Linux's file systems take, of a path and of each name in it."""
 PLACES = ("init", "model", "reward", "source", "tokenizer")
 """Settings that are a path or a name of another kind: as paths, they must be ones that can be looked for."""
+
+
+@dataclass(frozen=True)
+class FreeToChange:
+    """Marks a setting, or a group of them, that may differ when a run goes on: `Annotated[int, FreeToChange()]`.
+
+    It changes no result, or only its rounding; unless it is `said`.
+    """
+
+    said: bool = False
+    """It changes what comes: a stop may ask for that, and the run then says from what to what."""
 
 
 class Config(pydantic.BaseModel):
@@ -43,6 +55,18 @@ class Config(pydantic.BaseModel):
         for item in value if isinstance(value, tuple | list) else (value,):
             _check(Path(item) if isinstance(item, str) and info.field_name in PLACES else item)
         return value
+
+    @classmethod
+    def free_to_change(cls) -> dict[str, FreeToChange]:
+        """The marked settings, by dotted name; of a marked group the group alone."""
+        found: dict[str, FreeToChange] = {}
+        for name, field in cls.model_fields.items():
+            mark = next((mark for mark in field.metadata if isinstance(mark, FreeToChange)), None)
+            if mark is not None:
+                found[name] = mark
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, Config):
+                found |= {f"{name}.{inner}": mark for inner, mark in field.annotation.free_to_change().items()}
+        return found
 
     def to_yaml(self) -> str:
         """Return every setting with its resolved value; reading it back gives an equal object."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -13,6 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pydantic import Field
 
 from megarlhf.config import Config
+from megarlhf.config.base import FreeToChange
 from megarlhf.errors import ConfigError
 from megarlhf.parallel.mesh import Mesh
 
@@ -20,9 +21,9 @@ from megarlhf.parallel.mesh import Mesh
 class OptimConfig(Config):
     """AdamW and its schedule."""
 
-    lr: float = Field(default=3e-6, gt=0)
+    lr: Annotated[float, FreeToChange(said=True)] = Field(default=3e-6, gt=0)
     """Peak learning rate, per optimiser step. Source: 3e-6 in Huang et al. 2024."""
-    min_lr: float = Field(default=0.0, ge=0)
+    min_lr: Annotated[float, FreeToChange(said=True)] = Field(default=0.0, ge=0)
     """Learning rate at the end of the schedule, per optimiser step; 0 decays to nothing."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the decay from lr to min_lr. Source: linear in Huang et al. 2024."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 
 from megarlhf.checkpoint.model_directory import MODEL
 from megarlhf.checkpoint.training_state import latest_state, read_position
 from megarlhf.config import load_config
-from megarlhf.config.base import PLACES
+from megarlhf.config.base import PLACES, FreeToChange
 from megarlhf.errors import ConfigError, RunFinished
 from megarlhf.observe import run_files
 from megarlhf.observe.files import link_out
@@ -23,42 +22,33 @@ from megarlhf.runs.run_logs import check_logs
 from megarlhf.runtime.outputs import check_directory
 from megarlhf.runtime.settings import RanksConfig
 
-FREE_TO_CHANGE = (
-    *("layout", "compute", "micro_batch", "offload", "timeout_s"),
-    *("resume", "save_every", "keep_last", "keep_every", "keep_best", "save_before", "gates", "tensorboard", "wandb"),
-    *("kl_bound", "stop_when_over_optimised", "policy_loss", "samples", "samples_every"),
-)
-"""Settings, or groups of them, that may differ when a run goes on: they change no result, or only its rounding."""
-REMEDIES = re.compile(r"max_skipped_steps|(.+\.)?optim\.(lr|min_lr)")
-"""Settings that may differ too, since a stop may ask for it; the run then says from what to what."""
-
 
 class RunConfig(RanksConfig):
     """Settings shared by every command that trains."""
 
     run_dir: Path
     """Directory for metrics, samples, models and the resolved settings; must not hold another run."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Annotated[Literal["auto", "never"], FreeToChange()] = "auto"
     """`auto`: the same command again goes on from the newest saved state in run_dir, or from the start where there is
     none. `never` refuses a used run_dir."""
-    save_every: int = Field(default=100, ge=0)
+    save_every: Annotated[int, FreeToChange()] = Field(default=100, ge=0)
     """Steps (PPO: iterations) between two saved states; 0 saves none, but one where a signal stops the run."""
-    keep_last: int = Field(default=2, ge=1)
+    keep_last: Annotated[int, FreeToChange()] = Field(default=2, ge=1)
     """Newest states to keep; each holds weights and optimiser of every role that learns."""
-    keep_every: int = Field(default=0, ge=0)
+    keep_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
     """States after every so many steps are kept for good; 0 keeps none of them. A multiple of save_every."""
-    keep_best: str = ""
+    keep_best: Annotated[str, FreeToChange()] = ""
     """Metric by which the best of the saved states is kept too, named by checkpoints/best: `rollout/score_mean` keeps
     the highest, `-sft/loss` the lowest. Empty keeps none."""
-    save_before: float = Field(default=0.0, ge=0)
+    save_before: Annotated[float, FreeToChange()] = Field(default=0.0, ge=0)
     """Seconds after its start at which the run has saved its state and stopped, with exit code 75, so that a job's time
     limit loses nothing; 0 for no limit. SIGTERM and SIGUSR1 do the same at the end of the step."""
-    max_skipped_steps: int = Field(default=3, ge=0)
+    max_skipped_steps: Annotated[int, FreeToChange(said=True)] = Field(default=3, ge=0)
     """Optimiser steps of one model in a row that may be skipped because loss or gradient is not finite; one more stops
     the run. A run that was stopped so goes on with a larger number, or with a lower learning rate."""
-    tensorboard: bool = True
+    tensorboard: Annotated[bool, FreeToChange()] = True
     """Write TensorBoard events besides metrics.jsonl."""
-    wandb: bool = False
+    wandb: Annotated[bool, FreeToChange()] = False
     """Log to Weights & Biases too; the key is read from the environment variable WANDB_API_KEY."""
 
     @property
@@ -130,7 +120,8 @@ class RunConfig(RanksConfig):
             raise ConfigError(
                 f"run_dir={self.run_dir} already holds a run ({trace} is there); choose another, or remove it."
             )
-        changed = {name: values for name, values in self.changes().items() if not REMEDIES.fullmatch(name)}
+        free = self.free_to_change()
+        changed = {name: values for name, values in self.changes().items() if not _mark(name, free)}
         # Of a run that ended before its first step no setting has done anything.
         if changed and (self._has_logged() or latest_state(self.states_dir) is not None):
             raise ConfigError(
@@ -165,11 +156,14 @@ class RunConfig(RanksConfig):
             ) from None
         if self.date is None:
             then["date"] = None  # it was pinned, and still is
-        return {
-            name: (then[name], now[name])
-            for name in now
-            if then[name] != now[name] and name.split(".")[0] not in FREE_TO_CHANGE
-        }
+        marks = {name: _mark(name, self.free_to_change()) for name in now}
+        silent = {name for name, mark in marks.items() if mark is not None and not mark.said}
+        return {name: (then[name], now[name]) for name in now if then[name] != now[name] and name not in silent}
+
+
+def _mark(name: str, marks: Mapping[str, FreeToChange]) -> FreeToChange | None:
+    """The mark of a setting by its dotted name: its own, or that of a group it is in."""
+    return next((mark for marked, mark in marks.items() if f"{name}.".startswith(f"{marked}.")), None)
 
 
 def spelled(changes: Mapping[str, tuple[Any, Any]]) -> str:

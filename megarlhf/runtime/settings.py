@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from megarlhf.config import Config
+from megarlhf.config.base import FreeToChange
 from megarlhf.models.compute import ComputeConfig
 from megarlhf.parallel.layout import ParallelLayout
 
@@ -17,16 +18,16 @@ class RanksConfig(Config):
 
     seed: int = Field(default=1, ge=0)
     """Seed of all that is random: initial weights, data order, rollouts, mini-batches. The same seed, the same run."""
-    layout: ParallelLayout = ParallelLayout()
+    layout: Annotated[ParallelLayout, FreeToChange()] = ParallelLayout()
     """Ranks along each parallel axis."""
-    compute: ComputeConfig = ComputeConfig()
+    compute: Annotated[ComputeConfig, FreeToChange()] = ComputeConfig()
     """Number formats and implementations."""
-    micro_batch: int = Field(default=8, ge=1)
+    micro_batch: Annotated[int, FreeToChange()] = Field(default=8, ge=1)
     """Rows of one forward pass on one data rank. Bounds the memory of activations; changes no result."""
-    offload: Literal["host", "none"] = "host"
+    offload: Annotated[Literal["host", "none"], FreeToChange()] = "host"
     """Where a model's bytes wait while another works: host memory (pinned where there is a GPU), or where they are."""
     date: datetime.date | None = None
     """The day that a chat template is told, where it renders one (Llama 3.2's does), as YYYY-MM-DD. null: the model's
     own, of its training, or else the day of the first start."""
-    timeout_s: float = Field(default=600.0, ge=1, le=1e7)
+    timeout_s: Annotated[float, FreeToChange()] = Field(default=600.0, ge=1, le=1e7)
     """Longest wait in a collective, in seconds, before the run stops. Source: torch's default for NCCL."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.config import Config
+from megarlhf.config.base import FreeToChange
 from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ class PPOConfig(RunConfig):
     """The ratio is clipped to 1 +- this. Source: Schulman et al. 2017."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Reward of a nat of entropy a token, in the policy loss. Source: 0 in Huang et al. 2024."""
-    policy_loss: Literal["fused", "composed"] = "fused"
+    policy_loss: Annotated[Literal["fused", "composed"], FreeToChange()] = "fused"
     """`fused` makes the loss's gradients while the vocabulary projection is in memory, three matrix products in all;
     `composed` goes through per-token log-probs and needs a fourth. The same loss up to rounding."""
     value_clip_range: float = Field(default=0.2, gt=0)
@@ -105,18 +106,18 @@ class PPOConfig(RunConfig):
     verifier: AutoVerifier | Literal["none"] = "auto"
     """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's exact one, math-verify
     (`maths`), or `none`, which logs no accuracy. `auto`: arithmetic for the built-in task, none for your own data."""
-    kl_bound: float | None = Field(default=24.0, gt=0)
+    kl_bound: Annotated[float | None, FreeToChange()] = Field(default=24.0, gt=0)
     """Mean KL to the reference, in nats a response, beyond which the run warns; null never warns. Source: four times
     the 6 nats that Ziegler et al. 2019 steer towards."""
-    stop_when_over_optimised: bool = False
+    stop_when_over_optimised: Annotated[bool, FreeToChange()] = False
     """End the run, its state and its model saved, at the first warning: the score rises while accuracy falls, or the KL
     passes kl_bound. Otherwise the run warns and goes on."""
-    samples_every: int = Field(default=10, ge=1)
+    samples_every: Annotated[int, FreeToChange()] = Field(default=10, ge=1)
     """Iterations between two writings of sample rollouts to samples.jsonl."""
-    samples: int = Field(default=8, ge=0)
+    samples: Annotated[int, FreeToChange()] = Field(default=8, ge=0)
     """Rollouts written each time."""
 
-    gates: Literal["on", "off"] = "on"
+    gates: Annotated[Literal["on", "off"], FreeToChange()] = "on"
     """Before the first step, or the first after a resume, measure that sampler, loss and offloading are right, and stop
     if they are not; `megarlhf doctor` measures more. `off` measures nothing."""
 

@@ -9,6 +9,7 @@ import pydantic
 import pytest
 
 from megarlhf.config import Config, describe, describe_groups, dump_config, load_config
+from megarlhf.config.base import FreeToChange
 from megarlhf.errors import ConfigError
 
 
@@ -200,3 +201,30 @@ def test_describe_lists_every_setting_with_type_default_and_text() -> None:
     assert rows["optim.betas"].default == "[0.9, 0.95]"
     assert rows["resume"].type == "true | false"
     assert rows["kind"].type == "pairwise | pointwise"
+
+
+class Inner(Config):
+    """A group."""
+
+    rate: Annotated[float, FreeToChange(said=True)] = 1.0
+    """A rate."""
+    size: int = 1
+    """A size."""
+
+
+class Outer(Config):
+    """Settings of which some may change."""
+
+    cadence: Annotated[int, FreeToChange()] = 1
+    """A cadence."""
+    seed: int = 1
+    """A seed."""
+    group: Annotated[Inner, FreeToChange()] = Inner()
+    """A group that is free as a whole."""
+    other: Inner = Inner()
+    """A group with a free setting."""
+
+
+def test_marks_of_settings_that_may_change_are_found_by_dotted_name() -> None:
+    free, said = FreeToChange(), FreeToChange(said=True)
+    assert Outer.free_to_change() == {"cadence": free, "group": free, "other.rate": said}
