@@ -47,7 +47,9 @@ from megarlhf.rollout.controller import Ledger
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runs.guard import StepGuard
-from megarlhf.trainers.ppo import build_roles, optimise, policy_loss, ppo_iteration, value_loss
+from megarlhf.trainers.policy_loop import Turn, optimise
+from megarlhf.trainers.policy_loss import policy_loss
+from megarlhf.trainers.ppo import build_roles, ppo_iteration, value_loss
 from megarlhf.trainers.ppo_config import PPOConfig, prepare
 
 EOS = 0
@@ -187,7 +189,7 @@ def _phases(
     equal = torch.full((sizes.rows,), sizes.new_tokens, device=mesh.device)
     draws = torch.Generator().manual_seed(3)
     ragged = torch.randint(SHORTEST, sizes.new_tokens + 1, (sizes.rows,), generator=draws).to(mesh.device)
-    guard, clock = StepGuard(cfg.run_dir, 0, mesh), Clock(mesh.device)
+    turn = Turn(0, cfg.seed, Clock(mesh.device), StepGuard(cfg.run_dir, 0, mesh))
 
     def roll_out(response_lengths: Tensor) -> Any:
         engine.response_lengths = response_lengths
@@ -196,7 +198,7 @@ def _phases(
 
     def iterate() -> object:
         engine.response_lengths = equal
-        return ppo_iteration(roles, engine, prompts, cfg, iteration=0, guard=guard, clock=clock)
+        return ppo_iteration(roles, engine, prompts, cfg, turn)
 
     rollout = roll_out(equal)
     if not (roll_out(ragged).response_lengths == ragged).all():
@@ -204,17 +206,15 @@ def _phases(
     inputs, zeros = rollout.inputs, torch.zeros_like(rollout.sampler_logprobs)
     lessons = PolicyRows(rollout, rollout.sampler_logprobs, zeros + 1.0)
     rows = {"actor": lessons, "critic": ValueRows(rollout, zeros, zeros)}
-
     responses, short, positions = sizes.rows * sizes.new_tokens, int(ragged.sum()), inputs.numel()
-    spec = roles.actor.spec
     keys = positions * (inputs.shape[1] + 1) // 2
-    forward, body = (spec.forward_flops(positions, keys, projected) for projected in (responses, 0))
+    forward, body = (roles.actor.spec.forward_flops(positions, keys, projected) for projected in (responses, 0))
     flops = {role: forward if role.head == "language" else body for role in roles.every}
     learning = ((roles.actor, policy_loss(roles.actor, cfg)), (roles.critic, value_loss(roles.critic, cfg)))
     iteration_flops = forward + sum(flops.values()) + 3 * (forward + body)
 
     def update(role: TrainableRole, loss: Loss) -> Phase:
-        run = partial(optimise, role, loss, rows[role.name], cfg, 0, guard)
+        run = partial(optimise, role, loss, rows[role.name], turn, epochs=cfg.ppo_epochs, global_batch=cfg.global_batch)
         return Phase(f"update_{role.name}", run, {"train": 1}, positions, 3 * flops[role])
 
     phases = [

@@ -55,7 +55,8 @@ from megarlhf.parallel.collectives import barrier, broadcast_object
 from megarlhf.parallel.mesh import Mesh, local_device, start
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
 from megarlhf.runtime.roles import learner
-from megarlhf.trainers.ppo import build_engine, build_roles, policy_loss
+from megarlhf.trainers.policy_loss import policy_loss
+from megarlhf.trainers.ppo import build_engine, build_roles
 from megarlhf.trainers.ppo_config import LearnerConfig, PPOConfig, PPOInputs, prepare
 
 STAND_IN = "tiny-xs"

@@ -30,6 +30,7 @@ from megarlhf.parallel.micro_batches import Loss
 from megarlhf.runs.capsule import Note, read_batch, read_notes, tensors_of
 from megarlhf.runs.settings import RunConfig
 from megarlhf.trainers import ppo, reward, sft
+from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
@@ -59,7 +60,7 @@ class Trainer:
 def _ppo(cfg: PPOConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Loss]]:
     roles = ppo.build_roles(cfg, ppo.prepare(cfg), mesh)
     return {
-        "actor": (roles.actor, ppo.policy_loss(roles.actor, cfg)),
+        "actor": (roles.actor, policy_loss(roles.actor, cfg)),
         "critic": (roles.critic, ppo.value_loss(roles.critic, cfg)),
     }
 

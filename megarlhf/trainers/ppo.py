@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, ValueRows
+from megarlhf.batch.rollouts import PolicyRows, Prompts, ValueRows
 from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
 from megarlhf.gates.cheap import cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
 from megarlhf.judges.rules import verifier_remark
 from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
-from megarlhf.models.role import TrainableRole, Update
+from megarlhf.models.role import TrainableRole
 from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.writers import RunWriter, read_metrics
 from megarlhf.ops.advantages import Advantages
-from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel.collectives import broadcast_object
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
-from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
@@ -45,6 +41,8 @@ from megarlhf.runtime.roles import (
 )
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day
+from megarlhf.trainers.policy_loop import Turn, optimise
+from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
 from megarlhf.trainers.ppo_estimate import Scored, estimated
 from megarlhf.trainers.ppo_metrics import (
@@ -54,7 +52,6 @@ from megarlhf.trainers.ppo_metrics import (
     learner_metrics,
 )
 from megarlhf.trainers.watch import Watch
-from megarlhf_kernels import PolicyTerms
 
 __all__ = ["PPOConfig", "main", "ppo_iteration", "train"]
 
@@ -73,19 +70,15 @@ def ppo_iteration(
     engine: RolloutEngine,
     prompts: Prompts,
     cfg: PPOConfig,
-    *,
-    iteration: int,
-    guard: StepGuard,
-    clock: Clock,
+    turn: Turn,
 ) -> Iteration:
     """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""
     # 1. Roll out. Only the actor is resident, so the KV cache may have the rest of the memory.
-    with clock("rollout"), roles.actor.resident("weights"):
-        seed = derive_seed(cfg.seed, "rollout", iteration)
-        rollout = engine.generate(prompts, cfg.sampling, seed=seed, group_size=cfg.group_size)
+    with turn.clock("rollout"), roles.actor.resident("weights"):
+        rollout = engine.generate(prompts, cfg.sampling, seed=turn.seed("rollout"), group_size=cfg.group_size)
 
     # 2. Score. Forward only, one model resident at a time.
-    with clock("score"):
+    with turn.clock("score"):
         scored = Scored(
             rollout,
             logprobs=roles.actor.score(rollout),
@@ -95,69 +88,22 @@ def ppo_iteration(
         )
 
     # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
-    with clock("estimate"):
+    with turn.clock("estimate"):
         estimate = estimated(scored, cfg, wrong_score=roles.wrong_score)
         metrics = experience_metrics(scored, estimate, kl_coef=cfg.kl_coef)
         lessons = PolicyRows(rollout, scored.logprobs, estimate.whitened)
         targets = ValueRows(rollout, scored.values, estimate.returns)
 
     # 4. Optimise. Each learner sees the same mini-batches; one of them is resident at a time.
-    with clock("optimise"):
+    with turn.clock("optimise"):
+        passes = {"epochs": cfg.ppo_epochs, "global_batch": cfg.global_batch}
         actor = []
-        if iteration >= cfg.value_warmup_iterations:
-            actor = optimise(roles.actor, policy_loss(roles.actor, cfg), lessons, cfg, iteration, guard)
-        critic = optimise(roles.critic, value_loss(roles.critic, cfg), targets, cfg, iteration, guard)
+        if turn.number >= cfg.value_warmup_iterations:
+            actor = optimise(roles.actor, policy_loss(roles.actor, cfg), lessons, turn, **passes)
+        critic = optimise(roles.critic, value_loss(roles.critic, cfg), targets, turn, **passes)
 
-    learning = {**learner_metrics(actor, critic), "train/skipped_steps": guard.skipped}
-    return Iteration(scored, estimate, {**metrics, **learning, **clock.metrics()})
-
-
-def optimise(
-    role: TrainableRole, loss: Loss, rows: LearnerRows, cfg: PPOConfig, iteration: int, guard: StepGuard
-) -> list[Update]:
-    """`ppo_epochs` passes over the rows in mini-batches."""
-    updates = []
-    # On the host, where its rows are cut without waiting for the device, and take none of its memory.
-    waiting = rows.to("cpu")
-    with role.resident(*role.parts):
-        for batch in _mini_batches(waiting, cfg, iteration):
-            updates.append(role.update(batch, loss))
-            guard.check(role, updates[-1], iteration)
-    return updates
-
-
-def _mini_batches(rows: LearnerRows, cfg: PPOConfig, iteration: int) -> Iterator[LearnerRows]:
-    for epoch in range(cfg.ppo_epochs):
-        yield from rows.mini_batches(cfg.global_batch, generator(cfg.seed, "mini_batches", iteration, epoch))
-
-
-def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[PolicyRows]:
-    """The clipped surrogate summed over response tokens: fused with the vocabulary projection, or composed of parts."""
-
-    def fused(states: States, rows: PolicyRows) -> LossSums:
-        terms = PolicyTerms(
-            states.of(rows.logprobs),
-            states.of(rows.advantages),
-            clip_range=cfg.clip_range,
-            temperature=cfg.sampling.temperature,
-            entropy_coef=cfg.entropy_coef,
-        )
-        total, metrics = actor.model.policy_loss(states.hidden, states.of(rows.labels), terms)
-        return LossSums(total, states.count, metrics)
-
-    def composed(states: States, rows: PolicyRows) -> LossSums:
-        new_logprobs, entropy = actor.model.label_logprobs(
-            states.hidden, states.of(rows.labels), temperature=cfg.sampling.temperature, with_entropy=True
-        )
-        total, metrics = clipped_policy_loss(
-            new_logprobs, states.of(rows.logprobs), states.of(rows.advantages), clip_range=cfg.clip_range
-        )
-        bonus = entropy.sum(dtype=torch.float64)
-        if cfg.entropy_coef:
-            total = total - cfg.entropy_coef * bonus
-        return LossSums(total, states.count, {**metrics, "entropy": bonus.detach()})
-
-    return fused if cfg.policy_loss == "fused" else composed
+    learning = {**learner_metrics(actor, critic), "train/skipped_steps": turn.guard.skipped}
+    return Iteration(scored, estimate, {**metrics, **learning, **turn.clock.metrics()})
 
 
 def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss[ValueRows]:
@@ -213,7 +159,7 @@ def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh)
 
     def step(iteration: int, writer: RunWriter | None) -> Metrics:
         prompts = inputs.prompts.batch(next(loader))
-        done = ppo_iteration(roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=clock)
+        done = ppo_iteration(roles, engine, prompts, cfg, Turn(iteration, cfg.seed, clock, guard))
         scored = done.scored
         judged = judged_rollouts(scored.rollout, scored.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)
         if writer is not None and iteration % cfg.samples_every == 0:

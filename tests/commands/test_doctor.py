@@ -33,7 +33,8 @@ from megarlhf.parallel.mesh import start
 from megarlhf.parallel.offload import Offloader
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.runtime import roles as runtime_roles
-from megarlhf.trainers.ppo import build_engine, build_roles, policy_loss
+from megarlhf.trainers.policy_loss import policy_loss
+from megarlhf.trainers.ppo import build_engine, build_roles
 from tests.helpers.models import language_model, name_of, score_model
 from tests.helpers.ranks import run_ranks
 from tests.trainers.worlds import iterate

@@ -17,7 +17,8 @@ from megarlhf.models.readings import LabelLogprobs, PositionValues
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.trainers.ppo import policy_loss, value_loss
+from megarlhf.trainers.policy_loss import policy_loss
+from megarlhf.trainers.ppo import value_loss
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.sft import next_token_loss
 from tests.helpers.models import language_model, learner, score_model, settings

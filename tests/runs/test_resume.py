@@ -23,6 +23,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runs.loop import Run
 from megarlhf.trainers import ppo, reward, sft
+from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
@@ -288,7 +289,7 @@ def two_and_two_steps(layout: ParallelLayout, where: str, folder: str, distribut
     for step in range(2 if again else 0, 4):
         if step == 2 and not again:
             save(Path(where), at(2), role)
-        role.update(lessons(step)[0], ppo.policy_loss(role, cfg))
+        role.update(lessons(step)[0], policy_loss(role, cfg))
     return whole_weights(role)
 
 

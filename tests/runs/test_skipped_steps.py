@@ -17,12 +17,14 @@ from megarlhf.errors import TrainingError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole
+from megarlhf.observe.clock import Clock
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.capsule import RNG, read_notes
 from megarlhf.runs.guard import StepGuard
-from megarlhf.trainers.ppo import optimise, policy_loss
+from megarlhf.trainers.policy_loop import Turn, optimise
+from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.sft import next_token_loss
 from tests.helpers.models import language_model, learner, name_of, ragged_rollout, settings
 from tests.helpers.ranks import run_ranks
@@ -126,7 +128,8 @@ def give_up(layout: ParallelLayout, directory: str, run_dir: str) -> dict[str, A
     guard = StepGuard(cfg.run_dir, 2, mesh)
     torch.manual_seed(40 + mesh.rank)
     try:
-        optimise(role, policy_loss(role, cfg), rows, cfg, 7, guard)
+        turn = Turn(7, cfg.seed, Clock(mesh.device), guard)
+        optimise(role, policy_loss(role, cfg), rows, turn, epochs=cfg.ppo_epochs, global_batch=cfg.global_batch)
         message = "no error"
     except TrainingError as error:
         message = str(error)

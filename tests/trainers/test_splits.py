@@ -20,7 +20,8 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.trainers.ppo import policy_loss, value_loss
+from megarlhf.trainers.policy_loss import policy_loss
+from megarlhf.trainers.ppo import value_loss
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import RewardConfig, couple, judgement_loss
 from megarlhf.trainers.sft import next_token_loss

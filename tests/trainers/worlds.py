@@ -17,6 +17,7 @@ from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runs.guard import StepGuard
+from megarlhf.trainers.policy_loop import Turn
 from megarlhf.trainers.ppo import Iteration, build_roles, ppo_iteration
 from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs
 
@@ -76,6 +77,5 @@ def iterate(roles: Roles, engine: RolloutEngine, prompts: Prompts, cfg: PPOConfi
     """One PPO iteration that allows no skipped step."""
     mesh = roles.actor.mesh
     guard = StepGuard(cfg.run_dir, 0, mesh)
-    return ppo_iteration(
-        roles, engine, prompts, cfg, iteration=iteration, guard=guard, clock=Clock(mesh.device, mesh.trail, mesh.work)
-    )
+    turn = Turn(iteration, cfg.seed, Clock(mesh.device, mesh.trail, mesh.work), guard)
+    return ppo_iteration(roles, engine, prompts, cfg, turn)
