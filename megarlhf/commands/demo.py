@@ -40,7 +40,7 @@ from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.collectives import barrier, on_main
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh, start, stop
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runs.loop import sole_run
 from megarlhf.runs.settings import RunConfig
@@ -170,6 +170,7 @@ def _run(cfg: DemoConfig, argv: Sequence[str]) -> None:
     mesh = start(cfg.layout, seed=cfg.seed)
     with sole_writer(cfg.run_dir / run_files.LOCK, "run_dir", cfg.run_dir, mesh):
         _run_stages(cfg, argv, mesh)
+    stop()
 
 
 def _run_stages(cfg: DemoConfig, argv: Sequence[str], mesh: Mesh) -> None:

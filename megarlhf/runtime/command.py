@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from megarlhf.parallel import launch
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh, start, stop
 from megarlhf.runtime.settings import RanksConfig
 
 Cfg = TypeVar("Cfg", bound=RanksConfig)
@@ -23,5 +23,6 @@ def on_ranks(
 
     def on_this_rank(inputs: Inputs) -> None:
         work(cfg, inputs, start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+        stop()  # or the interpreter, in an order of its own, would take down groups whose threads still run
 
     return launch.run(lambda: prepare(cfg), on_this_rank, cfg.layout, argv)
