@@ -56,9 +56,8 @@ class PolicyTerms:
         total, _, seen = clipped_policy_loss(
             new_logprobs, old, advantages, every, clip_range=self.clip_range, impl=impl
         )
-        metrics = torch.stack(
-            [seen[name].double() for name in METRICS[:-1]] + [entropy.detach().sum(dtype=torch.float64)]
-        )
+        seen["entropy"] = entropy.detach().sum(dtype=torch.float64)
+        metrics = torch.stack([seen[name].double() for name in METRICS])
         if self.entropy_coef:
             total = total - self.entropy_coef * entropy.sum()
         if self.ref_logprobs is not None:

@@ -43,66 +43,57 @@ class Reading(Protocol[RowsT_contra]):
         ...
 
 
+class _BeforeResponses:
+    """Reads the state before each response token, and nothing elsewhere."""
+
+    def at(self, rows: ResponseRows) -> Tensor:
+        """[B, T + 1]: label t is predicted after token t."""
+        return torch.nn.functional.pad(rows.response_mask, (0, 1))
+
+    def scores(self, numbers: Tensor, rows: ResponseRows) -> Tensor:
+        """[B, T], 0 outside of responses."""
+        return numbers[:, :-1]
+
+
 @dataclass(frozen=True)
-class LabelLogprobs:
+class _Scalars:
+    """(scalar head - offset) / scale."""
+
+    offset: float = 0.0
+    scale: float = 1.0
+    head: ClassVar[HeadKind] = "scalar"
+
+    def __call__(self, model: LlamaModel, states: States, rows: TokenRows) -> Tensor:
+        """[n] fp32."""
+        return (model.scalars(states.hidden) - self.offset) / self.scale
+
+
+@dataclass(frozen=True)
+class LabelLogprobs(_BeforeResponses):
     """Log-prob of every response token under the model, temperature applied. 0 elsewhere."""
 
     temperature: float
     head: ClassVar[HeadKind] = "language"
-
-    def at(self, rows: ResponseRows) -> Tensor:
-        """[B, T + 1]: the token before each response token."""
-        return _before_labels(rows.response_mask)
 
     def __call__(self, model: LlamaModel, states: States, rows: ResponseRows) -> Tensor:
         """[n] fp32."""
         labels = states.of(rows.labels)
         return model.label_logprobs(states.hidden, labels, temperature=self.temperature, with_entropy=False)[0]
 
-    def scores(self, numbers: Tensor, rows: ResponseRows) -> Tensor:
-        """[B, T]."""
-        return numbers[:, :-1]
 
-
-@dataclass(frozen=True)
-class PositionValues:
+class PositionValues(_Scalars, _BeforeResponses):
     """(scalar head - offset) / scale at each position that predicts a response token: the state before it. 0 elsewhere.
 
     A critic that starts from a normalised reward model keeps its normalisation, or its first values would be off by it.
     """
 
-    offset: float = 0.0
-    scale: float = 1.0
-    head: ClassVar[HeadKind] = "scalar"
 
-    def at(self, rows: ResponseRows) -> Tensor:
-        """[B, T + 1]: the token before each response token."""
-        return _before_labels(rows.response_mask)
-
-    def __call__(self, model: LlamaModel, states: States, rows: ResponseRows) -> Tensor:
-        """[n] fp32."""
-        return (model.scalars(states.hidden) - self.offset) / self.scale
-
-    def scores(self, numbers: Tensor, rows: ResponseRows) -> Tensor:
-        """[B, T]."""
-        return numbers[:, :-1]
-
-
-@dataclass(frozen=True)
-class SequenceScores:
+class SequenceScores(_Scalars):
     """(scalar head at each sequence's last token - offset) / scale: one score for the whole text."""
-
-    offset: float = 0.0
-    scale: float = 1.0
-    head: ClassVar[HeadKind] = "scalar"
 
     def at(self, rows: TokenRows) -> Tensor:
         """[B, T + 1]: one a sequence."""
         return torch.arange(rows.tokens.shape[1], device=rows.tokens.device) == (rows.lengths - 1)[:, None]
-
-    def __call__(self, model: LlamaModel, states: States, rows: TokenRows) -> Tensor:
-        """[n] fp32, which is one a sequence."""
-        return (model.scalars(states.hidden) - self.offset) / self.scale
 
     def scores(self, numbers: Tensor, rows: TokenRows) -> Tensor:
         """[B]."""
@@ -112,8 +103,3 @@ class SequenceScores:
 
 HeadReading = LabelLogprobs | PositionValues | SequenceScores
 """A reading of one kind of head, which it names."""
-
-
-def _before_labels(mask: Tensor) -> Tensor:
-    """[B, T] of labels -> [B, T + 1] of tokens: label t is predicted after token t."""
-    return torch.nn.functional.pad(mask, (0, 1))

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from megarlhf.observe.memory import peak_resident
-from megarlhf.observe.metrics import PHASES, Metrics
+from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.trail import Trail
-from megarlhf.observe.work import Work
+from megarlhf.observe.work import PHASES, Work
 
 # Dense bf16 peak in FLOP/s, without sparsity. Source: NVIDIA's data sheets (A100, H100, H200, B200).
 _PEAK_FLOPS = (
@@ -66,7 +66,7 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         """Book the time of the enclosed block to `phase`, one of PHASES."""
         if phase not in PHASES:
-            raise ValueError(f"clock phase {phase!r}: not one of {', '.join(PHASES)}; add it to observe/metrics.py.")
+            raise ValueError(f"clock phase {phase!r}: not one of {', '.join(PHASES)}; add it to observe/work.py.")
         self._book()
         self._stack.append(phase)
         self._work.phase = phase

@@ -6,12 +6,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from megarlhf.observe.work import CONVENTION
+from megarlhf.observe.work import CONVENTION, PHASES, WORKED
 
 Metrics = dict[str, float]
-
-PHASES = ("rollout", "score", "estimate", "optimise", "train")
-"""What a Clock may time: the four paragraphs of a PPO iteration, or a step of another trainer."""
 
 
 class Metric(NamedTuple):
@@ -154,7 +151,7 @@ _RESOURCES = {
         f"throughput/{phase}_flops_per_s": Metric(
             "FLOP/s", f"model FLOPs of the {phase} phase / its seconds: {CONVENTION}", "per device"
         )
-        for phase in _TOKENS_OF
+        for phase in WORKED
     },
     **{
         f"mfu/{phase}": Metric(
@@ -162,7 +159,7 @@ _RESOURCES = {
             f"throughput/{phase}_flops_per_s / the device's peak FLOP/s in dense bf16: {CONVENTION}",
             "per device",
         )
-        for phase in _TOKENS_OF
+        for phase in WORKED
     },
 }
 
@@ -172,7 +169,7 @@ _COMPUTE = {
         f"compute/{phase}_flops": Metric(
             "FLOP", f"model FLOPs of the {phase} phase: {CONVENTION}", "sum over ranks, since the run began"
         )
-        for phase in _TOKENS_OF
+        for phase in WORKED
     },
 }
 

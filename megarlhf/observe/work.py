@@ -9,6 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from megarlhf.errors import CheckpointError
+
+PHASES = ("rollout", "score", "estimate", "optimise", "train")
+"""What a Clock may time: the four paragraphs of a PPO iteration, or a step of another trainer."""
+WORKED = ("rollout", "score", "optimise", "train")
+"""Those in which models work."""
+
 CONVENTION = (
     "2 FLOPs a multiply-add of matrix products and causal attention (its triangle alone), backward counted as twice "
     "forward, padding and recomputation not at all"
@@ -41,5 +48,13 @@ class Work:
         return dict(self.flops)
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        """Go on from `state`."""
+        """Go on from `state`.
+
+        Raises:   CheckpointError if it speaks of phases that there are not.
+        """
+        if unknown := sorted(state.keys() - set(WORKED)):
+            raise CheckpointError(
+                f"the state's work has {', '.join(map(repr, unknown))}; its phases are {', '.join(WORKED)}: resume "
+                "from another state."
+            )
         self.flops = Counter(state)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,19 +14,9 @@ from megarlhf.observe.provenance import write_provenance
 from megarlhf.observe.report import Report, write_report
 from megarlhf.observe.writers import RunWriter
 from megarlhf.trainers.sft import SftConfig
+from tests.helpers.disks import no_file_beyond
 
 LONG = "x" * 200
-
-
-@contextmanager
-def full() -> Iterator[None]:
-    """No file grows beyond 100 bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def log_metrics(where: Path) -> None:
@@ -68,5 +56,5 @@ DOORS = {
 @pytest.mark.parametrize("name", DOORS)
 def test_it_ends_with_the_path_and_the_remedy(name: str, tmp_path: Path) -> None:
     write: Callable[[Path], None] = DOORS[name]
-    with full(), pytest.raises(OutputError, match=rf"{tmp_path / name}.*(File too large|No space left).*"):
+    with no_file_beyond(100), pytest.raises(OutputError, match=rf"{tmp_path / name}.*(File too large|No space left).*"):
         write(tmp_path)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megarlhf.config import Config, load_config
-from megarlhf.errors import ConfigError
+from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.observe.clock import Clock, peak_flops
 from megarlhf.observe.metrics import GLOSSARY, UnknownMetricError, check
 from megarlhf.observe.progress import Progress
@@ -83,6 +83,8 @@ def test_clock_books_nested_phases_once_and_resets() -> None:
     assert nothing.keys() - metrics.keys() == set()
     assert not any(name.startswith("throughput/") for name in nothing)
     assert nothing["compute/flops"] == 187
+    with pytest.raises(CheckpointError, match=r"work has 'dreaming', 'estimate'; .*resume from another state"):
+        Work().load_state({"score": 1, "dreaming": 2, "estimate": 3})
     # A run that goes on counts on.
     resumed = Work()
     resumed.load_state(json.loads(json.dumps(work.state())))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from megarlhf.trainers import ppo, reward, sft
 from megarlhf.trainers.ppo_config import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
+from tests.helpers.disks import no_file_beyond
 from tests.helpers.models import language_model, learner, name_of, settings
 from tests.helpers.ranks import run_ranks
 from tests.runs.test_resume import ppo_settings
@@ -212,12 +212,8 @@ def no_room(where: str, kind: str) -> Iterator[None]:
             patch.setattr(shutil, "disk_usage", lambda _: usage)
             yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
+    with no_file_beyond(20_000):
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("kind", ["known before", "found while writing"])
