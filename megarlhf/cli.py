@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,10 +37,13 @@ class Command(NamedTuple):
     """A command: what it does, and where its settings class and its entry `main(cfg, argv) -> exit code` are."""
 
     summary: str
-    settings: str
-    entry: str
+    settings: str = ""
+    entry: str = ""
     goes_on: bool = False
     """The same command takes up again what a signal stopped."""
+    trainer: str = ""
+    """The trainer whose command it is, and who has both. Of a command with places of its own, the one whose run it is
+    about, unless `trainer=NAME` is given; both are then functions of that name."""
 
 
 COMMANDS = {
@@ -47,25 +52,11 @@ COMMANDS = {
         "megarlhf.commands.demo:DemoConfig",
         "megarlhf.commands.demo:main",
     ),
-    "sft": Command(
-        "supervised fine-tuning", "megarlhf.trainers.sft:SftConfig", "megarlhf.trainers.sft:main", goes_on=True
-    ),
-    "reward": Command(
-        "train a reward model on preference pairs, on labelled responses, or on both",
-        "megarlhf.trainers.reward:RewardConfig",
-        "megarlhf.trainers.reward:main",
-        goes_on=True,
-    ),
-    "ppo": Command(
-        "PPO with actor, critic, reference and reward model on the same ranks",
-        "megarlhf.trainers.ppo:PPOConfig",
-        "megarlhf.trainers.ppo:main",
-        goes_on=True,
-    ),
     "doctor": Command(
-        "check this machine and a PPO run's settings: environment, and gates for correct results",
-        "megarlhf.commands.doctor:DoctorConfig",
+        "check this machine and a run's settings: environment, and gates for correct results",
+        "megarlhf.commands.doctor:settings_of",
         "megarlhf.commands.doctor:main",
+        trainer="ppo",
     ),
     "generate": Command(
         "sample responses to a prompt or a file of prompts",
@@ -91,6 +82,14 @@ COMMANDS = {
         "make the page of a run again", "megarlhf.commands.report:ReportConfig", "megarlhf.commands.report:main"
     ),
 }
+
+
+def commands() -> dict[str, Command]:
+    """Every command: those above, and each trainer of the package by its name."""
+    from megarlhf.trainers.find import trainers
+
+    train = {name: Command(does, goes_on=True, trainer=name) for name, does in trainers().items()}
+    return {"demo": COMMANDS["demo"], **train, **COMMANDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,23 +174,49 @@ def _run(arguments: list[str]) -> int:
         _console().print(f"megarlhf {__version__}")
         return DONE
     name, *rest = arguments
-    if name not in COMMANDS:
-        import difflib
-
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}."
-        raise ConfigError(f"unknown command {name}; {remedy}")
-    command = COMMANDS[name]
+    command = _command(name)
     if "-h" in rest or "--help" in rest:
-        _print_settings(name, _load(command.settings))
+        settings, _ = program(command, rest)
+        _print_settings(name, command, settings)
         return DONE
     path, overrides = _split(name, rest)
     with _ending_at_once(goes_on=command.goes_on):
         from megarlhf.config import load_config
 
-        cfg = load_config(_load(command.settings), path, overrides)
-        entry = _load(command.entry)
+        settings, entry = program(command, overrides)
+        cfg = load_config(settings, path, overrides)
     return entry(cfg, arguments)
+
+
+def _command(name: str) -> Command:
+    """By its name; a name with a dot is the module of a trainer of one's own."""
+    if "." in name:
+        return Command("a trainer of your own", goes_on=True, trainer=name)
+    there = commands()
+    if name not in there:
+        import difflib
+
+        close = difflib.get_close_matches(name, there, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(there)}."
+        raise ConfigError(f"unknown command {name}; {remedy}")
+    return there[name]
+
+
+def program(
+    command: Command, overrides: Sequence[str] = ()
+) -> tuple[type[Config], Callable[[Any, Sequence[str]], int]]:
+    """The command's settings class and its entry, imported as late as possible."""
+    if not command.settings:
+        from megarlhf.trainers.find import trainer_named
+
+        own = trainer_named(command.trainer)
+        return own.config, own.main
+    settings, entry = _load(command.settings), _load(command.entry)
+    if not command.trainer:
+        return settings, entry
+    given = [value for name, _, value in (word.partition("=") for word in overrides) if name == "trainer"]
+    chosen = given[-1] if given else command.trainer
+    return settings(chosen), partial(entry, chosen)
 
 
 def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -214,9 +239,9 @@ def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def _load(where: str) -> Any:
-    """Import what COMMANDS names, a settings class or an entry function, as late as possible."""
+    """Import what a Command names, as `module:attribute`."""
     module, _, attribute = where.partition(":")
-    return vars(importlib.import_module(module))[attribute]
+    return operator.attrgetter(attribute)(importlib.import_module(module))
 
 
 def _who() -> str:
@@ -239,7 +264,7 @@ def _print_commands() -> None:
     console.print(Text("megarlhf <command> [--config FILE] [name=value ...]", style="bold"))
     console.print(Text("RLHF for Llama 3 on Megatron-Core\n"))
     table = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
-    for name, command in COMMANDS.items():
+    for name, command in commands().items():
         table.add_row(Text(name, style="bold cyan"), Text(command.summary))
     console.print(table)
     console.print(Text("\nmegarlhf <command> --help lists every setting with its type, default and meaning."))
@@ -249,7 +274,7 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _print_settings(name: str, settings: type[Config]) -> None:
+def _print_settings(name: str, command: Command, settings: type[Config]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -257,7 +282,7 @@ def _print_settings(name: str, settings: type[Config]) -> None:
 
     console = _console()
     console.print(Text(f"megarlhf {name} [--config FILE] [name=value ...]", style="bold"))
-    console.print(Text(f"{_sentence(COMMANDS[name].summary)} Precedence: default < file < command line.\n"))
+    console.print(Text(f"{_sentence(command.summary)} Precedence: default < file < command line.\n"))
     table = Table(box=None, padding=(0, 2, 1, 0), header_style="dim")
     for heading, ratio in (("setting", 3), ("type", 3), ("default", 2), ("meaning", 8)):
         table.add_column(heading, overflow="fold", ratio=ratio)

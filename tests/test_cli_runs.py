@@ -18,7 +18,7 @@ from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.config import load_config
 from megarlhf.data.sft import load_sft
 from megarlhf.data.tokenizer import load_tokenizer
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.started import heeding_ctrl_c
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megarlhf.cli import COMMANDS
+from megarlhf import cli
 from megarlhf.config import load_config
 from megarlhf.models.spec import preset
 from megarlhf.runtime.checks import check_batch
@@ -22,8 +22,8 @@ def settings(path: Path) -> tuple[str, RanksConfig]:
     first = path.read_text(encoding="utf-8").splitlines()[0].split()
     command = first[first.index("megarlhf") + 1]
     assert f"examples/{path.name}" in first
-    module, _, name = COMMANDS[command].settings.partition(":")
-    return command, load_config(vars(importlib.import_module(module))[name], path, [])
+    settings_class: Any = cli.program(cli.commands()[command])[0]
+    return command, load_config(settings_class, path, [])
 
 
 def test_there_are_examples() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from megarlhf import cli
-from megarlhf.cli import COMMANDS
 from megarlhf.config import describe, load_config
 from megarlhf.errors import ConfigError, MegarlhfError, RunStopped, TrainingError
 
@@ -26,10 +25,11 @@ COMMAND = re.compile(r"(?:^|srun )megarlhf (\w+)([^|]*)")
 SHOWN = [match for line in LINES if (match := COMMAND.search(line)) and "demo seed=S" not in line]
 TABLE = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", README, re.MULTILINE))
 
+COMMANDS = cli.commands()
+
 
 def settings_of(command: str) -> Any:
-    module, _, name = COMMANDS[command].settings.partition(":")
-    return vars(importlib.import_module(module))[name]
+    return cli.program(COMMANDS[command])[0]
 
 
 @cache

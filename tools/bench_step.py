@@ -37,7 +37,6 @@ from torch.nn.functional import cross_entropy
 from megarlhf.batch.rollouts import PolicyRows, Prompts, ValueRows
 from megarlhf.errors import MegarlhfError
 from megarlhf.models.role import TrainableRole
-from megarlhf.models.roles import Roles
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.memory import forget_peak, peak_resident
 from megarlhf.observe.provenance import machine, versions
@@ -48,9 +47,7 @@ from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runs.guard import StepGuard
 from megarlhf.trainers.policy_loop import Turn, optimise
-from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo import build_roles, ppo_iteration, value_loss
-from megarlhf.trainers.ppo_config import PPOConfig, prepare
+from megarlhf.trainers.ppo import TRAINER, PPOCast, PPOConfig, ppo_iteration
 
 EOS = 0
 """The first token: inverse-CDF sampling draws it for a random number of 0."""
@@ -175,17 +172,17 @@ def build(sizes: Sizes, directory: Path) -> tuple[Bench, Mesh]:
     _write_models(sizes, directory)
     cfg = _config(sizes, directory)
     mesh = start(cfg.layout, seed=1)
-    roles, prompts = build_roles(cfg, prepare(cfg), mesh), _prompts(sizes)
+    cast, prompts = TRAINER.models(cfg, TRAINER.prepare(cfg), mesh), _prompts(sizes)
     peer = Peer(directory / "language", sizes, prompts, mesh.device)
-    actor, longest = roles.actor, sizes.prompt_tokens + sizes.new_tokens
+    actor, longest = cast.actor, sizes.prompt_tokens + sizes.new_tokens
     engine = FixedLengths(actor.model, actor.spec, mesh, eos_ids=[EOS], pad_id=EOS, max_sequence_length=longest)
-    return Bench(*_phases(sizes, cfg, roles, engine, prompts, peer)), mesh
+    return Bench(*_phases(sizes, cfg, replace(cast, sampler=engine), engine, prompts, peer)), mesh
 
 
 def _phases(
-    sizes: Sizes, cfg: PPOConfig, roles: Roles, engine: FixedLengths, prompts: Prompts, peer: Peer
+    sizes: Sizes, cfg: PPOConfig, cast: PPOCast, engine: FixedLengths, prompts: Prompts, peer: Peer
 ) -> tuple[list[Phase], dict[str, Phase]]:
-    mesh = roles.actor.mesh
+    mesh = cast.actor.mesh
     equal = torch.full((sizes.rows,), sizes.new_tokens, device=mesh.device)
     draws = torch.Generator().manual_seed(3)
     ragged = torch.randint(SHORTEST, sizes.new_tokens + 1, (sizes.rows,), generator=draws).to(mesh.device)
@@ -193,12 +190,12 @@ def _phases(
 
     def roll_out(response_lengths: Tensor) -> Any:
         engine.response_lengths = response_lengths
-        with roles.actor.resident("weights"):
+        with cast.actor.resident("weights"):
             return engine.generate(prompts, cfg.sampling, seed=1, group_size=sizes.group)
 
     def iterate() -> object:
         engine.response_lengths = equal
-        return ppo_iteration(roles, engine, prompts, cfg, turn)
+        return ppo_iteration(cast, prompts, cfg, turn)
 
     rollout = roll_out(equal)
     if not (roll_out(ragged).response_lengths == ragged).all():
@@ -208,9 +205,9 @@ def _phases(
     rows = {"actor": lessons, "critic": ValueRows(rollout, zeros, zeros)}
     responses, short, positions = sizes.rows * sizes.new_tokens, int(ragged.sum()), inputs.numel()
     keys = positions * (inputs.shape[1] + 1) // 2
-    forward, body = (roles.actor.spec.forward_flops(positions, keys, projected) for projected in (responses, 0))
-    flops = {role: forward if role.head == "language" else body for role in roles.every}
-    learning = ((roles.actor, policy_loss(roles.actor, cfg)), (roles.critic, value_loss(roles.critic, cfg)))
+    forward, body = (cast.actor.spec.forward_flops(positions, keys, projected) for projected in (responses, 0))
+    flops = {role: forward if role.head == "language" else body for role in cast.every}
+    learning = [(role, TRAINER.learners[role.name].loss(role, cfg)) for role in cast.learners.values()]
     iteration_flops = forward + sum(flops.values()) + 3 * (forward + body)
 
     def update(role: TrainableRole, loss: Loss) -> Phase:
@@ -222,7 +219,7 @@ def _phases(
         Phase("rollout_ragged", lambda: roll_out(ragged), {"generate_ragged": 1}, short, forward * short / responses),
         *(
             Phase(f"score_{role.name}", partial(role.score, rollout), {"forward": 1}, positions, flops[role])
-            for role in roles.every
+            for role in cast.every
         ),
         *(update(role, loss) for role, loss in learning),
         Phase("iteration", iterate, {"generate": 1, "forward": 4, "train": 2}, responses, iteration_flops),

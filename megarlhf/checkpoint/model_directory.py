@@ -46,6 +46,7 @@ from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import CheckpointError, TrainingError, printable
 from megarlhf.models.finite import not_finite
+from megarlhf.models.readings import PositionValues, SequenceScores
 from megarlhf.models.role import Role
 from megarlhf.models.spec import CONFIG, PRESETS, ModelSpec, RopeScaling, preset, read_config
 from megarlhf.models.transformer import HeadKind
@@ -82,6 +83,14 @@ class ModelDescription(Config):
     """Ids that end a response, whatever the tokenizer says; those of Hugging Face's configurations."""
     task: Literal["", "arithmetic"] = ""
     """The built-in task, where the model was last trained on that."""
+
+    def scores(self) -> SequenceScores:
+        """How a reward model's scores are read."""
+        return SequenceScores(self.score_offset, self.score_scale)
+
+    def values(self) -> PositionValues:
+        """How a critic that starts from it is read: in the same units."""
+        return PositionValues(self.score_offset, self.score_scale)
 
 
 def describe_model(init: str) -> ModelDescription:

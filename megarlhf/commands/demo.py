@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from megarlhf.errors import ConfigError, OutputError, printable
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import Interval, mean, paired_difference, share
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe import run_files
 from megarlhf.observe.files import write_whole
 from megarlhf.observe.lock import check_free
@@ -48,9 +48,11 @@ from megarlhf.runtime.checks import Model, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import check_directory, sole_writer
 from megarlhf.runtime.roles import frozen
 from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.ppo_config import FrozenConfig, LearnerConfig, PPOConfig
+from megarlhf.trainers.policy_config import FrozenConfig, LearnerConfig
+from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
+from megarlhf.trainers.trainer import Trainer
 
 SECONDS = "seconds.json"
 """What a stage has taken so far, in its directory."""
@@ -175,9 +177,9 @@ def _run(cfg: DemoConfig, argv: Sequence[str]) -> None:
 
 def _run_stages(cfg: DemoConfig, argv: Sequence[str], mesh: Mesh) -> None:
     seconds = [
-        _stage(sft_config(cfg), sft.prepare, sft.train, argv, mesh),
-        _stage(reward_config(cfg), reward.prepare, reward.train, argv, mesh),
-        _stage(ppo_config(cfg), ppo.prepare, ppo.train, argv, mesh),
+        _stage(sft_config(cfg), sft.TRAINER, argv, mesh),
+        _stage(reward_config(cfg), reward.TRAINER, argv, mesh),
+        _stage(ppo_config(cfg), ppo.TRAINER, argv, mesh),
     ]
     began = time.monotonic()
     outcome = _evaluated(cfg, mesh)
@@ -185,11 +187,8 @@ def _run_stages(cfg: DemoConfig, argv: Sequence[str], mesh: Mesh) -> None:
         _conclude(cfg, outcome, wall_s=sum(seconds) + time.monotonic() - began)
 
 
-def _stage(
-    stage: Any, prepare: Callable[[Any], Any], train: Callable[..., Any], argv: Sequence[str], mesh: Mesh
-) -> float:
+def _stage(settings: RunConfig, trainer: Trainer[Any, Any, Any], argv: Sequence[str], mesh: Mesh) -> float:
     """Run a stage, or what is left of it, unless its model is there; return the seconds it took, now and before."""
-    settings: RunConfig = stage
     clock = settings.run_dir / SECONDS
     if clock.exists() and (settings.model_dir / MODEL).exists():
         if not _made_with(settings):
@@ -201,12 +200,12 @@ def _stage(
         on_main(lambda: None if _goes_on(settings) else _clear(settings.run_dir), mesh)
     # Every rank looks whether the directory is free: after rank 0 has let go of it, and before it takes it again.
     barrier(mesh)
-    inputs = prepare(settings)
+    inputs = trainer.prepare(settings)
     barrier(mesh)
     with sole_run(settings, mesh):
         before, began = _seconds(clock) if clock.exists() else 0.0, time.monotonic()
         try:
-            train(settings, inputs, argv, mesh=mesh)
+            trainer.train(settings, inputs, argv, mesh)
         except BaseException:
             if mesh.is_main:
                 with suppress(OutputError):  # why it stopped is what counts
@@ -260,7 +259,7 @@ def _evaluated(cfg: DemoConfig, mesh: Mesh) -> Outcome:
     prompts = load_prompts(_data(cfg, cfg.problems, seed=cfg.seed + 3, split="heldout"), tokenizer)
     where, shared = str(reward_config(cfg).model_dir), ppo_config(cfg)
     judge = Model("reward", where, describe_model(where))
-    scores = SequenceScores(judge.description.score_offset, judge.description.score_scale)
+    scores = judge.description.scores()
     reward_model = frozen("reward", judge, scores, shared, mesh)
     results: list[list[Evaluation]] = [[], []]
     for init in inits:

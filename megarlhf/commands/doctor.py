@@ -1,6 +1,6 @@
-"""`megarlhf doctor`: what this machine has, and whether a PPO run of these settings would compute what it should.
+"""`megarlhf doctor`: what this machine has, and whether a run of these settings would compute what it should.
 
-The roles, the engine and the loss are those of `megarlhf ppo` with the same settings; nothing is trained or kept.
+Models, sampler and loss are those of the trainer with the same settings; nothing is trained or kept.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import psutil
+import pydantic
 import torch
+from pydantic import Field
 from rich.table import Table
 from rich.text import Text
 
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.rows import BUILT_IN
-from megarlhf.errors import TrainingError
+from megarlhf.errors import ConfigError, TrainingError
 from megarlhf.gates.cheap import (
     PROMPTS,
     TOKENS,
@@ -53,36 +56,56 @@ from megarlhf.parallel import launch
 from megarlhf.parallel.alone import alone, is_first
 from megarlhf.parallel.collectives import barrier, broadcast_object
 from megarlhf.parallel.mesh import Mesh, local_device, start
+from megarlhf.runtime.cast import Cast
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
 from megarlhf.runtime.roles import learner
-from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo import build_engine, build_roles
-from megarlhf.trainers.ppo_config import LearnerConfig, PPOConfig, PPOInputs, prepare
+from megarlhf.trainers.find import trainer_named
+from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyInputs
+from megarlhf.trainers.trainer import Trainer
+
+PolicyTrainer = Trainer[Any, PolicyInputs, Cast]
 
 STAND_IN = "tiny-xs"
-"""Preset of all four models where no actor is named."""
+"""Preset of all models where no actor is named."""
 ACTIVATIONS = 1.25
 """Of the bytes that a model in training keeps: room for what passes through it."""
 PROBE_OFFLOAD = "offload, trained"
 """The gate of weights that have never been away, and of moments: `offload` sees only what a second trip loses."""
 
 
-class DoctorConfig(PPOConfig):
-    """`megarlhf doctor`: the settings of a run of `megarlhf ppo`, to be checked on this machine."""
-
-    run_dir: Path = Path("runs/doctor")
-    """Directory of the run; the doctor leaves nothing there, and puts a model beside it for a moment."""
-    actor: LearnerConfig = LearnerConfig()
-    """The policy; without `actor.init` a tiny preset with the built-in tokenizer and prompts stands in."""
+DEFAULT = "ppo"
+"""The trainer whose run is examined where none is named."""
+RUN_DIR = "Directory of the run; the doctor leaves nothing there, and puts a model beside it for a moment."
+ACTOR = "The policy; without `actor.init` a tiny preset with the built-in tokenizer and prompts stands in."
+WHOSE = "Trainer of that run: one of megarlhf's, or a module of your own, as in my_package.my_algorithm."
 
 
-def main(cfg: DoctorConfig, argv: Sequence[str]) -> int:
-    """`megarlhf doctor`. Raises TrainingError naming the gates that fail."""
-    cfg = complete(cfg)
-    return launch.run(lambda: _prepare(cfg), lambda inputs: _run(cfg, inputs), cfg.layout, argv)
+def settings_of(name: str) -> type[PolicyConfig]:
+    """The settings of a run of the trainer `name`, to be checked on this machine.
+
+    Raises:   ConfigError where there is no such trainer, or it draws no rollouts, which most gates are about.
+    """
+    config = trainer_named(name).config
+    if not issubclass(config, PolicyConfig):
+        raise ConfigError(f"trainer={name} draws no rollouts, so that the gates cannot be measured; name another.")
+    literal: Any = Literal  # the value has chosen this class
+    return pydantic.create_model(
+        "DoctorConfig",
+        __base__=config,
+        __doc__="`megarlhf doctor`: the settings of a run, to be checked on this machine.",
+        trainer=(literal[name], Field(name, description=WHOSE)),
+        run_dir=(Path, Field(Path("runs/doctor"), description=RUN_DIR)),
+        actor=(LearnerConfig, Field(LearnerConfig(), description=ACTOR)),
+    )
 
 
-def complete(cfg: DoctorConfig) -> DoctorConfig:
+def main(name: str, cfg: PolicyConfig, argv: Sequence[str]) -> int:
+    """`megarlhf doctor trainer=name`. Raises TrainingError naming the gates that fail."""
+    trainer, cfg = trainer_named(name), complete(cfg)
+    return launch.run(lambda: inputs_of(trainer, cfg), lambda inputs: _run(trainer, cfg, inputs), cfg.layout, argv)
+
+
+def complete(cfg: PolicyConfig) -> PolicyConfig:
     """`cfg` itself, or, where it names no actor, the stand-ins for what is empty in it."""
     if cfg.actor.init:
         return cfg
@@ -100,19 +123,19 @@ def complete(cfg: DoctorConfig) -> DoctorConfig:
     )
 
 
-def _prepare(cfg: DoctorConfig) -> PPOInputs:
-    """Check the input as PPO does, save that `run_dir` may hold a run: it is not touched."""
-    return prepare(cfg.model_copy(update={"run_dir": cfg.run_dir / "doctor"}))
+def inputs_of(trainer: PolicyTrainer, cfg: PolicyConfig) -> PolicyInputs:
+    """Check the input as the run does, save that `run_dir` may hold a run: it is not touched."""
+    return trainer.prepare(cfg.model_copy(update={"run_dir": cfg.run_dir / "doctor"}))
 
 
-def _run(cfg: DoctorConfig, inputs: PPOInputs) -> None:
+def _run(trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs) -> None:
     # Piped to a file there is no width to respect.
     console = Terminal(quiet=not is_first(), width=None if sys.stdout.isatty() else 140)
     console.print(environment(cfg))
-    alternative = one_rank(cfg, inputs) if is_first() else ""
+    alternative = one_rank(trainer, cfg, inputs) if is_first() else ""
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
     gates = []
-    for gate in examine(cfg, inputs, broadcast_object(alternative, mesh, "world"), mesh):
+    for gate in examine(trainer, cfg, inputs, broadcast_object(alternative, mesh, "world"), mesh):
         gates.append(gate)
         console.print(_verdict(gate), soft_wrap=True)
     failing = [gate.name for gate in gates if gate.fails]
@@ -121,7 +144,7 @@ def _run(cfg: DoctorConfig, inputs: PPOInputs) -> None:
         raise TrainingError(f"{len(failing)} gates fail: {', '.join(failing)}; do what stands below each of them.")
 
 
-def environment(cfg: DoctorConfig) -> Table:
+def environment(cfg: PolicyConfig) -> Table:
     """Versions, this rank's device, and what each part of the run resolves to, and why."""
     device = local_device()
     table = Table(title="environment", title_justify="left", show_header=False)
@@ -146,7 +169,7 @@ def _verdict(gate: Gate) -> Text:
     return Text(f"FAILS    {number.replace('<=', ' >')}\n         what to do: {gate.remedy}", style="bold red")
 
 
-def one_rank(cfg: DoctorConfig, inputs: PPOInputs) -> Measured | str:
+def one_rank(trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs) -> Measured | str:
     """What a one-rank model of the same weights makes of the fixed batch; or why that is not known.
 
     Ranks:    rank 0, before it joins the others.
@@ -156,64 +179,70 @@ def one_rank(cfg: DoctorConfig, inputs: PPOInputs) -> Measured | str:
     device = local_device()
     itemsize = resolve(cfg.compute, device).dtype.itemsize
     # Weights, fp32 gradients, and fp32 masters of bf16 weights.
-    needed = ACTIVATIONS * inputs.actor.spec.parameters * (itemsize + 4 + (4 if itemsize < 4 else 0))
+    needed = (
+        ACTIVATIONS * inputs.models["actor"].description.spec.parameters * (itemsize + 4 + (4 if itemsize < 4 else 0))
+    )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         return f"one rank would need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
     with alone(seed=cfg.seed) as mesh:
         probe = build_probe(cfg, inputs, mesh)
-        measured = measure(probe, _fixed(cfg, inputs, mesh), policy_loss(probe, cfg), seed=cfg.seed)
+        loss = trainer.learners["actor"].loss(probe, cfg)
+        measured = measure(probe, _fixed(cfg, inputs, mesh), loss, seed=cfg.seed)
     del probe
     _free(device)
     return measured
 
 
-def build_probe(cfg: DoctorConfig, inputs: PPOInputs, mesh: Mesh) -> TrainableRole:
+def build_probe(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> TrainableRole:
     """A second actor, to be trained; each data rank has its whole gradient and optimiser state."""
     reading = LabelLogprobs(cfg.sampling.temperature)
     optim = cfg.actor.optim.model_copy(update={"distributed": False})
-    steps = cfg.iterations * cfg.steps_per_iteration
-    return learner("probe", inputs.by_role(cfg)["actor"], reading, optim, steps, cfg, mesh)
+    return learner("probe", inputs.models["actor"], reading, optim, cfg.actor_steps, cfg, mesh)
 
 
-def _fixed(cfg: DoctorConfig, inputs: PPOInputs, mesh: Mesh) -> Rollout:
+def _fixed(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Rollout:
     """As many rows as the data ranks of the run share, in every layout."""
     rows = torch.arange(PROMPTS * cfg.layout.data) % len(inputs.prompts)
     tokens = min(TOKENS, cfg.sampling.max_new_tokens)
     prompts = inputs.prompts.batch(rows)
-    return fixed_rollout(prompts, inputs.actor.spec.vocab_size, tokens, cfg.seed).to(mesh.device)
+    return fixed_rollout(prompts, inputs.models["actor"].description.spec.vocab_size, tokens, cfg.seed).to(mesh.device)
 
 
-def examine(cfg: DoctorConfig, inputs: PPOInputs, alternative: Measured | str, mesh: Mesh) -> Iterator[Gate]:
+def examine(
+    trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs, alternative: Measured | str, mesh: Mesh
+) -> Iterator[Gate]:
     """Every gate, one after another. Collective.
 
     alternative: what one rank makes of the fixed batch, or why that is not known.
     """
-    probed = examine_probe(cfg, inputs, alternative, mesh)
+    probed = examine_probe(trainer, cfg, inputs, alternative, mesh)
     _free(mesh.device)
     yield from probed
     if any(gate.fails for gate in probed if gate.name == PROBE_OFFLOAD):
         yield skip("all others", "weights do not survive the way to the host")
         return
 
-    roles = build_roles(cfg, inputs, mesh)
-    actor, loss, seed = roles.actor, policy_loss(roles.actor, cfg), cfg.seed
-    yield offload_gate(roles.every)
+    cast = trainer.models(cfg, inputs, mesh)
+    actor, loss, seed = cast.actor, trainer.learners["actor"].loss(cast.actor, cfg), cfg.seed
+    yield offload_gate(cast.every)
     yield hugging_face_gate(actor, cfg.actor.init)
     prompts = gate_prompts(inputs.prompts, mesh)
-    rollout = fresh_rollout(actor, build_engine(cfg, inputs, actor), prompts, cfg.sampling, seed=seed)
+    rollout = fresh_rollout(cast, prompts, cfg.sampling, seed=seed)
     yield sampler_gate(actor, rollout)
     yield first_pass_gate(actor, rollout, loss, seed=seed)
-    yield reference_gate(roles, rollout, reference_is_actor=cfg.reference_init == cfg.actor.init)
+    yield reference_gate(cast, rollout, reference_is_actor=cfg.reference_init == cfg.actor.init)
     yield micro_batch_gate(actor, rollout, loss, seed=seed)
     with _shared_directory(cfg.run_dir, mesh) as directory:
         yield save_load_gate(actor, inputs.tokenizer, directory / "model")
 
 
-def examine_probe(cfg: DoctorConfig, inputs: PPOInputs, alternative: Measured | str, mesh: Mesh) -> list[Gate]:
+def examine_probe(
+    trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs, alternative: Measured | str, mesh: Mesh
+) -> list[Gate]:
     """What is seen on a model that was never away from the device, and that may be trained."""
     probe = build_probe(cfg, inputs, mesh)
-    loss, fixed = policy_loss(probe, cfg), _fixed(cfg, inputs, mesh)
+    loss, fixed = trainer.learners["actor"].loss(probe, cfg), _fixed(cfg, inputs, mesh)
     if isinstance(alternative, str):
         layout = [skip("layout", alternative)]
     else:

@@ -18,7 +18,7 @@ from megarlhf.errors import ConfigError, DataError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
 from megarlhf.judges.rules import AutoVerifier, Verifier, check_answers, chosen_verifier
-from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.mesh import Mesh
@@ -127,7 +127,7 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
     say([*said, ends(inputs.tokenizer), f"verifier: {inputs.verifier}", *filter(None, [inputs.doubts])], mesh)
     reward = None
     for judge in readers:
-        scores = SequenceScores(judge.description.score_offset, judge.description.score_scale)
+        scores = judge.description.scores()
         reward = frozen("reward", judge, scores, cfg, mesh)
     results = {
         name: evaluate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,8 +13,6 @@ from rich.table import Table
 from torch import Tensor
 
 from megarlhf.batch.base import Batch, cat
-from megarlhf.batch.rollouts import PolicyRows, ValueRows
-from megarlhf.batch.supervised import Couples, TokenBatch
 from megarlhf.checkpoint.checksums import check_checksums
 from megarlhf.checkpoint.model_directory import load_weights
 from megarlhf.checkpoint.training_state import latest_state
@@ -28,12 +25,8 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.runs.capsule import Note, read_batch, read_notes, tensors_of
-from megarlhf.runs.settings import RunConfig
-from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo_config import PPOConfig
-from megarlhf.trainers.reward import RewardConfig
-from megarlhf.trainers.sft import SftConfig
+from megarlhf.trainers.find import is_own, trainer_named
+from megarlhf.trainers.trainer import Trainer
 
 ALONE = (
     *(f"layout.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "data")),
@@ -47,42 +40,9 @@ class ReplayConfig(Config):
 
     capsule: Path
     """Directory that the failed run named, RUN/capsules/step_...; it must not have been moved out of RUN."""
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """How a command of the capsule makes its roles again, and their losses."""
-
-    config: type[RunConfig]
-    build: Callable[[Any, Mesh], dict[str, tuple[TrainableRole, Loss]]]
-
-
-def _ppo(cfg: PPOConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Loss]]:
-    roles = ppo.build_roles(cfg, ppo.prepare(cfg), mesh)
-    return {
-        "actor": (roles.actor, policy_loss(roles.actor, cfg)),
-        "critic": (roles.critic, ppo.value_loss(roles.critic, cfg)),
-    }
-
-
-def _sft(cfg: SftConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Loss]]:
-    role = sft.build_role(cfg, sft.prepare(cfg), mesh)
-    return {role.name: (role, sft.next_token_loss(role))}
-
-
-def _reward(cfg: RewardConfig, mesh: Mesh) -> dict[str, tuple[TrainableRole, Loss]]:
-    role = reward.build_role(cfg, reward.prepare(cfg), mesh)
-    return {role.name: (role, reward.judgement_loss(role, cfg))}
-
-
-TRAINERS = {
-    PolicyRows: Trainer(PPOConfig, _ppo),
-    ValueRows: Trainer(PPOConfig, _ppo),
-    TokenBatch: Trainer(SftConfig, _sft),
-    Couples: Trainer(RewardConfig, _reward),
-}
-"""By what an optimiser step is made of, whichever command took it."""
-KINDS: dict[str, type[Batch]] = {kind.__name__: kind for kind in TRAINERS}
+    trainer: str = ""
+    """Trainer that took the step, `my_package.my_algorithm` for example. Empty: the one that the capsule names, where
+    it is one of megarlhf's; to import another is to run its code, which is for you to say."""
 
 
 def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
@@ -90,16 +50,18 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
     notes = read_notes(cfg.capsule)
     _print_notes(notes)
     note = notes[0]
-    if note.kind not in KINDS or {other.kind for other in notes} != {note.kind}:
-        kinds = ", ".join(sorted({other.kind or "none" for other in notes}))
+    trainer = _trainer(cfg, note)
+    learner = trainer.learners.get(note.role)
+    if learner is None or {other.kind for other in notes} != {learner.rows.__name__}:
+        found = ", ".join(sorted({other.kind or "none" for other in notes}))
         raise DataError(
-            f"capsule={cfg.capsule}: {note.where} was no optimiser step (batch: {kinds}), so that there "
+            f"capsule={cfg.capsule}: {note.where} was no optimiser step (batch: {found}), so that there "
             "is none to take again; start the run's command again, with layout.tensor=1 layout.pipeline=1 "
             "layout.data=1 if it shall go on here from its newest state."
         )
-    batch = joined(cfg.capsule, notes)
+    batch = joined(cfg.capsule, notes, learner.rows)
     mesh = start(ParallelLayout(), seed=0)  # nothing in a step is drawn
-    role, loss = _role(cfg.capsule, note, mesh)
+    role, loss = _role(cfg.capsule, note, trainer, mesh)
     _check_ids(batch, role, cfg.capsule)
     with role.resident(*role.parts):
         origin = _load(role, cfg.capsule)
@@ -109,10 +71,10 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
     return 0 if update.stepped else 1
 
 
-def joined(capsule: Path, notes: Sequence[Note]) -> Any:
-    """The rows of all parts that left a capsule, in order, as one batch."""
+def joined(capsule: Path, notes: Sequence[Note], kind: type[Batch]) -> Any:
+    """The rows, of type `kind`, of all parts that left a capsule, in order, as one batch."""
     first = {note.part: note for note in reversed(notes)}  # ranks of one model copy have the same rows
-    parts: list[Any] = [read_batch(capsule, first[part], KINDS[first[part].kind]) for part in sorted(first)]
+    parts: list[Any] = [read_batch(capsule, first[part], kind) for part in sorted(first)]
     return cat(parts)
 
 
@@ -146,8 +108,16 @@ def first_not_finite(role: TrainableRole) -> Iterator[list[str]]:
             hook.remove()
 
 
-def _role(capsule: Path, note: Note, mesh: Mesh) -> tuple[TrainableRole, Loss]:
-    trainer = TRAINERS[KINDS[note.kind]]
+def _trainer(cfg: ReplayConfig, note: Note) -> Trainer[Any, Any, Any]:
+    if not cfg.trainer and not is_own(note.trainer):
+        raise DataError(
+            f"capsule={cfg.capsule}: its step is of trainer={note.trainer or 'nothing'}, none of megarlhf's own; where "
+            "you know that code, name it too."
+        )
+    return trainer_named(cfg.trainer or note.trainer)
+
+
+def _role(capsule: Path, note: Note, trainer: Trainer[Any, Any, Any], mesh: Mesh) -> tuple[TrainableRole, Loss]:
     # A directory of its own: the run's belongs to the run, and nothing is written.
     with TemporaryDirectory() as directory:
         file = Path(directory) / run_files.CONFIG
@@ -160,10 +130,8 @@ def _role(capsule: Path, note: Note, mesh: Mesh) -> tuple[TrainableRole, Loss]:
                 f"capsule={capsule}: the settings in rank_{note.rank}.json are damaged ({cause.rstrip('.')}); name "
                 "another capsule."
             ) from None
-        roles = trainer.build(cfg, mesh)
-    if note.role not in roles:
-        raise DataError(f"capsule={capsule}: it has no role {note.role}, only {', '.join(roles)}; name another.")
-    return roles[note.role]
+        role = trainer.models(cfg, trainer.prepare(cfg), mesh).learners[note.role]
+    return role, trainer.learners[note.role].loss(role, cfg)
 
 
 def _load(role: TrainableRole, capsule: Path) -> str:

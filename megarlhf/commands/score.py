@@ -25,7 +25,7 @@ from megarlhf.commands.scored_file import DAY, Done, ScoredFile, content
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
 from megarlhf.errors import ConfigError
-from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
 from megarlhf.parallel.collectives import broadcast_object
@@ -162,7 +162,7 @@ def run(cfg: ScoreConfig, inputs: ScoreInputs, mesh: Mesh) -> None:
 
 def build(cfg: ScoreConfig, described: ModelDescription, mesh: Mesh) -> FrozenRole:
     """The model, with the reading that its head has."""
-    scores = SequenceScores(described.score_offset, described.score_scale)
+    scores = described.scores()
     reading = LabelLogprobs(cfg.temperature) if described.head == "language" else scores
     return frozen("model", Model("model", cfg.model, described), reading, cfg, mesh)
 

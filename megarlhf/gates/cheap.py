@@ -16,13 +16,12 @@ from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
-from megarlhf.models.roles import Roles
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.parallel.pipeline import LossMeans
 from megarlhf.parallel.rng import derive_seed, generator
-from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.runtime.cast import Cast
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 16
 """Of a gate's batch: prompts a data rank, responses a prompt (so that a prefilled prompt is forked), response tokens at
@@ -34,31 +33,24 @@ CHUNK = 2**22
 
 
 def cheap_gates(
-    roles: Roles,
-    engine: RolloutEngine,
-    prompts: Prompts,
-    loss: Loss,
-    sampling: SamplingConfig,
-    *,
-    seed: int,
-    reference_is_actor: bool,
+    cast: Cast, prompts: Prompts, loss: Loss, sampling: SamplingConfig, *, seed: int, reference_is_actor: bool
 ) -> list[Gate]:
     """What a run measures before its first step: seconds, and no trace in weights, optimiser state or random numbers.
 
     prompts: those of `gate_prompts`; loss: the actor's; reference_is_actor: both have the same weights now.
     Memory:   one role is resident at a time, as in training. Ranks: collective over the mesh; equal on every rank.
     """
-    actor, device = roles.actor, roles.actor.mesh.device
-    offload = offload_gate(roles.every)
+    actor, device = cast.actor, cast.actor.mesh.device
+    offload = offload_gate(cast.every)
     if offload.fails:  # the others would measure what is left of the weights
         return [offload]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        rollout = fresh_rollout(actor, engine, prompts, sampling, seed=seed)
+        rollout = fresh_rollout(cast, prompts, sampling, seed=seed)
         return [
             offload,
             sampler_gate(actor, rollout),
             first_pass_gate(actor, rollout, loss, seed=seed),
-            reference_gate(roles, rollout, reference_is_actor=reference_is_actor),
+            reference_gate(cast, rollout, reference_is_actor=reference_is_actor),
         ]
 
 
@@ -67,13 +59,11 @@ def gate_prompts(prompts: PromptSet, mesh: Mesh) -> Prompts:
     return prompts.batch(torch.arange(PROMPTS * mesh.layout.data) % len(prompts))
 
 
-def fresh_rollout(
-    actor: TrainableRole, engine: RolloutEngine, prompts: Prompts, sampling: SamplingConfig, *, seed: int
-) -> Rollout:
+def fresh_rollout(cast: Cast, prompts: Prompts, sampling: SamplingConfig, *, seed: int) -> Rollout:
     """Short responses of the actor, as the run samples them."""
     short = sampling.model_copy(update={"max_new_tokens": min(TOKENS, sampling.max_new_tokens)})
-    with actor.resident("weights"):
-        return engine.generate(prompts, short, seed=derive_seed(seed, "gates"), group_size=SAMPLES)
+    with cast.actor.resident("weights"):
+        return cast.sampler.generate(prompts, short, seed=derive_seed(seed, "gates"), group_size=SAMPLES)
 
 
 def sampler_gate(actor: TrainableRole, rollout: Rollout) -> Gate:
@@ -107,16 +97,16 @@ def first_pass_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed:
     )
 
 
-def reference_gate(roles: Roles, rollout: Rollout, *, reference_is_actor: bool) -> Gate:
+def reference_gate(cast: Cast, rollout: Rollout, *, reference_is_actor: bool) -> Gate:
     """A reference with the actor's weights has the actor's log-probs, so the KL penalty starts at 0."""
     name = "reference"
     if not reference_is_actor:
         return skip(name, "the reference and the actor have different weights")
-    gap = (roles.actor.score(rollout) - roles.reference.score(rollout))[rollout.response_mask]
+    gap = (cast.actor.score(rollout) - cast.reference.score(rollout))[rollout.response_mask]
     return Gate(
         name,
-        worst(gap.abs(), roles.actor.mesh),
-        bounds_of(roles.actor).reference,
+        worst(gap.abs(), cast.actor.mesh),
+        bounds_of(cast.actor).reference,
         "largest difference of a token's log-prob between the actor and a reference of the same weights, in nats",
         "the KL penalty would pull towards another model: check that nothing is writing to actor.init, and try "
         "offload=none",

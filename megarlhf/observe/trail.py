@@ -30,6 +30,8 @@ class Trail:
     """The rows that the role works on."""
     part: int = 0
     """Of the batch they are of, which part, counted from 0."""
+    trainer: str = ""
+    """Module of the trainer that the run is of."""
     attempt: str = ""
     """Of which start of the run this is a part."""
     sign: Path | None = None

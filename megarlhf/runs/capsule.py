@@ -59,6 +59,8 @@ class Note(Config):
     """Ranks of the run."""
     attempt: str
     """Of which start of the run this is a part."""
+    trainer: str
+    """Module whose TRAINER the run is of."""
     kind: str
     """Type of the batch; empty for none."""
     texts: dict[str, list[str]]
@@ -91,6 +93,7 @@ def write_capsule(run_dir: Path, reason: str, mesh: Mesh) -> Path:
         part=trail.part,
         world_size=mesh.layout.world_size,
         attempt=trail.attempt,
+        trainer=trail.trainer,
         kind="" if batch is None else type(batch).__name__,
         texts=dict(texts_of(batch)) if batch is not None else {},
         command=_text(run_dir / COMMAND),

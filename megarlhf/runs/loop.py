@@ -123,6 +123,7 @@ class Run:
     def under_way(self) -> Iterator[None]:
         """While the steps run: signals wait for the end of a step, and at the end every state is whole."""
         trail, run_dir = self.mesh.trail, self._cfg.run_dir
+        trail.trainer = type(self._cfg).__module__  # where its TRAINER is
         trail.attempt = broadcast_object(time.strftime("%Y%m%dT%H%M%S"), self.mesh, "world")
         trail.sign = sign_of_life(run_dir, self.mesh.rank)
         trail.sign.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,57 @@
-"""The floor that the pages of reinforcement learning stand on: one turn of the loop, passes over what it brought."""
+"""The floor that the pages of reinforcement learning stand on: the cast, the turns, passes over rollouts."""
 
 from __future__ import annotations
 
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
-from megarlhf.batch.rollouts import LearnerRows
+from torch import Tensor
+
+from megarlhf.batch.rollouts import LearnerRows, Prompts, Rollout
+from megarlhf.checkpoint.model_directory import save_model
+from megarlhf.data.loader import Loader
+from megarlhf.gates.cheap import cheap_gates, gate_prompts
+from megarlhf.gates.gate import check_gates
+from megarlhf.judges.rules import verifier_remark
+from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe.clock import Clock
+from megarlhf.observe.metrics import Metrics
+from megarlhf.observe.writers import RunWriter, read_metrics
+from megarlhf.ops.rewards import shape_scores
+from megarlhf.parallel.collectives import broadcast_object
+from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.parallel.rng import derive_seed, generator
+from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.runs.guard import StepGuard
+from megarlhf.runs.loop import Run, open_run, run_steps
+from megarlhf.runtime.cast import Cast
+from megarlhf.runtime.roles import (
+    away,
+    frozen,
+    learner,
+    print_choices,
+    print_dropped,
+    print_memory_plan,
+    print_remark,
+)
+from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
+from megarlhf.runtime.texts import check_one_day
+from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, cut_score_remark, prepare
+from megarlhf.trainers.policy_metrics import accuracy_metric, judged_rollouts
+from megarlhf.trainers.trainer import Learner, Trainer
+from megarlhf.trainers.watch import Watch
+
+SHOWN = ("rollout/score_mean", "rollout/accuracy")
+"""Metrics beside the progress bar."""
+
+CastT = TypeVar("CastT", bound=Cast)
+Cfg = TypeVar("Cfg", bound=PolicyConfig)
 
 
 @dataclass(frozen=True)
@@ -27,6 +69,16 @@ class Turn:
         return derive_seed(self.run_seed, purpose, self.number)
 
 
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration made, and its metrics; equal on every rank."""
+
+    rollout: Rollout
+    scores: Tensor
+    """[B] fp32, before any penalty."""
+    metrics: Metrics
+
+
 def optimise(
     role: TrainableRole, loss: Loss, rows: LearnerRows, turn: Turn, *, epochs: int, global_batch: int
 ) -> list[Update]:
@@ -41,3 +93,135 @@ def optimise(
                 updates.append(role.update(batch, loss))
                 turn.guard.check(role, updates[-1], turn.number)
     return updates
+
+
+def shaped_scores(scores: Tensor, rollout: Rollout, cfg: PolicyConfig, cast: Cast) -> Tensor:
+    """Scores [B] as they are to be learnt from: those of cut responses lowered, all of them clipped, as `cfg` says."""
+    return shape_scores(
+        scores,
+        rollout.terminated,
+        missing_eos_score=cfg.missing_eos_score,
+        wrong_score=cast.wrong_score,
+        clip=cfg.score_clip,
+    )
+
+
+def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
+    """Load the models one after another, each moved off the device before the next arrives. Collective."""
+    logprobs, judge = LabelLogprobs(cfg.sampling.temperature), inputs.models["reward"].description
+    actor = away(learner("actor", inputs.models["actor"], logprobs, cfg.actor.optim, cfg.actor_steps, cfg, mesh))
+    return Cast(
+        actor=actor,
+        sampler=RolloutEngine.of(actor, inputs.tokenizer, inputs.prompts.longest + cfg.sampling.max_new_tokens),
+        reference=away(frozen("reference", inputs.models["reference"], logprobs, cfg, mesh)),
+        reward=away(frozen("reward", inputs.models["reward"], judge.scores(), cfg, mesh)),
+        wrong_score=math.inf if judge.score_wrong is None else judge.score_wrong,
+    )
+
+
+def policy_trainer(
+    config: type[Cfg],
+    iteration: Callable[[CastT, Prompts, Cfg, Turn], Iteration],
+    *,
+    models: Callable[[Cfg, PolicyInputs, Mesh], CastT],
+    learners: Mapping[str, Learner[Cfg]],
+) -> Trainer[Cfg, PolicyInputs, CastT]:
+    """What a module of an algorithm exports as TRAINER: its settings, its page, and who learns what.
+
+    models: `build_cast`, or what adds to it. learners: by role, the actor's among them.
+    """
+
+    def train(cfg: Cfg, inputs: PolicyInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
+        check_one_day(inputs.tokenizer, mesh)
+        cast = models(cfg, inputs, mesh)
+        return _train(cast, partial(iteration, cast), learners["actor"].loss(cast.actor, cfg), cfg, inputs, argv)
+
+    return Trainer(
+        title=_title(config),
+        config=config,
+        prepare=prepare,
+        models=models,
+        learners=learners,
+        train=train,
+        shown=SHOWN,
+        following=_following,
+    )
+
+
+def _train(
+    cast: Cast,
+    iteration: Callable[[Prompts, Cfg, Turn], Iteration],
+    loss: Loss,
+    cfg: Cfg,
+    inputs: PolicyInputs,
+    argv: Sequence[str],
+) -> Metrics:
+    """Run every iteration and save the actor; `loss` is the actor's, for the gates."""
+    mesh = cast.actor.mesh
+    _say_start(cast, cfg, inputs, mesh)
+    loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed)
+    guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
+    run = Run(cfg, cast.learners, {"prompts": loader}, guard, mesh)
+    clock, watch = Clock(mesh.device, mesh.trail, mesh.work), Watch(cfg)
+
+    def step(number: int, writer: RunWriter | None) -> Metrics:
+        done = iteration(inputs.prompts.batch(next(loader)), cfg, Turn(number, cfg.seed, clock, guard))
+        timed = clock.metrics()  # without what follows, which is for the reader
+        judged = judged_rollouts(done.rollout, done.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)
+        if writer is not None and number % cfg.samples_every == 0:
+            writer.samples(judged[: cfg.samples], number + 1)
+        metrics = {**done.metrics, **timed, **accuracy_metric(judged), "train/skipped_steps": guard.skipped}
+        warnings, said = watch.look(metrics)
+        print_remark("\n".join(said), mesh)
+        return {**metrics, **warnings}
+
+    def ready(first: int) -> None:
+        watch.restore(broadcast_object(read_metrics(cfg.run_dir).rows[:first] if mesh.is_main else [], mesh, "world"))
+        if cfg.gates == "on":
+            prompts = gate_prompts(inputs.prompts, mesh)
+            same = cfg.reference_init == cfg.actor.init and first <= cfg.first_iteration
+            check_gates(cheap_gates(cast, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
+
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
+        metrics = run_steps(
+            cfg.iterations,
+            _title(type(cfg)),
+            lambda number: step(number, writer),
+            SHOWN,
+            run=run,
+            writer=writer,
+            ready=ready,
+            enough=watch.ends,
+        )
+    if watch.ends(metrics):
+        print_remark(watch.conclusion(), mesh)
+    save_model(cast.actor, cfg.model_dir, inputs.tokenizer, data=inputs.data, origin=cfg.actor.init)
+    return metrics
+
+
+def _title(config: type[PolicyConfig]) -> str:
+    """Of an algorithm: its settings' name."""
+    return config.__name__.removesuffix("Config")
+
+
+def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> None:
+    print_choices([*cast.actor.settings.compute.choices, cfg.policy_loss_choice], mesh)
+    print_memory_plan(cast.every, mesh)
+    print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
+    sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
+    epochs = cfg.iterations * cfg.prompts_per_iteration / len(inputs.prompts)
+    say_data(sets, inputs.tokenizer, mesh, epochs={"prompts": epochs})
+    actor, *others = inputs.distinct
+    say([*remarks(sets, inputs.tokenizer, actor, others), ends(inputs.tokenizer)], mesh)
+    say([verifier_remark(inputs.verifier, inputs.prompts), *filter(None, [inputs.doubts])], mesh)
+    each = f"{cfg.rollout_batch:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
+    say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
+    print_remark(cut_score_remark(cfg, inputs.models["reward"].description), mesh)
+
+
+def _following(cfg: PolicyConfig) -> tuple[str, ...]:
+    model = shlex.quote(str(cfg.model_dir))
+    return (
+        f"megarlhf eval model={model} prompts.source=FILE verifier=maths",
+        f"python tools/convert_hf.py to-hf {model} OUT --verify",
+    )

@@ -8,11 +8,11 @@ from megarlhf.batch.rollouts import PolicyRows
 from megarlhf.models.role import TrainableRole
 from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.policy_config import PolicyConfig
 from megarlhf_kernels import PolicyTerms
 
 
-def policy_loss(actor: TrainableRole, cfg: PPOConfig) -> Loss[PolicyRows]:
+def policy_loss(actor: TrainableRole, cfg: PolicyConfig) -> Loss[PolicyRows]:
     """The clipped surrogate summed over response tokens: fused with the vocabulary projection, or composed of parts."""
 
     def fused(states: States, rows: PolicyRows) -> LossSums:

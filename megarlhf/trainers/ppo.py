@@ -1,109 +1,184 @@
-"""Proximal policy optimisation against a reward model (Schulman et al. 2017; details of Huang et al. 2024)."""
+"""PPO with actor, critic, reference and reward model on the same ranks.
+
+Source: Schulman et al. 2017; details of Huang et al. 2024.
+"""
 
 from __future__ import annotations
 
-import math
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megarlhf.batch.rollouts import PolicyRows, Prompts, ValueRows
-from megarlhf.checkpoint.model_directory import save_model
-from megarlhf.data.loader import Loader
-from megarlhf.gates.cheap import cheap_gates, gate_prompts
-from megarlhf.gates.gate import check_gates
-from megarlhf.judges.rules import verifier_remark
-from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
-from megarlhf.models.role import TrainableRole
-from megarlhf.models.roles import Roles
-from megarlhf.observe.clock import Clock
-from megarlhf.observe.metrics import Metrics
-from megarlhf.observe.writers import RunWriter, read_metrics
-from megarlhf.ops.advantages import Advantages
+from pydantic import Field
+from torch import Tensor
+
+from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout, ValueRows
+from megarlhf.errors import ConfigError
+from megarlhf.models.role import Role, TrainableRole
+from megarlhf.ops.advantages import Advantages, shaped_gae
 from megarlhf.ops.value_loss import clipped_value_loss
-from megarlhf.parallel.collectives import broadcast_object
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
-from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.runs.ending import conclude
-from megarlhf.runs.guard import StepGuard
-from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
-from megarlhf.runs.stopping import stopping_at_start
-from megarlhf.runtime.command import on_ranks
-from megarlhf.runtime.roles import (
-    away,
-    frozen,
-    learner,
-    print_choices,
-    print_dropped,
-    print_memory_plan,
-    print_remark,
-)
-from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
-from megarlhf.runtime.texts import check_one_day
-from megarlhf.trainers.policy_loop import Turn, optimise
+from megarlhf.runtime.cast import Cast
+from megarlhf.runtime.roles import away, learner
+from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyInputs
+from megarlhf.trainers.policy_loop import Iteration, Turn, build_cast, optimise, policy_trainer, shaped_scores
 from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs, cut_score_remark, prepare
-from megarlhf.trainers.ppo_estimate import Scored, estimated
-from megarlhf.trainers.ppo_metrics import (
-    accuracy_metric,
-    experience_metrics,
-    judged_rollouts,
-    learner_metrics,
+from megarlhf.trainers.policy_metrics import (
+    advantage_metrics,
+    critic_metrics,
+    policy_metrics,
+    reference_metrics,
+    rollout_metrics,
+    value_metrics,
 )
-from megarlhf.trainers.watch import Watch
+from megarlhf.trainers.trainer import Learner
+from megarlhf_kernels.rewards_gae import Discount, Shaping
 
-__all__ = ["PPOConfig", "main", "ppo_iteration", "train"]
+
+class PPOConfig(PolicyConfig):
+    """`megarlhf ppo`: actor, critic, reference and reward model on the same ranks."""
+
+    critic: LearnerConfig = LearnerConfig()
+    """The value model. Source of its start, the reward model: Huang et al. 2024."""
+    ppo_epochs: int = Field(default=4, ge=1)
+    """Passes over an iteration's rollouts. Source: 4 in Huang et al. 2024."""
+    value_warmup_iterations: int = Field(default=0, ge=0)
+    """First iterations in which only the critic learns; the actor's own warm-up is actor.optim.warmup_steps."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Weight of the KL to the reference in the reward, per nat. Source: Huang et al. 2024."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token. Source: Huang et al. 2024."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """Decay of generalised advantage estimation, per token. Source: Huang et al. 2024."""
+    value_clip_range: float = Field(default=0.2, gt=0)
+    """Values move at most this far from the old ones, in reward, before the loss ignores them.
+    Source: 0.2 in Huang et al. 2024."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over an iteration's rollouts."""
+        return self.ppo_epochs
+
+    @property
+    def first_iteration(self) -> int:
+        """The first iteration in which the actor learns."""
+        return self.value_warmup_iterations
+
+    @property
+    def critic_steps(self) -> int:
+        """Optimiser steps of the critic in all iterations."""
+        return self.iterations * self.steps_per_iteration
+
+    @property
+    def inits(self) -> dict[str, str]:
+        """Where the model of each role starts; the critic, unless it is told, where the reward model does."""
+        return {**super().inits, "critic": self.critic.init or self.reward.init}
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of metrics that every iteration logs in which both models learn."""
+        return (*super().families, "kl", "value")
+
+    def check_sizes(self) -> None:
+        """Raise where the numbers of a run do not go together, before anything is read."""
+        if self.value_warmup_iterations >= self.iterations:
+            raise ConfigError(
+                f"value_warmup_iterations={self.value_warmup_iterations} leaves none of the "
+                f"iterations={self.iterations} to the actor; set value_warmup_iterations below {self.iterations}."
+            )
+        super().check_sizes()
+        self.critic.optim.check(self.critic_steps, "critic.optim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOCast(Cast):
+    """With a critic, which learns too."""
+
+    critic: TrainableRole
+
+    @property
+    def every(self) -> tuple[Role, ...]:
+        """All four."""
+        return (self.actor, self.critic, self.reference, self.reward)
+
+    @property
+    def learners(self) -> Mapping[str, TrainableRole]:
+        """Both that learn, by name."""
+        return {**super().learners, "critic": self.critic}
+
+
+class Scored(NamedTuple):
+    """What the four models say of rollouts, before anything is learnt: [B, T] fp32, and scores [B]."""
+
+    rollout: Rollout
+    logprobs: Tensor
+    """The actor's, recomputed by the trainer's forward."""
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+    """Before any penalty."""
 
 
 @dataclass(frozen=True)
-class Iteration:
-    """What one iteration made, and its metrics; equal on every rank."""
+class PPOIteration(Iteration):
+    """And what was said and estimated of its rollouts."""
 
     scored: Scored
     estimate: Advantages
-    metrics: Metrics
 
 
-def ppo_iteration(
-    roles: Roles,
-    engine: RolloutEngine,
-    prompts: Prompts,
-    cfg: PPOConfig,
-    turn: Turn,
-) -> Iteration:
+def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -> PPOIteration:
     """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""
     # 1. Roll out. Only the actor is resident, so the KV cache may have the rest of the memory.
-    with turn.clock("rollout"), roles.actor.resident("weights"):
-        rollout = engine.generate(prompts, cfg.sampling, seed=turn.seed("rollout"), group_size=cfg.group_size)
+    with turn.clock("rollout"), cast.actor.resident("weights"):
+        rollout = cast.sampler.generate(prompts, cfg.sampling, seed=turn.seed("rollout"), group_size=cfg.group_size)
 
     # 2. Score. Forward only, one model resident at a time.
     with turn.clock("score"):
         scored = Scored(
             rollout,
-            logprobs=roles.actor.score(rollout),
-            ref_logprobs=roles.reference.score(rollout),
-            values=roles.critic.score(rollout),
-            scores=roles.reward.score(rollout),
+            logprobs=cast.actor.score(rollout),
+            ref_logprobs=cast.reference.score(rollout),
+            values=cast.critic.score(rollout),
+            scores=cast.reward.score(rollout),
         )
 
     # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
     with turn.clock("estimate"):
-        estimate = estimated(scored, cfg, wrong_score=roles.wrong_score)
-        metrics = experience_metrics(scored, estimate, kl_coef=cfg.kl_coef)
+        estimate = estimated(scored, shaped_scores(scored.scores, rollout, cfg, cast), cfg)
+        metrics = {
+            **rollout_metrics(rollout, scored.logprobs, scored.scores, estimate.token_level_rewards),
+            **reference_metrics(scored.logprobs, scored.ref_logprobs, rollout.response_mask, kl_coef=cfg.kl_coef),
+            **advantage_metrics(estimate.advantages, rollout.response_mask),
+            **value_metrics(scored.values, estimate.returns, rollout.response_mask),
+        }
         lessons = PolicyRows(rollout, scored.logprobs, estimate.whitened)
         targets = ValueRows(rollout, scored.values, estimate.returns)
 
     # 4. Optimise. Each learner sees the same mini-batches; one of them is resident at a time.
     with turn.clock("optimise"):
-        passes = {"epochs": cfg.ppo_epochs, "global_batch": cfg.global_batch}
+        passes = {"epochs": cfg.epochs, "global_batch": cfg.global_batch}
         actor = []
         if turn.number >= cfg.value_warmup_iterations:
-            actor = optimise(roles.actor, policy_loss(roles.actor, cfg), lessons, turn, **passes)
-        critic = optimise(roles.critic, value_loss(roles.critic, cfg), targets, turn, **passes)
+            actor = optimise(cast.actor, policy_loss(cast.actor, cfg), lessons, turn, **passes)
+        critic = optimise(cast.critic, value_loss(cast.critic, cfg), targets, turn, **passes)
 
-    learning = {**learner_metrics(actor, critic), "train/skipped_steps": turn.guard.skipped}
-    return Iteration(scored, estimate, {**metrics, **learning, **turn.clock.metrics()})
+    learnt = {**policy_metrics(actor), **critic_metrics(critic)}
+    return PPOIteration(rollout, scored.scores, {**metrics, **learnt}, scored, estimate)
+
+
+def estimated(scored: Scored, shaped: Tensor, cfg: PPOConfig) -> Advantages:
+    """Token-level rewards, advantages and returns of the global batch; `shaped`: its scores [B] to learn from."""
+    rollout = scored.rollout
+    return shaped_gae(
+        scored.logprobs,
+        scored.values,
+        rollout.response_mask,
+        rollout.terminated,
+        Shaping(scored.ref_logprobs, shaped, cfg.kl_coef),
+        Discount(cfg.gamma, cfg.gae_lambda),
+    )
 
 
 def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss[ValueRows]:
@@ -121,98 +196,17 @@ def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss[ValueRows]:
     return loss
 
 
-def build_roles(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> Roles:
-    """Load all four, one after another, each moved off the device before the next arrives."""
-    logprobs = LabelLogprobs(cfg.sampling.temperature)
-    values = PositionValues(inputs.critic.score_offset, inputs.critic.score_scale)
-    scores = SequenceScores(inputs.reward.score_offset, inputs.reward.score_scale)
-    steps = cfg.iterations * cfg.steps_per_iteration
-    actor_steps = steps - cfg.value_warmup_iterations * cfg.steps_per_iteration
-    of = inputs.by_role(cfg)
-    actor = away(learner("actor", of["actor"], logprobs, cfg.actor.optim, actor_steps, cfg, mesh))
-    critic = away(learner("critic", of["critic"], values, cfg.critic.optim, steps, cfg, mesh))
-    reference = away(frozen("reference", of["reference"], logprobs, cfg, mesh))
-    reward = away(frozen("reward", of["reward"], scores, cfg, mesh))
-    wrong_score = inputs.reward.score_wrong
-    return Roles(actor, critic, reference, reward, math.inf if wrong_score is None else wrong_score)
+def models(cfg: PPOConfig, inputs: PolicyInputs, mesh: Mesh) -> PPOCast:
+    """Load all four, one after another, each moved off the device before the next arrives. Collective."""
+    others = build_cast(cfg, inputs, mesh)
+    values = inputs.models["critic"].description.values()
+    critic = away(learner("critic", inputs.models["critic"], values, cfg.critic.optim, cfg.critic_steps, cfg, mesh))
+    return PPOCast(**vars(others), critic=critic)
 
 
-def build_engine(cfg: PPOConfig, inputs: PPOInputs, actor: TrainableRole) -> RolloutEngine:
-    """The inference engine over the actor's own weights."""
-    return RolloutEngine.of(actor, inputs.tokenizer, inputs.prompts.longest + cfg.sampling.max_new_tokens)
-
-
-def train(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
-    """Run every iteration and save the actor to `cfg.model_dir`. Collective; returns the last iteration's metrics."""
-    check_one_day(inputs.tokenizer, mesh)
-    roles = build_roles(cfg, inputs, mesh)
-    print_choices([*roles.actor.settings.compute.choices, cfg.policy_loss_choice], mesh)
-    print_memory_plan(roles.every, mesh)
-    print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
-    _say_start(cfg, inputs, mesh)
-    print_remark(cut_score_remark(cfg, inputs.reward), mesh)
-    engine = build_engine(cfg, inputs, roles.actor)
-    loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed)
-    guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
-    run = Run(cfg, {"actor": roles.actor, "critic": roles.critic}, {"prompts": loader}, guard, mesh)
-    clock, watch = Clock(mesh.device, mesh.trail, mesh.work), Watch(cfg)
-
-    def step(iteration: int, writer: RunWriter | None) -> Metrics:
-        prompts = inputs.prompts.batch(next(loader))
-        done = ppo_iteration(roles, engine, prompts, cfg, Turn(iteration, cfg.seed, clock, guard))
-        scored = done.scored
-        judged = judged_rollouts(scored.rollout, scored.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)
-        if writer is not None and iteration % cfg.samples_every == 0:
-            writer.samples(judged[: cfg.samples], iteration + 1)
-        metrics = {**done.metrics, **accuracy_metric(judged)}
-        warnings, said = watch.look(metrics)
-        print_remark("\n".join(said), mesh)
-        return {**metrics, **warnings}
-
-    def ready(first: int) -> None:
-        watch.restore(broadcast_object(read_metrics(cfg.run_dir).rows[:first] if mesh.is_main else [], mesh, "world"))
-        if cfg.gates == "on":
-            prompts, loss = gate_prompts(inputs.prompts, mesh), policy_loss(roles.actor, cfg)
-            same = cfg.reference_init == cfg.actor.init and first <= cfg.value_warmup_iterations
-            check_gates(cheap_gates(roles, engine, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
-
-    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
-        metrics = run_steps(
-            *(cfg.iterations, "PPO", lambda i: step(i, writer), ("rollout/score_mean", "rollout/accuracy")),
-            run=run,
-            writer=writer,
-            ready=ready,
-            enough=watch.ends,
-        )
-    if watch.ends(metrics):
-        print_remark(watch.conclusion(), mesh)
-    save_model(roles.actor, cfg.model_dir, inputs.tokenizer, data=inputs.data, origin=cfg.actor.init)
-    return metrics
-
-
-def _say_start(cfg: PPOConfig, inputs: PPOInputs, mesh: Mesh) -> None:
-    sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
-    epochs = cfg.iterations * cfg.prompts_per_iteration / len(inputs.prompts)
-    say_data(sets, inputs.tokenizer, mesh, epochs={"prompts": epochs})
-    actor, *others = inputs.models(cfg)
-    say([*remarks(sets, inputs.tokenizer, actor, others), ends(inputs.tokenizer)], mesh)
-    say([verifier_remark(inputs.verifier, inputs.prompts), *filter(None, [inputs.doubts])], mesh)
-    each = f"{cfg.rollout_batch:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
-    say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
-
-
-def main(cfg: PPOConfig, argv: Sequence[str]) -> int:
-    """`megarlhf ppo`."""
-    with stopping_at_start():
-        return on_ranks(cfg, argv, prepare, lambda cfg, inputs, mesh: _run(cfg, inputs, argv, mesh))
-
-
-def _run(cfg: PPOConfig, inputs: PPOInputs, argv: Sequence[str], mesh: Mesh) -> None:
-    with sole_run(cfg, mesh):
-        metrics = train(cfg, inputs, argv, mesh=mesh)
-        model = shlex.quote(str(cfg.model_dir))
-        following = (
-            f"megarlhf eval model={model} prompts.source=FILE verifier=maths",
-            f"python tools/convert_hf.py to-hf {model} OUT --verify",
-        )
-        conclude(cfg.run_dir, metrics, ("rollout/score_mean", "rollout/accuracy"), following, mesh)
+TRAINER = policy_trainer(
+    PPOConfig,
+    ppo_iteration,
+    models=models,
+    learners={"actor": Learner(PolicyRows, policy_loss), "critic": Learner(ValueRows, value_loss)},
+)

@@ -1,4 +1,6 @@
-"""Reward models: pairwise (Bradley-Terry), pointwise (binary correctness), or both in one model with a weight.
+"""Reward models from preference pairs, from labelled responses, or from both.
+
+Pairwise (Bradley-Terry), pointwise (binary correctness), or both in one model with a weight:
 
     L = mean over pairs of -log sigmoid(r(chosen) - r(rejected))
         + pointwise_weight * mean over responses of BCE(r, correct)
@@ -35,11 +37,9 @@ from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
-from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
-from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
+from megarlhf.runs.loop import Run, open_run, run_steps
 from megarlhf.runs.settings import RunConfig
-from megarlhf.runs.stopping import stopping_at_start
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
@@ -49,10 +49,10 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
-from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan, print_remark
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
 MEASURED = 1024
 """Training responses of a kind that stand in for held-out ones."""
@@ -190,25 +190,14 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
     return RewardInputs(model, tokenizer, data, pairs, labelled, heldout, steps)
 
 
-def main(cfg: RewardConfig, argv: Sequence[str]) -> int:
-    """`megarlhf reward`."""
-    with stopping_at_start():
-        return on_ranks(cfg, argv, prepare, lambda cfg, inputs, mesh: _run(cfg, inputs, argv, mesh))
-
-
-def _run(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Mesh) -> None:
-    with sole_run(cfg, mesh):
-        metrics = train(cfg, inputs, argv, mesh=mesh)
-        model = shlex.quote(str(cfg.model_dir))
-        following = (f"megarlhf ppo actor.init={shlex.quote(cfg.model)} reward.init={model} prompts.source=FILE",)
-        conclude(cfg.run_dir, metrics, ("reward/loss", "reward/pair_accuracy", "reward/auc"), following, mesh)
-
-
-def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
+def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
     """Train, measure, normalise and save. Collective; returns the last metrics."""
     check_one_day(inputs.tokenizer, mesh)
     measured = responses_to_measure(inputs)
-    role = build_role(cfg, inputs, mesh)
+    pupil = models(cfg, inputs, mesh)
+    role = pupil.role
+    print_choices(role.settings.compute.choices, mesh)
+    print_memory_plan([role], mesh)
     pairs, labelled = inputs.pairs, inputs.labelled
     for name, rows in (("pairs", pairs), ("labelled", labelled), ("heldout", inputs.heldout)):
         if rows is not None:
@@ -221,7 +210,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], *, mesh:
     point_loader = Loader(len(labelled), cfg.labelled_batch, seed=cfg.seed) if labelled else None
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     loaders = {name: loader for name, loader in (("pairs", pair_loader), ("labelled", point_loader)) if loader}
-    run = Run(cfg, {"reward": role}, loaders, guard, mesh)
+    run = Run(cfg, pupil.learners, loaders, guard, mesh)
     clock = Clock(mesh.device, mesh.trail, mesh.work)
 
     def step(index: int) -> Metrics:
@@ -283,13 +272,10 @@ def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> None:
     say([f"steps: {inputs.steps:,}, each of {batches}"], mesh)
 
 
-def build_role(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> TrainableRole:
+def models(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> Pupil:
     """The model, ready to learn. Collective."""
     body = Model("model", cfg.model, inputs.model)
-    role = learner("reward", body, SequenceScores(), cfg.optim, inputs.steps, cfg, mesh)
-    print_choices(role.settings.compute.choices, mesh)
-    print_memory_plan([role], mesh)
-    return role
+    return Pupil(learner("reward", body, SequenceScores(), cfg.optim, inputs.steps, cfg, mesh))
 
 
 def responses_to_measure(inputs: RewardInputs) -> LabelledResponses:
@@ -329,3 +315,20 @@ def measure(role: TrainableRole, responses: LabelledResponses, *, heldout: bool)
             statistic = scipy.stats.mannwhitneyu(scores[right].numpy(), scores[~right].numpy()).statistic
             metrics["reward/auc"] = float(statistic) / (int(right.sum()) * int((~right).sum()))
     return {**metrics, "reward/centre": metrics["reward/score_mean"]}
+
+
+def _following(cfg: RewardConfig) -> tuple[str, ...]:
+    actor, model = shlex.quote(cfg.model), shlex.quote(str(cfg.model_dir))
+    return (f"megarlhf ppo actor.init={actor} reward.init={model} prompts.source=FILE",)
+
+
+TRAINER = Trainer(
+    title="reward model",
+    config=RewardConfig,
+    prepare=prepare,
+    models=models,
+    learners={"reward": Learner(Couples, judgement_loss)},
+    train=train,
+    shown=("reward/loss", "reward/pair_accuracy", "reward/auc"),
+    following=_following,
+)

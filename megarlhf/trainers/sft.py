@@ -22,11 +22,9 @@ from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import GLOSSARY, Metrics
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
-from megarlhf.runs.ending import conclude
 from megarlhf.runs.guard import StepGuard
-from megarlhf.runs.loop import Run, open_run, run_steps, sole_run
+from megarlhf.runs.loop import Run, open_run, run_steps
 from megarlhf.runs.settings import RunConfig
-from megarlhf.runs.stopping import stopping_at_start
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
@@ -36,10 +34,10 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
-from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
 
 class SftConfig(RunConfig):
@@ -88,27 +86,13 @@ def prepare(cfg: SftConfig) -> SftInputs:
     return SftInputs(model, tokenizer, data, rows, steps)
 
 
-def main(cfg: SftConfig, argv: Sequence[str]) -> int:
-    """`megarlhf sft`."""
-    with stopping_at_start():
-        return on_ranks(cfg, argv, prepare, lambda cfg, inputs, mesh: _run(cfg, inputs, argv, mesh))
-
-
-def _run(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) -> None:
-    with sole_run(cfg, mesh):
-        metrics = train(cfg, inputs, argv, mesh=mesh)
-        model = shlex.quote(str(cfg.model_dir))
-        following = (
-            f"megarlhf generate model={model} prompt='...'",
-            f"megarlhf reward model={model} pairs.source=FILE",
-        )
-        conclude(cfg.run_dir, metrics, ("sft/loss",), following, mesh)
-
-
-def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh) -> Metrics:
+def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
     """Train and save the model to `cfg.model_dir`. Collective; returns the last step's metrics."""
     check_one_day(inputs.tokenizer, mesh)
-    role = build_role(cfg, inputs, mesh)
+    pupil = models(cfg, inputs, mesh)
+    role = pupil.role
+    print_choices(role.settings.compute.choices, mesh)
+    print_memory_plan([role], mesh)
     print_dropped("data", inputs.rows.dropped, len(inputs.rows), mesh)
     sets = [DataSet("data", cfg.data, inputs.data, inputs.rows)]
     say_data(sets, inputs.tokenizer, mesh, epochs={"data": inputs.steps * cfg.global_batch / len(inputs.rows)})
@@ -116,7 +100,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
     say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} rows"], mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
-    run = Run(cfg, {"model": role}, {"data": loader}, guard, mesh)
+    run = Run(cfg, pupil.learners, {"data": loader}, guard, mesh)
     clock = Clock(mesh.device, mesh.trail, mesh.work)
 
     def step(index: int) -> Metrics:
@@ -140,13 +124,10 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], *, mesh: Mesh)
     return metrics
 
 
-def build_role(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> TrainableRole:
+def models(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> Pupil:
     """The model, ready to learn. Collective."""
     start_from = Model("model", cfg.model, inputs.model)
-    role = learner("model", start_from, LabelLogprobs(1.0), cfg.optim, inputs.steps, cfg, mesh)
-    print_choices(role.settings.compute.choices, mesh)
-    print_memory_plan([role], mesh)
-    return role
+    return Pupil(learner("model", start_from, LabelLogprobs(1.0), cfg.optim, inputs.steps, cfg, mesh))
 
 
 def next_token_loss(role: TrainableRole) -> Loss[TokenBatch]:
@@ -157,3 +138,20 @@ def next_token_loss(role: TrainableRole) -> Loss[TokenBatch]:
         return LossSums(-logprobs.sum(dtype=torch.float64), states.count, {})
 
     return loss
+
+
+def _following(cfg: SftConfig) -> tuple[str, ...]:
+    model = shlex.quote(str(cfg.model_dir))
+    return (f"megarlhf generate model={model} prompt='...'", f"megarlhf reward model={model} pairs.source=FILE")
+
+
+TRAINER = Trainer(
+    title="SFT",
+    config=SftConfig,
+    prepare=prepare,
+    models=models,
+    learners={"model": Learner(TokenBatch, lambda role, _: next_token_loss(role))},
+    train=train,
+    shown=("sft/loss",),
+    following=_following,
+)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.over_optimisation import Fall, Seen, accuracy_fall
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.policy_config import PolicyConfig
 
 OVER_OPTIMISED = "warning/over_optimised"
 KL_OVER_BOUND = "warning/kl_over_bound"
@@ -17,7 +17,7 @@ WARNINGS = (OVER_OPTIMISED, KL_OVER_BOUND)
 class Watch:
     """Reads every iteration's metrics, which are the same on every rank; so are its answers."""
 
-    def __init__(self, cfg: PPOConfig) -> None:
+    def __init__(self, cfg: PolicyConfig) -> None:
         self._cfg = cfg
         self._history: list[Seen] = []
         self._said: set[str] = set()

@@ -110,7 +110,7 @@ class Doors:
 
     @cached_property
     def _role(self) -> TrainableRole:
-        return sft.build_role(self._cfg, sft.prepare(self._cfg.model_copy(update={"run_dir": self._out})), self._mesh)
+        return sft.models(self._cfg, sft.prepare(self._cfg.model_copy(update={"run_dir": self._out})), self._mesh).role
 
 
 def nonsense(role: TrainableRole) -> None:
@@ -144,7 +144,7 @@ def make(folder: Path) -> None:
     to_megatron(folder / "single", folder / "converted", QUIET)
     to_hf(folder / "converted", folder / "exported", Options(progress=False, max_shard_bytes=200_000))
     cfg = settings_of(folder)
-    sft.train(cfg, sft.prepare(cfg), [], mesh=start(ONE, seed=1))
+    sft.train(cfg, sft.prepare(cfg), [], start(ONE, seed=1))
     shutil.move(cfg.model_dir, folder / "trained")
     shutil.move(cfg.run_dir, folder / "run")
 

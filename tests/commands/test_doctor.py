@@ -18,7 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megarlhf.checkpoint import model_directory as sharded
 from megarlhf.commands import doctor
-from megarlhf.commands.doctor import DoctorConfig
 from megarlhf.errors import TrainingError
 from megarlhf.gates.cheap import cheap_gates, fingerprint, gate_prompts, state_of
 from megarlhf.gates.gate import Gate, bounds_of, check_gates, skip
@@ -33,8 +32,9 @@ from megarlhf.parallel.mesh import start
 from megarlhf.parallel.offload import Offloader
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.runtime import roles as runtime_roles
+from megarlhf.trainers import ppo
 from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo import build_engine, build_roles
+from megarlhf.trainers.ppo import PPOConfig
 from tests.helpers.models import language_model, name_of, score_model
 from tests.helpers.ranks import run_ranks
 from tests.trainers.worlds import iterate
@@ -56,7 +56,7 @@ ONE_RANK = {
 SEVERAL = ONE_RANK | {"layout, log-probs", "layout, gradient"}
 
 
-def config(folder: str, layout: ParallelLayout, **changes: Any) -> DoctorConfig:
+def config(folder: str, layout: ParallelLayout, **changes: Any) -> PPOConfig:
     """A small run on the directories of `models`."""
     settings = {
         "run_dir": f"{folder}/run",
@@ -70,7 +70,8 @@ def config(folder: str, layout: ParallelLayout, **changes: Any) -> DoctorConfig:
         "global_batch": 16,
         "micro_batch": 4,
     }
-    return DoctorConfig.model_validate({**settings, **changes})
+    settings_class: Any = doctor.settings_of("ppo")
+    return settings_class.model_validate({**settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +189,12 @@ def save_in_bfloat16(patch: Patch) -> None:
 def examined(layout: ParallelLayout, folder: str, fault: Callable[[Patch], None], changes: Any) -> list[Gate]:
     """What the doctor finds on a machine with the fault."""
     cfg = config(folder, layout, **changes)
-    inputs = doctor._prepare(cfg)
+    inputs = doctor.inputs_of(ppo.TRAINER, cfg)
     with pytest.MonkeyPatch.context() as patch:
-        alternative = doctor.one_rank(cfg, inputs) if is_first() else ""
+        alternative = doctor.one_rank(ppo.TRAINER, cfg, inputs) if is_first() else ""
         mesh = start(layout, seed=1)
         fault(patch)
-        return list(doctor.examine(cfg, inputs, broadcast_object(alternative, mesh, "world"), mesh))
+        return list(doctor.examine(ppo.TRAINER, cfg, inputs, broadcast_object(alternative, mesh, "world"), mesh))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
@@ -249,31 +250,30 @@ def test_a_fault_of_one_layout_fails_the_gates_of_layouts(models: str) -> None:
 def first_iteration(layout: ParallelLayout, folder: str, gated: bool) -> dict[str, Any]:
     """The metrics of an iteration, after the cheap gates or without, and whether the gates changed anything."""
     cfg = config(folder, layout, global_batch=4, micro_batch=2)
-    inputs = doctor._prepare(cfg)
+    inputs = doctor.inputs_of(ppo.TRAINER, cfg)
     mesh = start(layout, seed=1)
-    roles = build_roles(cfg, inputs, mesh)
-    engine = build_engine(cfg, inputs, roles.actor)
+    cast = ppo.TRAINER.models(cfg, inputs, mesh)
     prompts = gate_prompts(inputs.prompts, mesh)
-    iterate(roles, engine, prompts, cfg, 0)  # so that there are moments to disturb
+    iterate(cast, prompts, cfg, 0)  # so that there are moments to disturb
 
     def state() -> list[Any]:
         prints = []
-        for role in roles.every:
+        for role in cast.every:
             with role.resident(*role.parts):
                 prints.append(state_of(role))
-        return [*prints, torch.get_rng_state().tolist(), roles.resident_bytes()]
+        return [*prints, torch.get_rng_state().tolist(), cast.resident_bytes()]
 
     before, gates, late = state(), [], []
-    loss = policy_loss(roles.actor, cfg)
+    loss = policy_loss(cast.actor, cfg)
     if gated:
-        gates = cheap_gates(roles, engine, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
+        gates = cheap_gates(cast, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
     unchanged = state() == before
-    metrics = iterate(roles, engine, prompts, cfg, 1).metrics
+    metrics = iterate(cast, prompts, cfg, 1).metrics
     counted = {name: value for name, value in metrics.items() if name.split("/")[0] not in MACHINE}
     if gated:
         with pytest.MonkeyPatch.context() as patch:
             lose_a_tensor(patch)
-            late = cheap_gates(roles, engine, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
+            late = cheap_gates(cast, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
     return {"gates": gates, "unchanged": unchanged, "metrics": counted, "late": late}
 
 

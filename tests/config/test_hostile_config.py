@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import time
@@ -13,7 +12,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from megarlhf.cli import COMMANDS
+from megarlhf import cli
 from megarlhf.config import Config, describe, load_config
 from megarlhf.config.base import MOST_WHOLE
 from megarlhf.errors import ConfigError
@@ -56,15 +55,13 @@ def said(tmp_path: Path, text: str | bytes, *overrides: str) -> str:
     return str(caught.value)
 
 
-def settings_class(where: str) -> type[Config]:
-    module, _, name = where.partition(":")
-    return vars(importlib.import_module(module))[name]
+COMMANDS = cli.commands()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN", "1e300", "-1e300", "1e-300", "1e400", str(10**30)])
 def test_no_number_of_any_command_takes_a_value_without_sense(command: str, value: str) -> None:
-    cls = settings_class(COMMANDS[command].settings)
+    cls = cli.program(COMMANDS[command])[0]
     numbers = [row.name for row in describe(cls) if {"int", "float"} & set(row.type.replace("|", " ").split())]
     given: dict[str, Any] = {}
     for name in numbers:
@@ -245,9 +242,7 @@ WILD = [
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_mutated_settings_are_read_or_refused_with_one_message(seed: int, tmp_path: Path) -> None:
     random, outcomes = Random(seed), {"read": 0, "refused": 0}
-    classes = [
-        settings_class(command.settings) for name, command in COMMANDS.items() if name not in ("report", "replay")
-    ]
+    classes = [cli.program(command)[0] for name, command in COMMANDS.items() if name not in ("report", "replay")]
     file = tmp_path / "settings.yaml"
     for _ in range(300):
         cls = random.choice(classes)

@@ -12,7 +12,7 @@ from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig, pad_right
 from megarlhf.data.tokenizer import Tokenizer, build_tiny_tokenizer
-from megarlhf.trainers.ppo_metrics import judged_rollouts
+from megarlhf.trainers.policy_metrics import judged_rollouts
 
 TALK = [{"role": "user", "content": "Tom has 5 apples."}, {"role": "assistant", "content": "5"}]
 PROMPTS = ["Tom has 5 apples.", "Tom has 5 apples. " * 40, TALK, "Eva has 7 shells."]

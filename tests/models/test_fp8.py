@@ -24,7 +24,7 @@ from megarlhf.rollout import engine as engine_module
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.ppo import PPOConfig
 from tests.helpers.models import learner, name_of, ragged_rollout, settings
 from tests.helpers.ranks import run_with_engine
 from tests.rollout.worlds import EOS, PAD, prompts

@@ -18,8 +18,7 @@ from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo import value_loss
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.ppo import PPOConfig, value_loss
 from megarlhf.trainers.sft import next_token_loss
 from tests.helpers.models import language_model, learner, score_model, settings
 from tests.helpers.ranks import run_ranks

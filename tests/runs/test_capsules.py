@@ -26,7 +26,7 @@ from megarlhf.parallel.mesh import start
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.capsule import leave_capsule, read_batch, read_notes, tensors_of, texts_of, write_capsule
 from megarlhf.trainers import ppo, sft
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.models import language_model, score_model
 from tests.helpers.ranks import run_ranks
@@ -76,7 +76,7 @@ def test_batches_come_back_as_they_were(tmp_path: Path) -> None:
 def explode(cfg: SftConfig) -> str:
     """A learning rate that no model survives."""
     with pytest.raises(TrainingError) as failed:
-        sft.train(cfg, sft.prepare(cfg), ["sft"], mesh=start(cfg.layout, seed=1))
+        sft.train(cfg, sft.prepare(cfg), ["sft"], start(cfg.layout, seed=1))
     return str(failed.value)
 
 
@@ -126,7 +126,7 @@ def hang(cfg: SftConfig) -> str:
     mesh = start(cfg.layout, seed=1, timeout_s=cfg.timeout_s)
     with spoilt_step(3, lambda: time.sleep(3 * cfg.timeout_s)):
         try:
-            sft.train(cfg, sft.prepare(cfg), ["sft"], mesh=mesh)
+            sft.train(cfg, sft.prepare(cfg), ["sft"], mesh)
         except TrainingError as error:
             return str(error)
         except RuntimeError as error:
@@ -151,7 +151,7 @@ def fail(cfg: SftConfig) -> str:
     """Rank 1 raises in its third step; the other hears of it in a collective, or times out."""
     mesh = start(cfg.layout, seed=1, timeout_s=cfg.timeout_s)
     with spoilt_step(3, lambda: 1 / 0), pytest.raises((ArithmeticError, RuntimeError, TrainingError)) as failed:
-        sft.train(cfg, sft.prepare(cfg), ["sft"], mesh=mesh)
+        sft.train(cfg, sft.prepare(cfg), ["sft"], mesh)
     return type(failed.value).__name__
 
 
@@ -188,11 +188,11 @@ def spoil_ppo(cfg: PPOConfig) -> str:
 
         return loss
 
-    mesh, inputs = start(cfg.layout, seed=1), ppo.prepare(cfg)
+    mesh, inputs = start(cfg.layout, seed=1), ppo.TRAINER.prepare(cfg)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "value_loss", spoilt)
         with pytest.raises(TrainingError) as failed:
-            ppo.train(cfg, inputs, ["ppo"], mesh=mesh)
+            ppo.TRAINER.train(cfg, inputs, ["ppo"], mesh)
     return str(failed.value)
 
 

@@ -24,7 +24,7 @@ from megarlhf.parallel.mesh import start
 from megarlhf.runs.loop import Run
 from megarlhf.trainers import ppo, reward, sft
 from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.models import (
@@ -103,9 +103,9 @@ def run_ppo(layout: ParallelLayout, stop: int | None, where: str, folder: str) -
     cfg = ppo_settings(Path(where), layout, folder)
     if stop is not None:
         with stopped_after(stop):
-            ppo.train(cfg, ppo.prepare(cfg), [], mesh=mesh)
+            ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
         return {}
-    ppo.train(cfg, ppo.prepare(cfg), [], mesh=mesh)
+    ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
     return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
 
 
@@ -160,7 +160,7 @@ def run_reward(stop: int | None, where: str) -> None:
     inputs = reward.prepare(cfg)
     assert inputs.steps >= 4
     with stopped_after(stop) if stop is not None else nullcontext():
-        reward.train(cfg, inputs, [], mesh=mesh)
+        reward.train(cfg, inputs, [], mesh)
 
 
 def test_a_stopped_reward_model_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def stop_early(where: str, folder: str) -> None:
     mesh = start(ParallelLayout(), seed=1)
     cfg = ppo_settings(Path(where), ParallelLayout(), folder)
     with stopped_after(1):
-        ppo.train(cfg, ppo.prepare(cfg), [], mesh=mesh)
+        ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
 
 
 def test_other_settings_and_finished_runs_are_refused(folder: str, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def go_on_slower(where: str) -> None:
             }
         )
         with stop:
-            sft.train(cfg, sft.prepare(cfg), [], mesh=mesh)
+            sft.train(cfg, sft.prepare(cfg), [], mesh)
 
 
 def test_a_run_goes_on_with_a_lower_learning_rate(tmp_path: Path) -> None:

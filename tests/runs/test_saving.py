@@ -28,7 +28,7 @@ from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, better
 from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.disks import no_file_beyond
@@ -94,9 +94,9 @@ BY = [
     (SftConfig, sft.prepare, {**MODEL, "data": ROWS, "global_batch": 8, "micro_batch": 4}, "-sft/loss", "reward/auc"),
     (RewardConfig, reward.prepare, {**MODEL, "pairs": ROWS, "pairs_batch": 8}, "reward/pair_accuracy", "reward/auc"),
     (RewardConfig, reward.prepare, {**MODEL, "pairs": ROWS, "pairs_batch": 8}, "-reward/loss", "reward/accuracy"),
-    (PPOConfig, ppo.prepare, {"verifier": "none"}, "rollout/score_mean", "rollout/accuracy"),
-    (PPOConfig, ppo.prepare, {"verifier": "arithmetic"}, "rollout/accuracy", "rollout/scores"),
-    (PPOConfig, ppo.prepare, {"verifier": "arithmetic"}, "-kl/reference_mean", "sft/loss"),
+    (PPOConfig, ppo.TRAINER.prepare, {"verifier": "none"}, "rollout/score_mean", "rollout/accuracy"),
+    (PPOConfig, ppo.TRAINER.prepare, {"verifier": "arithmetic"}, "rollout/accuracy", "rollout/scores"),
+    (PPOConfig, ppo.TRAINER.prepare, {"verifier": "arithmetic"}, "-kl/reference_mean", "sft/loss"),
 ]
 
 

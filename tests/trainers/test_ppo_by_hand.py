@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from megarlhf.parallel.mesh import start
 from tests.helpers.by_hand import load_by_hand
 from tests.helpers.models import name_of, whole_weights, worst
 from tests.helpers.ranks import run_ranks
-from tests.trainers.worlds import Canned, iterate, ppo_config, ppo_roles
+from tests.trainers.worlds import Canned, iterate, ppo_cast, ppo_config
 
 by_hand = load_by_hand()
 
@@ -140,17 +140,17 @@ def step(layout: ParallelLayout, folder: str, rollout: Rollout, epochs: int) -> 
         micro_batch=4,
         ppo_epochs=epochs,
     )
-    roles = ppo_roles(cfg, mesh)
+    cast = ppo_cast(cfg, mesh)
     nothing = Prompts(torch.ones(1, 1, dtype=torch.int64), torch.tensor([1]), torch.tensor([0]), ("",))
-    done = iterate(roles, Canned(rollout, roles), nothing, cfg)
+    done = iterate(replace(cast, sampler=Canned(rollout, cast.actor)), nothing, cfg)
     seen = {**done.scored._asdict(), **done.estimate._asdict()}
     del seen["rollout"]
     seen["whitened_advantages"] = seen.pop("whitened")
     return {
         "seen": seen,
         "metrics": done.metrics,
-        "actor": whole_weights(roles.actor),
-        "critic": whole_weights(roles.critic),
+        "actor": whole_weights(cast.actor),
+        "critic": whole_weights(cast.critic),
     }
 
 

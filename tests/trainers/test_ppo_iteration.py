@@ -18,7 +18,7 @@ from megarlhf.parallel.offload import Offloader
 from megarlhf.rollout.engine import RolloutEngine
 from tests.helpers.models import language_model, name_of, score_model
 from tests.helpers.ranks import run_ranks
-from tests.trainers.worlds import iterate, ppo_config, ppo_roles
+from tests.trainers.worlds import iterate, ppo_cast, ppo_config
 
 LAYOUTS = [
     ParallelLayout(),
@@ -109,26 +109,25 @@ def train(layout: ParallelLayout, folder: str) -> dict[str, Any]:
     gc.freeze()  # from here on gc knows only what is new
     with pytest.MonkeyPatch.context() as patch:
         watch = Watch(patch)
-        roles = ppo_roles(cfg, mesh)
+        cast = ppo_cast(cfg, mesh, 20)
         peaks = {"build": watch.take()}
-        idle = roles.resident_bytes()
-        engine = RolloutEngine(roles.actor.model, roles.actor.spec, mesh, eos_ids=[3], pad_id=0, max_sequence_length=20)
+        idle = cast.resident_bytes()
         every = prompts()
         metrics = []
         for iteration in range(2):
-            metrics.append(iterate(roles, engine, every, cfg, iteration).metrics)
+            metrics.append(iterate(cast, every, cfg, iteration).metrics)
             peaks[f"iteration {iteration}"] = watch.take()
-        idle = max(idle, roles.resident_bytes())
+        idle = max(idle, cast.resident_bytes())
         single = {}
-        for role in roles.every:
+        for role in cast.every:
             with role.resident(*role.parts):
                 single[role.name] = role.resident_bytes()
         watch.take()
-        roles.reference._offloaders["weights"].to_device()
-        iterate(roles, engine, every, cfg, 2)
+        cast.reference._offloaders["weights"].to_device()
+        iterate(cast, every, cfg, 2)
         forgetful = watch.take()
     gc.unfreeze()
-    planned = {role.name: sum(role.planned_bytes()) for role in roles.every}
+    planned = {role.name: sum(role.planned_bytes()) for role in cast.every}
     return {"metrics": metrics, "peaks": peaks, "idle": idle, "single": single, "planned": planned, "fault": forgetful}
 
 

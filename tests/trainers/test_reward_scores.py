@@ -17,11 +17,12 @@ from megarlhf.models.spec import preset
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import reward
-from megarlhf.trainers.ppo_config import PPOConfig, cut_score_remark
+from megarlhf.trainers.policy_config import cut_score_remark
+from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.reward import RewardConfig, RewardInputs
 from tests.helpers.models import frozen
 from tests.helpers.ranks import run_ranks
-from tests.trainers.worlds import ppo_config, ppo_roles
+from tests.trainers.worlds import ppo_cast, ppo_config
 
 DATA = {"template": "plain", "arithmetic": {"level": 1, "rows": 40}}
 CASES: dict[str, dict[str, Any]] = {
@@ -70,12 +71,12 @@ def trained(where: str) -> dict[str, Trained]:
             }
         )
         inputs = reward.prepare(cfg)
-        reward.train(cfg, inputs, [], mesh=mesh)
+        reward.train(cfg, inputs, [], mesh)
         described = describe_model(str(cfg.model_dir))
         judge = frozen(str(cfg.model_dir), SequenceScores(described.score_offset, described.score_scale), mesh)
         rows, right = measured(inputs)
-        roles = ppo_roles(ppo_config(Path(where), mesh.layout, "tiny-xs", str(cfg.model_dir)), mesh)
-        found[name] = (judge.score(rows), right, described, roles.wrong_score)
+        cast = ppo_cast(ppo_config(Path(where), mesh.layout, "tiny-xs", str(cfg.model_dir)), mesh)
+        found[name] = (judge.score(rows), right, described, cast.wrong_score)
     return found
 
 

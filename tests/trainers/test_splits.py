@@ -21,8 +21,7 @@ from megarlhf.parallel.mesh import start
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers.policy_loss import policy_loss
-from megarlhf.trainers.ppo import value_loss
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.ppo import PPOConfig, value_loss
 from megarlhf.trainers.reward import RewardConfig, couple, judgement_loss
 from megarlhf.trainers.sft import next_token_loss
 from tests.helpers.models import (

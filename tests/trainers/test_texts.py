@@ -28,8 +28,9 @@ from megarlhf.parallel import mesh
 from megarlhf.runtime.checks import Model
 from megarlhf.runtime.said import DataSet, remarks, visible
 from megarlhf.trainers import ppo
-from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs
-from megarlhf.trainers.ppo_metrics import accuracy_metric, judged_rollouts
+from megarlhf.trainers.policy_config import PolicyInputs
+from megarlhf.trainers.policy_metrics import accuracy_metric, judged_rollouts
+from megarlhf.trainers.ppo import PPOConfig
 from tests.helpers.refusal import PPO, ModelWasBuiltError, assert_matches, write_model
 
 Refused = Callable[..., str]
@@ -83,9 +84,9 @@ def prompts_file(answers: Sequence[str | None]) -> str:
     return "prompts.source=own.jsonl"
 
 
-def prepared(*changes: str) -> PPOInputs:
+def prepared(*changes: str) -> PolicyInputs:
     sizes = ("rollout_batch=2", "global_batch=2", "micro_batch=1")
-    return ppo.prepare(load_config(PPOConfig, None, ["run_dir=run", *PPO[1:], *sizes, *changes]))
+    return ppo.TRAINER.prepare(load_config(PPOConfig, None, ["run_dir=run", *PPO[1:], *sizes, *changes]))
 
 
 def test_only_the_built_in_task_has_a_verifier_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ def test_cosmetic_differences_of_tokenizers_do_not_count(tmp_path: Path, monkeyp
     for name in ("own", "other"):
         write_model(Path(name))
     padded(Path("other"))
-    assert ppo.prepare(ppo_of("own", "other")).tokenizer.source == "own"
+    assert ppo.TRAINER.prepare(ppo_of("own", "other")).tokenizer.source == "own"
 
 
 def test_a_tokenizer_given_by_hand_is_the_model_s_own(refused: Refused) -> None:
@@ -238,15 +239,15 @@ def test_a_run_sees_the_same_prompts_after_midnight(
     dated(Path("own"))
     cfg = ppo_of("own", "own", "prompts.template=chat")
     clock("west")
-    first = ppo.prepare(cfg)
+    first = ppo.TRAINER.prepare(cfg)
     clock("east")
-    assert ppo.prepare(cfg).prompts.tokens != first.prompts.tokens, "the template does not tell the day"
+    assert ppo.TRAINER.prepare(cfg).prompts.tokens != first.prompts.tokens, "the template does not tell the day"
     # What a run writes when it starts.
     write_provenance(cfg.run_dir, cfg.pinned(first.tokenizer.date), [])
     (cfg.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert ppo.prepare(cfg).prompts.tokens == first.prompts.tokens
+    assert ppo.TRAINER.prepare(cfg).prompts.tokens == first.prompts.tokens
     with pytest.raises(ConfigError, match=r"other settings .*date"):
-        ppo.prepare(load_config(PPOConfig, None, [*_overrides(cfg), "date=2001-02-03"]))
+        ppo.TRAINER.prepare(load_config(PPOConfig, None, [*_overrides(cfg), "date=2001-02-03"]))
 
 
 def _overrides(cfg: PPOConfig) -> list[str]:

@@ -13,7 +13,7 @@ from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import ppo
-from megarlhf.trainers.ppo_config import PPOConfig
+from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.watch import KL_OVER_BOUND, OVER_OPTIMISED, Watch
 from tests.helpers.models import language_model, score_model
 from tests.helpers.ranks import run_ranks
@@ -80,7 +80,7 @@ def run(where: str, folder: str) -> str:
     changes = {"kl_bound": 1e-9, "stop_when_over_optimised": True, "save_every": 0, "iterations": 12}
     cfg = ppo_settings(Path(where), mesh.layout, folder, **changes)
     with redirect_stderr(StringIO()) as said:
-        ppo.train(cfg, ppo.prepare(cfg), [], mesh=mesh)
+        ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
     return said.getvalue()
 
 

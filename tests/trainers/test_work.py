@@ -12,10 +12,9 @@ from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.rollout.engine import RolloutEngine
 from tests.helpers.models import language_model, name_of, score_model
 from tests.helpers.ranks import run_ranks
-from tests.trainers.worlds import iterate, ppo_config, ppo_roles
+from tests.trainers.worlds import iterate, ppo_cast, ppo_config
 
 GROUP, EPOCHS = 2, 3
 
@@ -72,13 +71,12 @@ def count(layout: ParallelLayout, folder: str) -> list[dict[str, Any]]:
         value_warmup_iterations=1,
         iterations=2,
     )
-    roles = ppo_roles(cfg, mesh)
-    engine = RolloutEngine(roles.actor.model, roles.actor.spec, mesh, eos_ids=[3], pad_id=0, max_sequence_length=20)
+    cast = ppo_cast(cfg, mesh, 20)
     seen = []
     for index in range(2):
-        done = iterate(roles, engine, prompts(), cfg, index)
-        roles.actor.score(done.scored.rollout)  # in no phase: a check of the run, and not its work
-        expected = by_hand(roles.actor.spec, roles.reward.spec, done.scored.rollout.to("cpu"), actor_learns=index == 1)
+        done = iterate(cast, prompts(), cfg, index)
+        cast.actor.score(done.rollout)  # in no phase: a check of the run, and not its work
+        expected = by_hand(cast.actor.spec, cast.reward.spec, done.rollout.to("cpu"), actor_learns=index == 1)
         seen.append({"metrics": done.metrics, "expected": expected})
     return seen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import build_tiny_tokenizer
-from megarlhf.models.roles import Roles
+from megarlhf.models.role import Role
 from megarlhf.observe.clock import Clock
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runs.guard import StepGuard
+from megarlhf.runtime.checks import Model
+from megarlhf.trainers.policy_config import PolicyInputs
 from megarlhf.trainers.policy_loop import Turn
-from megarlhf.trainers.ppo import Iteration, build_roles, ppo_iteration
-from megarlhf.trainers.ppo_config import PPOConfig, PPOInputs
+from megarlhf.trainers.ppo import PPOCast, PPOConfig, PPOIteration, models, ppo_iteration
 
 NO_PROMPTS = PromptSet(tokens=[[1]], answers=[""], ids=[0], pad_id=0, dropped=0, said=[""])
 
@@ -39,33 +41,21 @@ def ppo_config(run_dir: Path, layout: ParallelLayout, init: str, judge: str, **c
     return PPOConfig.model_validate({**settings, **changes})
 
 
-def ppo_roles(cfg: PPOConfig, mesh: Mesh) -> Roles:
-    """The four roles as `megarlhf ppo` builds them."""
-    models = {
-        "actor": describe_model(cfg.actor.init),
-        "critic": describe_model(cfg.critic_init),
-        "reference": describe_model(cfg.reference_init),
-        "reward": describe_model(cfg.reward.init),
-    }
-    return build_roles(
-        cfg,
-        PPOInputs(
-            **models,
-            tokenizer=build_tiny_tokenizer(words()),
-            data=cfg.prompts,
-            prompts=NO_PROMPTS,
-            verifier=None,
-            doubts="",
-        ),
-        mesh,
-    )
+def ppo_cast(cfg: PPOConfig, mesh: Mesh, longest: int = 64) -> PPOCast:
+    """The four models as `megarlhf ppo` builds them; up to `longest` tokens, EOS 3, padding 0."""
+    inits = {role: Model(f"{role}.init", init, describe_model(init)) for role, init in cfg.inits.items()}
+    tokenizer = build_tiny_tokenizer(words())
+    inputs = PolicyInputs(inits, tokenizer, data=cfg.prompts, prompts=NO_PROMPTS, verifier=None, doubts="")
+    cast = models(cfg, inputs, mesh)
+    actor = cast.actor
+    sampler = RolloutEngine(actor.model, actor.spec, mesh, eos_ids=[3], pad_id=0, max_sequence_length=longest)
+    return replace(cast, sampler=sampler)
 
 
 class Canned(RolloutEngine):
     """Gives one prepared rollout."""
 
-    def __init__(self, rollout: Rollout, roles: Roles) -> None:
-        role = roles.actor
+    def __init__(self, rollout: Rollout, role: Role) -> None:
         super().__init__(role.model, role.spec, role.mesh, eos_ids=[1], pad_id=0, max_sequence_length=64)
         self._answer = rollout
 
@@ -73,9 +63,9 @@ class Canned(RolloutEngine):
         return self._answer
 
 
-def iterate(roles: Roles, engine: RolloutEngine, prompts: Prompts, cfg: PPOConfig, iteration: int = 0) -> Iteration:
-    """One PPO iteration that allows no skipped step."""
-    mesh = roles.actor.mesh
-    guard = StepGuard(cfg.run_dir, 0, mesh)
-    turn = Turn(iteration, cfg.seed, Clock(mesh.device, mesh.trail, mesh.work), guard)
-    return ppo_iteration(roles, engine, prompts, cfg, turn)
+def iterate(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, iteration: int = 0) -> PPOIteration:
+    """One PPO iteration that allows no skipped step, and what its clock says."""
+    mesh = cast.actor.mesh
+    turn = Turn(iteration, cfg.seed, Clock(mesh.device, mesh.trail, mesh.work), StepGuard(cfg.run_dir, 0, mesh))
+    done = ppo_iteration(cast, prompts, cfg, turn)
+    return replace(done, metrics={**done.metrics, **turn.clock.metrics()})

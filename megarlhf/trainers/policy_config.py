@@ -1,7 +1,8 @@
-"""Settings of PPO and the checks they must pass before anything is built."""
+"""Settings that every algorithm of reinforcement learning has, and their checks before anything is built."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -38,7 +39,7 @@ class LearnerConfig(Config):
 
     init: str = ""
     """Where its weights start: a Hugging Face or megarlhf directory, or a preset drawn from `seed`. The actor needs
-    one; empty for the critic means that of the reward model."""
+    one; empty for a critic means that of the reward model."""
     optim: OptimConfig = OptimConfig()
     """Its optimiser."""
 
@@ -51,15 +52,13 @@ class FrozenConfig(Config):
     one; empty for the reference means the actor's start."""
 
 
-class PPOConfig(RunConfig):
-    """`megarlhf ppo`: actor, critic, reference and reward model on the same ranks."""
+class PolicyConfig(RunConfig):
+    """A policy that is rolled out, scored by a reward model, and improved: what does not depend on how it learns."""
 
     actor: LearnerConfig = LearnerConfig()
     """The policy; `actor.init` is usually the SFT model."""
-    critic: LearnerConfig = LearnerConfig()
-    """The value model. Source of its start, the reward model: Huang et al. 2024."""
     reference: FrozenConfig = FrozenConfig()
-    """The policy that the KL penalty pulls towards."""
+    """The policy that the KL is measured to."""
     reward: FrozenConfig = FrozenConfig()
     """The model that scores responses."""
     tokenizer: str = ""
@@ -76,16 +75,6 @@ class PPOConfig(RunConfig):
     """Responses per prompt; an iteration takes rollout_batch / group_size prompts."""
     global_batch: int = Field(default=512, ge=1)
     """Rollouts per optimiser step, over all data ranks; must divide rollout_batch."""
-    ppo_epochs: int = Field(default=4, ge=1)
-    """Passes over an iteration's rollouts. Source: 4 in Huang et al. 2024."""
-    value_warmup_iterations: int = Field(default=0, ge=0)
-    """First iterations in which only the critic learns; the actor's own warm-up is actor.optim.warmup_steps."""
-    kl_coef: float = Field(default=0.05, ge=0)
-    """Weight of the KL to the reference in the reward, per nat. Source: Huang et al. 2024."""
-    gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount per token. Source: Huang et al. 2024."""
-    gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """Decay of generalised advantage estimation, per token. Source: Huang et al. 2024."""
     clip_range: float = Field(default=0.2, gt=0)
     """The ratio is clipped to 1 +- this. Source: Schulman et al. 2017."""
     entropy_coef: float = Field(default=0.0, ge=0)
@@ -93,16 +82,12 @@ class PPOConfig(RunConfig):
     policy_loss: Annotated[Literal["fused", "composed"], FreeToChange()] = "fused"
     """`fused` makes the loss's gradients while the vocabulary projection is in memory, three matrix products in all;
     `composed` goes through per-token log-probs and needs a fourth. The same loss up to rounding."""
-    value_clip_range: float = Field(default=0.2, gt=0)
-    """Values move at most this far from the old ones, in reward, before the loss ignores them.
-    Source: 0.2 in Huang et al. 2024."""
     missing_eos_score: float | Literal["auto"] | None = "auto"
     """Score of a response cut at the token limit. `auto`: the reward model's, but never more than a wrong response gets
     (its model directory says how much that is) nor than any that ended in the batch; null keeps the reward model's.
     Source: Huang et al. 2024 give -1, which is low only if wrong responses score higher."""
     score_clip: float | None = Field(default=None, gt=0)
-    """Scores are clipped to +- this, in reward, before the KL penalty; null clips nothing."""
-
+    """Scores are clipped to +- this, in reward, before anything is subtracted from them; null clips nothing."""
     verifier: AutoVerifier | Literal["none"] = "auto"
     """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's exact one, math-verify
     (`maths`), or `none`, which logs no accuracy. `auto`: arithmetic for the built-in task, none for your own data."""
@@ -133,9 +118,24 @@ class PPOConfig(RunConfig):
         return self.rollout_batch // self.group_size
 
     @property
+    def epochs(self) -> int:
+        """Passes over an iteration's rollouts."""
+        return 1
+
+    @property
     def steps_per_iteration(self) -> int:
         """Optimiser steps of each learner in one iteration."""
-        return self.ppo_epochs * (self.rollout_batch // self.global_batch)
+        return self.epochs * (self.rollout_batch // self.global_batch)
+
+    @property
+    def first_iteration(self) -> int:
+        """The first iteration in which the actor learns."""
+        return 0
+
+    @property
+    def actor_steps(self) -> int:
+        """Optimiser steps of the actor in all iterations."""
+        return (self.iterations - self.first_iteration) * self.steps_per_iteration
 
     @property
     def reference_init(self) -> str:
@@ -143,19 +143,46 @@ class PPOConfig(RunConfig):
         return self.reference.init or self.actor.init
 
     @property
-    def critic_init(self) -> str:
-        """Where the critic starts."""
-        return self.critic.init or self.reward.init
+    def inits(self) -> dict[str, str]:
+        """Where the model of each role starts."""
+        return {"actor": self.actor.init, "reward": self.reward.init, "reference": self.reference_init}
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of metrics that every iteration logs in which all learners learn."""
+        return ("rollout", "policy")
+
+    def check_sizes(self) -> None:
+        """Raise where the numbers of a run do not go together, before anything is read."""
+        if self.layout.virtual_pipeline > 1:
+            raise LayoutError(
+                f"layout.virtual_pipeline={self.layout.virtual_pipeline} cannot roll out: Megatron-Core's inference "
+                "engine wants one model chunk a rank; set layout.virtual_pipeline=1."
+            )
+        if self.sampling.temperature == 0:
+            raise ConfigError(
+                "sampling.temperature=0 always draws the same response, and a policy learns from differences; set it "
+                "above 0, to 0.7 for example."
+            )
+        for name, part in (("group_size", self.group_size), ("global_batch", self.global_batch)):
+            if self.rollout_batch % part:
+                raise ConfigError(
+                    f"rollout_batch={self.rollout_batch} is not divisible by {name}={part}; change one of them."
+                )
+        check_batch("global_batch", self.global_batch, self.layout, self.micro_batch)
+        self.actor.optim.check(self.actor_steps, "actor.optim")
+
+
+SPEAKERS = ("actor", "reference")
+"""Roles whose models must be language models."""
 
 
 @dataclass(frozen=True)
-class PPOInputs:
+class PolicyInputs:
     """Everything that was read and checked before a model is built."""
 
-    actor: ModelDescription
-    critic: ModelDescription
-    reference: ModelDescription
-    reward: ModelDescription
+    models: Mapping[str, Model]
+    """The model that each role starts from."""
     tokenizer: Tokenizer
     data: DataConfig
     prompts: PromptSet
@@ -163,66 +190,55 @@ class PPOInputs:
     doubts: str
     """What is to be said of answers that are right for no response."""
 
-    def by_role(self, cfg: PPOConfig) -> dict[str, Model]:
-        """The model that each role starts from."""
-        return {
-            "actor": Model("actor.init", cfg.actor.init, self.actor),
-            "reward": Model("reward.init", cfg.reward.init, self.reward),
-            "critic": Model("critic.init", cfg.critic_init, self.critic),
-            "reference": Model("reference.init", cfg.reference_init, self.reference),
-        }
-
-    def models(self, cfg: PPOConfig) -> list[Model]:
+    @property
+    def distinct(self) -> list[Model]:
         """Every model of the run once, the actor's first, by the first setting that names it."""
         found: dict[str, Model] = {}
-        for model in self.by_role(cfg).values():
+        for model in self.models.values():
             found.setdefault(model.init, model)
         return list(found.values())
 
 
-def prepare(cfg: PPOConfig) -> PPOInputs:
+def prepare(cfg: PolicyConfig) -> PolicyInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
-    _check_batches(cfg)
-    models = {
-        "actor": checked_model(cfg.actor.init, cfg.layout, "actor.init", needs="language"),
-        "reward": checked_model(cfg.reward.init, cfg.layout, "reward.init"),
-        "critic": checked_model(cfg.critic_init, cfg.layout, "critic.init"),
-        "reference": checked_model(cfg.reference_init, cfg.layout, "reference.init", needs="language"),
-    }
-    if models["reward"].head == "language" and cfg.reward.init not in PRESETS:
+    cfg.check_sizes()
+    models = {role: _checked(role, init, cfg) for role, init in cfg.inits.items()}
+    actor, reward = models["actor"], models["reward"]
+    if reward.description.head == "language" and reward.init not in PRESETS:
         raise CheckpointError(
-            f"reward.init={cfg.reward.init} is a language model, whose scores would be noise; train a reward model "
+            f"reward.init={reward.init} is a language model, whose scores would be noise; train a reward model "
             "from it with megarlhf reward."
         )
-    actor = Model("actor.init", cfg.actor.init, models["actor"])
     tokenizer = resolve_tokenizer(cfg.tokenizer, actor, cfg.pinned_date)
     data = chosen_data(cfg.prompts, "prompts", actor)
     prompts = load_prompts(data, tokenizer)
     check_prompt_count(prompts, cfg.prompts_per_iteration)
-    for name, model in models.items():
-        check_tokenizer(tokenizer, model.spec, name)
-        check_room(prompts.longest, cfg.sampling.max_new_tokens, model.spec, name)
-    actor_iterations = cfg.iterations - cfg.value_warmup_iterations
-    cfg.actor.optim.check(actor_iterations * cfg.steps_per_iteration, "actor.optim")
-    cfg.critic.optim.check(cfg.iterations * cfg.steps_per_iteration, "critic.optim")
+    for role, model in models.items():
+        check_tokenizer(tokenizer, model.description.spec, role)
+        check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
     verifier = chosen_verifier(cfg.verifier, data.source)
-    cfg.check_best(_logged(verifier is not None))
+    cfg.check_best(_logged(cfg, verified=verifier is not None))
     doubts = "" if verifier is None else check_answers(prompts.answers, verifier, data.source)
-    inputs = PPOInputs(**models, tokenizer=tokenizer, data=data, prompts=prompts, verifier=verifier, doubts=doubts)
-    for model in inputs.models(cfg)[1:]:
+    inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, doubts)
+    for model in inputs.distinct[1:]:
         check_same_tokenizer(tokenizer, str(actor), model)
     return inputs
 
 
-def _logged(verified: bool) -> set[str]:
-    """Metrics of every iteration in which both models learn; accuracy where something judges it."""
-    judged = {"rollout/accuracy", "rollout/verified"}
-    learnt = {name for name in GLOSSARY if name.split("/")[0] in ("rollout", "kl", "policy", "value")}
-    return learnt if verified else learnt - judged
+def _checked(role: str, init: str, cfg: PolicyConfig) -> Model:
+    setting = f"{role}.init"
+    needs = "language" if role in SPEAKERS else "scalar"
+    return Model(setting, init, checked_model(init, cfg.layout, setting, needs=needs))
 
 
-def cut_score_remark(cfg: PPOConfig, reward: ModelDescription) -> str:
+def _logged(cfg: PolicyConfig, *, verified: bool) -> set[str]:
+    """Metrics of every iteration in which all learners learn; accuracy where something judges it."""
+    learnt = {name for name in GLOSSARY if name.split("/")[0] in cfg.families}
+    return learnt if verified else learnt - {"rollout/accuracy", "rollout/verified"}
+
+
+def cut_score_remark(cfg: PolicyConfig, reward: ModelDescription) -> str:
     """Whether the score that was set for cut responses is above the mean score of wrong ones; empty where it is not."""
     score, wrong = cfg.missing_eos_score, reward.score_wrong
     if score is None or score == "auto" or wrong is None or score <= wrong:
@@ -231,31 +247,3 @@ def cut_score_remark(cfg: PPOConfig, reward: ModelDescription) -> str:
         f"missing_eos_score={score:g} is more than {wrong:.2f}, what {cfg.reward.init} gives wrong responses on "
         "average: being cut will pay more than being wrong; leave it at auto, or set it lower."
     )
-
-
-def _check_batches(cfg: PPOConfig) -> None:
-    if cfg.layout.virtual_pipeline > 1:
-        raise LayoutError(
-            f"layout.virtual_pipeline={cfg.layout.virtual_pipeline} cannot roll out: Megatron-Core's inference engine "
-            "wants one model chunk a rank; set layout.virtual_pipeline=1 for PPO."
-        )
-    if cfg.sampling.temperature == 0:
-        raise ConfigError(
-            "sampling.temperature=0 always draws the same response, and PPO learns from differences; set it above 0, "
-            "to 0.7 for example."
-        )
-    if cfg.rollout_batch % cfg.group_size:
-        raise ConfigError(
-            f"rollout_batch={cfg.rollout_batch} is not divisible by group_size={cfg.group_size}; change one of them."
-        )
-    if cfg.rollout_batch % cfg.global_batch:
-        raise ConfigError(
-            f"rollout_batch={cfg.rollout_batch} is not divisible by global_batch={cfg.global_batch}; "
-            "change one of them."
-        )
-    check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
-    if cfg.value_warmup_iterations >= cfg.iterations:
-        raise ConfigError(
-            f"value_warmup_iterations={cfg.value_warmup_iterations} leaves none of the iterations={cfg.iterations} to "
-            f"the actor; set value_warmup_iterations below {cfg.iterations}."
-        )

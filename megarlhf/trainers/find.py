@@ -1,0 +1,69 @@
+"""Trainers by name: a module of this package, or one's own, that exports TRAINER; none is imported unasked."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megarlhf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megarlhf.trainers.trainer import Trainer
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+def trainers() -> dict[str, str]:
+    """Every trainer of this package, by name, and what it does: the first line of its module, read, not imported."""
+    found: dict[str, str] = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+        if any(isinstance(target, ast.Name) and target.id == "TRAINER" for target in targets):
+            summary = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".")
+            found[path.stem] = summary if summary[1:2].isupper() else summary[:1].lower() + summary[1:]
+    return found
+
+
+def module_of(name: str) -> str:
+    """The module of a trainer: `ppo` is this package's, a name with a dot is whole."""
+    return name if "." in name else f"{_PACKAGE}.{name}"
+
+
+def is_own(module: str) -> bool:
+    """Whether a module is a trainer of this package, whose import runs no other code."""
+    package, _, name = module.rpartition(".")
+    return package == _PACKAGE and name in trainers()
+
+
+def trainer_named(name: str) -> Trainer[Any, Any, Any]:
+    """The trainer, its module imported.
+
+    Raises:   ConfigError where there is no such module, or none that exports TRAINER.
+    """
+    module = module_of(name)
+    if "." not in name and not is_own(module):
+        raise ConfigError(
+            f"trainer {name} is none of {', '.join(trainers())}; choose one of them, or name a module of your own with "
+            "its package, as in my_package.my_algorithm."
+        )
+    if not _is_there(module):
+        raise ConfigError(f"trainer {name}: Python finds no such module; put its directory on PYTHONPATH.")
+    exported = vars(importlib.import_module(module))
+    if "TRAINER" not in exported:
+        raise ConfigError(f"trainer {name}: the module does not define TRAINER; see megarlhf/trainers/trainer.py.")
+    return exported["TRAINER"]
+
+
+def _is_there(module: str) -> bool:
+    if not all(part.isidentifier() for part in module.split(".")):
+        return False
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise  # its package is there, and lacks something itself

@@ -1,0 +1,136 @@
+"""What an iteration reports of its rollouts and its learners, each by its formula in observe/metrics.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch.rollouts import Rollout
+from megarlhf.data.prompts import PromptSet
+from megarlhf.data.texts import response_texts
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.judges.rules import Verifier, verify
+from megarlhf.models.role import Update
+from megarlhf.observe.metrics import Metrics
+from megarlhf.ops.kl import kl_k1, kl_k3
+from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
+
+
+def rollout_metrics(rollout: Rollout, logprobs: Tensor, scores: Tensor, token_level_rewards: Tensor) -> Metrics:
+    """Of the global batch, before the optimiser has moved anything.
+
+    Shapes:   logprobs, the trainer's, and token_level_rewards [B, T]; scores [B], before any penalty.
+    """
+    mask, lengths = rollout.response_mask, rollout.response_lengths.float()
+    gap = (rollout.sampler_logprobs - logprobs).abs()
+    return {
+        "rollout/score_mean": float(scores.mean()),
+        "rollout/score_std": float(scores.std(correction=0)),
+        "rollout/score_min": float(scores.min()),
+        "rollout/score_max": float(scores.max()),
+        "rollout/reward_mean": float(masked_sum(token_level_rewards, mask)) / len(rollout),
+        "rollout/response_length_mean": float(lengths.mean()),
+        "rollout/response_length_max": float(lengths.max()),
+        "rollout/prompt_length_mean": float(rollout.prompt_lengths.float().mean()),
+        "rollout/truncated_fraction": float((~rollout.terminated).float().mean()),
+        "rollout/sampler_gap_max": float(gap.masked_fill(~mask, 0.0).max()),
+        "rollout/sampler_gap_mean": float(masked_mean(gap, mask)),
+        "rollout/tokens": float(mask.sum()),
+    }
+
+
+def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Metrics:
+    """How far the policy is from its reference, [B, T] each, and what a penalty of `kl_coef` a nat takes for it."""
+    kl, rows = kl_k1(logprobs, ref_logprobs), len(mask)
+    mean = float(masked_sum(kl, mask)) / rows
+    return {
+        "kl/reference_mean": mean,
+        "kl/reference_k3_mean": float(masked_sum(kl_k3(logprobs, ref_logprobs), mask)) / rows,
+        "kl/reference_per_token": float(masked_mean(kl, mask)),
+        "kl/penalty_mean": kl_coef * mean,
+        "kl/coef": kl_coef,
+    }
+
+
+def advantage_metrics(advantages: Tensor, mask: Tensor) -> Metrics:
+    """Of advantages [B, T] as they were estimated, before anything is divided by their spread."""
+    return {"policy/advantage_std": float(masked_var(advantages, mask)) ** 0.5}
+
+
+def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> Metrics:
+    """What a critic foresaw, and what came, [B, T] each."""
+    residual, spread = masked_var(returns - values, mask), masked_var(returns, mask)
+    return {
+        "value/mean": float(masked_mean(values, mask)),
+        "value/return_mean": float(masked_mean(returns, mask)),
+        "value/explained_variance": 1.0 - float(residual) / max(float(spread), 1e-12),
+    }
+
+
+def policy_metrics(updates: Sequence[Update]) -> Metrics:
+    """Means over the actor's optimiser steps of an iteration; the first apart, where the ratio must be 1."""
+    if not updates:
+        return {}
+    of = {name: [update.means.metrics[name] for update in updates] for name in updates[0].means.metrics}
+    return {
+        "policy/loss": _mean([update.means.loss for update in updates]),
+        "policy/clip_fraction": _mean(of["clip_fraction"]),
+        "policy/approx_kl": _mean(of["approx_kl"]),
+        "policy/ratio_mean": _mean(of["ratio"]),
+        "policy/entropy_mean": _mean(of["entropy"]),
+        "policy/first_clip_fraction": of["clip_fraction"][0],
+        "policy/first_ratio_gap": abs(of["ratio"][0] - 1.0),
+        "policy/grad_norm": _mean([update.grad_norm for update in updates]),
+        "policy/learning_rate": updates[-1].learning_rate,
+    }
+
+
+def critic_metrics(updates: Sequence[Update]) -> Metrics:
+    """Means over the critic's optimiser steps of an iteration."""
+    return {
+        "value/loss": _mean([update.means.loss for update in updates]),
+        "value/clip_fraction": _mean([update.means.metrics["clip_fraction"] for update in updates]),
+        "value/grad_norm": _mean([update.grad_norm for update in updates]),
+        "value/learning_rate": updates[-1].learning_rate,
+    }
+
+
+def judged_rollouts(
+    rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier | None, prompts: PromptSet
+) -> list[dict[str, Any]]:
+    """Every rollout as text with its score, and the verdict where there are a verifier and an answer (else None).
+
+    A prompt is shown as `prompts` have it, text or a conversation.
+    """
+    columns = zip(
+        prompts.said_in(rollout.prompt_ids),
+        response_texts(rollout, tokenizer),
+        rollout.answers,
+        scores.tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "prompt": prompt,
+            "response": response,
+            "answer": answer,
+            "score": score,
+            "correct": verify(response, answer, verifier) if answer and verifier else None,
+        }
+        for prompt, response, answer, score in columns
+    ]
+
+
+def accuracy_metric(judged: Sequence[Mapping[str, object]]) -> Metrics:
+    """How many rollouts were verified, and which share of them is right; nothing where there are no verdicts."""
+    verdicts = [row["correct"] for row in judged if row["correct"] is not None]
+    if not verdicts:
+        return {}
+    return {"rollout/accuracy": verdicts.count(True) / len(verdicts), "rollout/verified": len(verdicts)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).mean())

@@ -1,0 +1,88 @@
+"""What a trainer is to those who only know its name: the command line, `megarlhf replay` and `megarlhf doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from megarlhf.batch.base import Batch
+from megarlhf.models.role import TrainableRole
+from megarlhf.observe.metrics import Metrics
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.micro_batches import Loss
+from megarlhf.runs.ending import conclude
+from megarlhf.runs.loop import sole_run
+from megarlhf.runs.settings import RunConfig
+from megarlhf.runs.stopping import stopping_at_start
+from megarlhf.runtime.command import on_ranks
+
+Cfg = TypeVar("Cfg", bound=RunConfig)
+Cfg_contra = TypeVar("Cfg_contra", bound=RunConfig, contravariant=True)
+Inputs = TypeVar("Inputs")
+
+
+class Models(Protocol):
+    """The models of a run."""
+
+    @property
+    def learners(self) -> Mapping[str, TrainableRole]:
+        """Those that learn, by name."""
+        ...
+
+
+Models_co = TypeVar("Models_co", bound=Models, covariant=True)
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """The one model of a run that has no others."""
+
+    role: TrainableRole
+
+    @property
+    def learners(self) -> Mapping[str, TrainableRole]:
+        """The model, by its name."""
+        return {self.role.name: self.role}
+
+
+@dataclass(frozen=True)
+class Learner(Generic[Cfg_contra]):
+    """What the optimiser steps of a role are made of."""
+
+    rows: type[Batch]
+    """Of which a step's batch is."""
+    loss: Callable[[TrainableRole, Cfg_contra], Loss[Any]]
+    """Over such rows."""
+
+
+@dataclass(frozen=True)
+class Trainer(Generic[Cfg, Inputs, Models_co]):
+    """A command that trains. The module that defines `config` exports it as TRAINER: runs are told apart by that."""
+
+    title: str
+    """In front of the progress bar."""
+    config: type[Cfg]
+    prepare: Callable[[Cfg], Inputs]
+    """Reads and checks all input, before anything is built."""
+    models: Callable[[Cfg, Inputs, Mesh], Models_co]
+    """Builds them, their weights loaded. Collective."""
+    learners: Mapping[str, Learner[Cfg]]
+    """By the name of the role that learns."""
+    train: Callable[[Cfg, Inputs, Sequence[str], Mesh], Metrics]
+    """Runs all steps and saves the model to `cfg.model_dir`, given the command line. Collective; the last metrics."""
+    shown: tuple[str, ...]
+    """Metrics that are said at the end."""
+    following: Callable[[Cfg], Sequence[str]]
+    """Commands that one may go on with."""
+
+    def main(self, cfg: Cfg, argv: Sequence[str]) -> int:
+        """Train on the ranks of `cfg.layout` and return the exit code."""
+
+        def work(cfg: Cfg, inputs: Inputs, mesh: Mesh) -> None:
+            with sole_run(cfg, mesh):
+                metrics = self.train(cfg, inputs, argv, mesh)
+                conclude(cfg.run_dir, metrics, self.shown, self.following(cfg), mesh)
+
+        with stopping_at_start():
+            return on_ranks(cfg, argv, self.prepare, work)
