@@ -6,6 +6,7 @@
 | `linear_logprob` | hidden states -> the same, without an [N, V] tensor |
 | `linear_ppo` | hidden states -> PPO's policy loss, with three matrix products |
 | `full_kl` | two models' logits -> exact KL of each token |
+| `linear_kl` | two models' hidden states -> the same, without an [N, V] tensor |
 | `rewards_gae` | log-probs, values, scores -> token-level rewards, advantages, returns, moments for whitening |
 | `clipped_policy_loss`, `clipped_value_loss` | per-token numbers -> loss and metrics |
 | `paged_prefill`, `paged_decode` | attention over a paged KV cache, under flash-attn's argument names |
@@ -15,6 +16,7 @@ Each takes `impl`: "auto" runs Triton on a GPU and the torch reference elsewhere
 
 from megarlhf_kernels._shards import Shard
 from megarlhf_kernels.full_kl import full_kl
+from megarlhf_kernels.linear_kl import Projected, linear_kl
 from megarlhf_kernels.linear_logprob import linear_logprob
 from megarlhf_kernels.linear_ppo import PolicyTerms, linear_ppo
 from megarlhf_kernels.paged_attention import paged_decode, paged_prefill
@@ -26,11 +28,13 @@ __all__ = [
     "Discount",
     "Estimate",
     "PolicyTerms",
+    "Projected",
     "Shaping",
     "Shard",
     "clipped_policy_loss",
     "clipped_value_loss",
     "full_kl",
+    "linear_kl",
     "linear_logprob",
     "linear_ppo",
     "mean_and_variance",

@@ -43,7 +43,7 @@ class Reading(Protocol[RowsT_contra]):
         ...
 
 
-class _BeforeResponses:
+class BeforeResponses:
     """Reads the state before each response token, and nothing elsewhere."""
 
     def at(self, rows: ResponseRows) -> Tensor:
@@ -69,7 +69,7 @@ class _Scalars:
 
 
 @dataclass(frozen=True)
-class LabelLogprobs(_BeforeResponses):
+class LabelLogprobs(BeforeResponses):
     """Log-prob of every response token under the model, temperature applied. 0 elsewhere."""
 
     temperature: float
@@ -81,7 +81,7 @@ class LabelLogprobs(_BeforeResponses):
         return model.label_logprobs(states.hidden, labels, temperature=self.temperature, with_entropy=False)[0]
 
 
-class PositionValues(_Scalars, _BeforeResponses):
+class PositionValues(_Scalars, BeforeResponses):
     """(scalar head - offset) / scale at each position that predicts a response token: the state before it. 0 elsewhere.
 
     A critic that starts from a normalised reward model keeps its normalisation, or its first values would be off by it.

@@ -89,18 +89,22 @@ class Role:
 
         Ranks:    collective over the mesh; every rank passes the same batch and gets the same numbers.
         """
-        own, at = self._begin(batch, passes=1)
+        return self.read(batch, self.reading)
+
+    def read(self, batch: TokenRows, reading: Reading) -> Tensor:
+        """What another reading says of every row. Ranks as in `score`."""
+        own, at = self._begin(batch, reading, passes=1)
         with self.resident("weights"):
             # Fewer rows than data ranks leave some without any.
-            numbers = self._read(own, at) if len(own) else torch.zeros(at.shape, device=self.mesh.device)
-        return gather(self.reading.scores(numbers, own), self.mesh, "data")
+            numbers = self._numbers_at(own, at, reading) if len(own) else torch.zeros(at.shape, device=self.mesh.device)
+        return gather(reading.scores(numbers, own), self.mesh, "data")
 
-    def _read(self, own: TokenRows, at: Tensor) -> Tensor:
+    def _numbers_at(self, own: TokenRows, at: Tensor, reading: Reading) -> Tensor:
         return forward_only(
             self.chunks,
             own,
             at,
-            lambda states, rows: self.reading(self.model, states, rows),
+            lambda states, rows: reading(self.model, states, rows),
             mesh=self.mesh,
             micro_batch=self.settings.micro_batch,
         )
@@ -130,12 +134,12 @@ class Role:
         if part == "weights" and self.settings.compute.fp8:
             drop_fp8_copies(self.chunks)
 
-    def _begin(self, batch: TokenRows, *, passes: int) -> tuple[TokenRows, Tensor]:
+    def _begin(self, batch: TokenRows, reading: Reading, *, passes: int) -> tuple[TokenRows, Tensor]:
         """This data rank's rows of a global batch, and where they are read [b, T + 1], on the host.
 
         passes: of the whole batch through the model, for which it is counted; backward is two.
         """
-        at, part = self.reading.at(batch).cpu(), own_part(len(batch), self.mesh)
+        at, part = reading.at(batch).cpu(), own_part(len(batch), self.mesh)
         reads: NDArray[np.bool_] = np.asarray(at)
         ends = ends_of(reads)
         flops = self.spec.forward_flops(
@@ -260,5 +264,5 @@ class TrainableRole(Role):
         micro_batch: rows of one forward on one data rank. Ranks and errors as in `update`.
         """
         check_divides(batch, self.mesh)
-        own, at = self._begin(batch, passes=3)
+        own, at = self._begin(batch, self.reading, passes=3)
         return forward_backward(self.wrapped, own, at, loss, mesh=self.mesh, micro_batch=micro_batch)

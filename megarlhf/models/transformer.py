@@ -32,7 +32,7 @@ from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLi
 from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.mesh import Mesh
-from megarlhf_kernels import PolicyTerms, Shard, linear_logprob, linear_ppo
+from megarlhf_kernels import PolicyTerms, Projected, Shard, linear_kl, linear_logprob, linear_ppo
 from megarlhf_kernels.linear_ppo import METRICS
 
 HeadKind = Literal["language", "scalar"]
@@ -128,6 +128,15 @@ class LlamaModel(GPTModel):
             **self._vocab_shard(),
         )
         return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+
+    def policy_kl(self, hidden: Tensor, policy: Projected, *, temperature: float) -> Tensor:
+        """KL of a policy's distribution to this model's, after each state, over the whole vocabulary. No gradient.
+
+        Shapes:   hidden [n, H], of this model; policy: its states [n, H'] and its rows of the projection. Returns [n].
+        Ranks:    as `label_logprobs`, five numbers a row.
+        """
+        own = Projected(hidden, self.vocab_weight)
+        return linear_kl(policy, own, temperature=temperature, **self._vocab_shard())
 
     def scalars(self, hidden: Tensor) -> Tensor:
         """The scalar head at every position: hidden [n, H] -> [n] fp32."""

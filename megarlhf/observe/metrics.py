@@ -59,6 +59,9 @@ _KL = {
     "kl/reference_mean": Metric("nats", "sum over t of k1 = logprobs - ref_logprobs", _ROLLOUTS),
     "kl/reference_k3_mean": Metric("nats", "sum over t of k3 = exp(-k1) - 1 + k1 (never negative)", _ROLLOUTS),
     "kl/reference_per_token": Metric("nats/token", "k1", "mean over the response tokens of the iteration"),
+    "kl/reference_exact": Metric(
+        "nats", "sum over t and v of p(v) (log p(v) - log ref_p(v)), every exact_kl_every iterations", _ROLLOUTS
+    ),
     "kl/penalty_mean": Metric("reward", "kl_coef * sum over t of k1", _ROLLOUTS),
     "kl/coef": Metric("reward/nat", "kl_coef in force", _LAST),
 }
@@ -185,6 +188,11 @@ GLOSSARY: dict[str, Metric] = {
     **_RESOURCES,
     **_COMPUTE,
 }
+
+
+def names_of(*families: str) -> set[str]:
+    """Every name of these families."""
+    return {name for name in GLOSSARY if name.partition("/")[0] in families}
 
 
 def check(metrics: Mapping[str, float] | Iterable[str]) -> None:

@@ -19,7 +19,7 @@ from megarlhf.judges.rules import AutoVerifier, Verifier, check_answers, chosen_
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
-from megarlhf.observe.metrics import GLOSSARY
+from megarlhf.observe.metrics import names_of
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
@@ -148,9 +148,9 @@ class PolicyConfig(RunConfig):
         return {"actor": self.actor.init, "reward": self.reward.init, "reference": self.reference_init}
 
     @property
-    def families(self) -> tuple[str, ...]:
-        """Families of metrics that every iteration logs in which all learners learn."""
-        return ("rollout", "policy")
+    def logged(self) -> set[str]:
+        """Metrics of every iteration in which all learners learn."""
+        return names_of("rollout", "policy")
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
@@ -218,7 +218,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
         check_tokenizer(tokenizer, model.description.spec, role)
         check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
     verifier = chosen_verifier(cfg.verifier, data.source)
-    cfg.check_best(_logged(cfg, verified=verifier is not None))
+    cfg.check_best(_best_of(cfg, verified=verifier is not None))
     doubts = "" if verifier is None else check_answers(prompts.answers, verifier, data.source)
     inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, doubts)
     for model in inputs.distinct[1:]:
@@ -232,10 +232,9 @@ def _checked(role: str, init: str, cfg: PolicyConfig) -> Model:
     return Model(setting, init, checked_model(init, cfg.layout, setting, needs=needs))
 
 
-def _logged(cfg: PolicyConfig, *, verified: bool) -> set[str]:
-    """Metrics of every iteration in which all learners learn; accuracy where something judges it."""
-    learnt = {name for name in GLOSSARY if name.split("/")[0] in cfg.families}
-    return learnt if verified else learnt - {"rollout/accuracy", "rollout/verified"}
+def _best_of(cfg: PolicyConfig, *, verified: bool) -> set[str]:
+    """Metrics that a best state may be chosen by; accuracy where something judges it."""
+    return cfg.logged if verified else cfg.logged - {"rollout/accuracy", "rollout/verified"}
 
 
 def cut_score_remark(cfg: PolicyConfig, reward: ModelDescription) -> str:

@@ -68,6 +68,10 @@ class Turn:
         """Of what is drawn in this iteration for `purpose`."""
         return derive_seed(self.run_seed, purpose, self.number)
 
+    def due(self, every: int) -> bool:
+        """Whether what is done every so many iterations is done in this one, as in the first; 0 is never."""
+        return every > 0 and self.number % every == 0
+
 
 @dataclass(frozen=True)
 class Iteration:

@@ -13,10 +13,12 @@ from megarlhf.data.prompts import PromptSet
 from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.judges.rules import Verifier, verify
+from megarlhf.models.exact_kl import exact_kl
 from megarlhf.models.role import Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.kl import kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
+from megarlhf.runtime.cast import Cast
 
 
 def rollout_metrics(rollout: Rollout, logprobs: Tensor, scores: Tensor, token_level_rewards: Tensor) -> Metrics:
@@ -53,6 +55,12 @@ def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, k
         "kl/penalty_mean": kl_coef * mean,
         "kl/coef": kl_coef,
     }
+
+
+def exact_reference_metrics(cast: Cast, rollout: Rollout, temperature: float) -> Metrics:
+    """The same distance over the whole vocabulary. Collective: a forward pass of actor and reference."""
+    kl = exact_kl(cast.actor, cast.reference, rollout, temperature=temperature)
+    return {"kl/reference_exact": float(masked_sum(kl, rollout.response_mask)) / len(rollout)}
 
 
 def advantage_metrics(advantages: Tensor, mask: Tensor) -> Metrics:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 from torch import Tensor
 
 from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout, ValueRows
+from megarlhf.config.base import FreeToChange
 from megarlhf.errors import ConfigError
 from megarlhf.models.role import Role, TrainableRole
+from megarlhf.observe.metrics import names_of
 from megarlhf.ops.advantages import Advantages, shaped_gae
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel.mesh import Mesh
@@ -27,6 +29,7 @@ from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import (
     advantage_metrics,
     critic_metrics,
+    exact_reference_metrics,
     policy_metrics,
     reference_metrics,
     rollout_metrics,
@@ -47,6 +50,9 @@ class PPOConfig(PolicyConfig):
     """First iterations in which only the critic learns; the actor's own warm-up is actor.optim.warmup_steps."""
     kl_coef: float = Field(default=0.05, ge=0)
     """Weight of the KL to the reference in the reward, per nat. Source: Huang et al. 2024."""
+    exact_kl_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
+    """Iterations between two measurements of the KL to the reference over the whole vocabulary, `kl/reference_exact`: a
+    forward pass of either model more. 0 measures none."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token. Source: Huang et al. 2024."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
@@ -76,9 +82,10 @@ class PPOConfig(PolicyConfig):
         return {**super().inits, "critic": self.critic.init or self.reward.init}
 
     @property
-    def families(self) -> tuple[str, ...]:
-        """Families of metrics that every iteration logs in which both models learn."""
-        return (*super().families, "kl", "value")
+    def logged(self) -> set[str]:
+        """Metrics of every iteration in which both models learn."""
+        sometimes = {"kl/reference_exact"} if self.exact_kl_every != 1 else set()
+        return (super().logged | names_of("kl", "value")) - sometimes
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
@@ -143,6 +150,8 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
             values=cast.critic.score(rollout),
             scores=cast.reward.score(rollout),
         )
+        temperature = cfg.sampling.temperature
+        exact = exact_reference_metrics(cast, rollout, temperature) if turn.due(cfg.exact_kl_every) else {}
 
     # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
     with turn.clock("estimate"):
@@ -150,6 +159,7 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
         metrics = {
             **rollout_metrics(rollout, scored.logprobs, scored.scores, estimate.token_level_rewards),
             **reference_metrics(scored.logprobs, scored.ref_logprobs, rollout.response_mask, kl_coef=cfg.kl_coef),
+            **exact,
             **advantage_metrics(estimate.advantages, rollout.response_mask),
             **value_metrics(scored.values, estimate.returns, rollout.response_mask),
         }

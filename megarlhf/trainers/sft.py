@@ -19,7 +19,7 @@ from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.clock import Clock
-from megarlhf.observe.metrics import GLOSSARY, Metrics
+from megarlhf.observe.metrics import Metrics, names_of
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.guard import StepGuard
@@ -71,7 +71,7 @@ class SftInputs:
 def prepare(cfg: SftConfig) -> SftInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
-    cfg.check_best(name for name in GLOSSARY if name.startswith("sft/"))
+    cfg.check_best(names_of("sft"))
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     start_from = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
