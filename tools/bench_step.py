@@ -175,7 +175,7 @@ def build(sizes: Sizes, directory: Path) -> tuple[Bench, Mesh]:
     cast, prompts = TRAINER.models(cfg, TRAINER.prepare(cfg), mesh), _prompts(sizes)
     peer = Peer(directory / "language", sizes, prompts, mesh.device)
     actor, longest = cast.actor, sizes.prompt_tokens + sizes.new_tokens
-    engine = FixedLengths(actor.model, actor.spec, mesh, eos_ids=[EOS], pad_id=EOS, max_sequence_length=longest)
+    engine = FixedLengths(actor, eos_ids=[EOS], pad_id=EOS, max_sequence_length=longest)
     return Bench(*_phases(sizes, cfg, replace(cast, sampler=engine), engine, prompts, peer)), mesh
 
 
@@ -190,8 +190,7 @@ def _phases(
 
     def roll_out(response_lengths: Tensor) -> Any:
         engine.response_lengths = response_lengths
-        with cast.actor.resident("weights"):
-            return engine.generate(prompts, cfg.sampling, seed=1, group_size=sizes.group)
+        return engine.generate(prompts, cfg.sampling, seed=1, group_size=sizes.group)
 
     def iterate() -> object:
         engine.response_lengths = equal

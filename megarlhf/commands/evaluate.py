@@ -22,7 +22,7 @@ from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig
 from megarlhf.runtime.checks import (
     Model,
     check_room,
@@ -54,6 +54,8 @@ class EvalConfig(RanksConfig):
     """Of the sampled responses; 1 is the policy itself. The greedy ones are at 0."""
     max_new_tokens: int = Field(default=512, ge=1)
     """A response that has not ended after this many tokens is cut."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How much is drawn at once."""
     verifier: AutoVerifier = "auto"
     """What decides that a response is right: the built-in task's exact one, or math-verify (`maths`). `auto` is
     arithmetic for the built-in task; for your own data one must be named."""
@@ -136,6 +138,7 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
             inputs.prompts,
             inputs.tokenizer,
             SamplingConfig(temperature=temperature, max_new_tokens=cfg.max_new_tokens),
+            rollout=cfg.rollout,
             seed=cfg.seed,
             verifier=inputs.verifier,
         )

@@ -27,7 +27,7 @@ from megarlhf.observe.progress import Progress
 from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig
 from megarlhf.runtime.checks import Model, check_room, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
@@ -53,6 +53,8 @@ class GenerateConfig(RanksConfig):
     """Prompts: column prompt."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How much is drawn at once."""
     group_size: int = Field(default=1, ge=1)
     """Responses per prompt."""
     output: Path | None = None
@@ -136,7 +138,7 @@ def _say_start(cfg: GenerateConfig, inputs: GenerateInputs, mesh: Mesh) -> None:
 def rollouts(policy: FrozenRole, inputs: GenerateInputs, cfg: GenerateConfig) -> Iterator[Rollout]:
     """Responses to all prompts in order, a part at a time. Collective; equal on every rank."""
     prompts = inputs.prompts
-    engine = RolloutEngine.of(policy, inputs.tokenizer, prompts.longest + cfg.sampling.max_new_tokens)
+    engine = RolloutEngine.of(policy, inputs.tokenizer, prompts.longest + cfg.sampling.max_new_tokens, cfg.rollout)
     parts = min(-(-len(prompts) * cfg.group_size // ROLLOUTS), len(prompts))
     for part in torch.arange(len(prompts)).tensor_split(parts):
         yield engine.generate(prompts.batch(part), cfg.sampling, seed=cfg.seed, group_size=cfg.group_size)

@@ -15,7 +15,7 @@ from megarlhf.judges.rules import Verifier, verify
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.sampling import USUAL, RolloutConfig, SamplingConfig
 
 CHUNK = 512
 """Problems rolled out together."""
@@ -42,6 +42,7 @@ def evaluate(
     tokenizer: Tokenizer,
     sampling: SamplingConfig,
     *,
+    rollout: RolloutConfig = USUAL,
     seed: int,
     verifier: Verifier,
 ) -> Evaluation:
@@ -50,19 +51,14 @@ def evaluate(
     Ranks:    collective over the policy's mesh; every rank gets the whole Evaluation.
     """
     mesh = policy.mesh
-    engine = RolloutEngine.of(policy, tokenizer, prompts.longest + sampling.max_new_tokens)
+    engine = RolloutEngine.of(policy, tokenizer, prompts.longest + sampling.max_new_tokens, rollout)
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []
     with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:
         for chunk in torch.arange(len(prompts)).tensor_split(-(-len(prompts) // CHUNK)):
-            with policy.resident("weights"):
-                rollout = engine.generate(prompts.batch(chunk), sampling, seed=seed)
-            scores = (
-                rollout.lengths.new_zeros(len(rollout), dtype=torch.float32)
-                if reward is None
-                else reward.score(rollout)
-            )
-            parts.append(_judged(rollout.to("cpu"), scores.cpu(), tokenizer, verifier))
+            drawn = engine.generate(prompts.batch(chunk), sampling, seed=seed)
+            scores = torch.zeros(len(drawn)) if reward is None else reward.score(drawn)
+            parts.append(_judged(drawn.to("cpu"), scores.cpu(), tokenizer, verifier))
             bar.advance(len(chunk))
     return Evaluation(
         responses=tuple(text for part in parts for text in part.responses),

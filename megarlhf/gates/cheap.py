@@ -62,8 +62,7 @@ def gate_prompts(prompts: PromptSet, mesh: Mesh) -> Prompts:
 def fresh_rollout(cast: Cast, prompts: Prompts, sampling: SamplingConfig, *, seed: int) -> Rollout:
     """Short responses of the actor, as the run samples them."""
     short = sampling.model_copy(update={"max_new_tokens": min(TOKENS, sampling.max_new_tokens)})
-    with cast.actor.resident("weights"):
-        return cast.sampler.generate(prompts, short, seed=derive_seed(seed, "gates"), group_size=SAMPLES)
+    return cast.sampler.generate(prompts, short, seed=derive_seed(seed, "gates"), group_size=SAMPLES)
 
 
 def sampler_gate(actor: TrainableRole, rollout: Rollout) -> Gate:

@@ -122,6 +122,10 @@ class Role:
             for part in arrived:
                 self._send_away(part)
 
+    def is_away(self, part: Part) -> bool:
+        """Whether `part` waits on the host."""
+        return self._offloaders[part].is_away
+
     def leave(self) -> None:
         """Move everything to the host until `resident` asks for it; with `offload: none` everything stays."""
         if self.settings.offload == "host":

@@ -20,11 +20,17 @@ class RolloutContext(DynamicInferenceContext):
     so that `max_requests` rows of the greatest length fit: a row that was admitted is never paused or evicted.
     """
 
-    def __init__(self, *, samples: dict[int, int], **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.samples = samples
+        self.samples: dict[int, int] = {}
+        """How many each request has."""
         self.unforked: list[int] = []
         """Rows still to be made of each request prefilled in this step."""
+
+    def reset(self) -> None:
+        """Forget every row; the memory stays."""
+        super().reset()
+        self.unforked = []
 
     def allocate_all_tensors(self, *, is_init: bool) -> None:
         """Allocate the cache with finite content: attention weighs unused tokens by 0, and 0 times NaN is NaN."""

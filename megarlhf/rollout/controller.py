@@ -40,17 +40,17 @@ class RolloutController(TextGenerationController):
     def __init__(
         self,
         model: GPTInferenceWrapper,
-        ledger: Ledger,
-        sampling: SamplingConfig,
         *,
         vocab_size: int,
         eos_ids: Sequence[int],
     ) -> None:
         super().__init__(model, tokenizer=None, pp_group=model.pp_group)
-        self.ledger = ledger
-        self.sampling = sampling
+        self.ledger: Ledger
+        """Of the rollout that is drawn."""
+        self.sampling: SamplingConfig
+        """How."""
         self.vocab_size = vocab_size
-        self.ends = torch.tensor(eos_ids, device=ledger.tokens.device)
+        self.ends = torch.tensor(eos_ids, device=torch.cuda.current_device())
 
     @torch.inference_mode()
     async def async_generate_output_tokens_dynamic_batch(self) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import faulthandler
 import itertools
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -22,14 +23,13 @@ from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, DataError, LayoutError
 from megarlhf.models.role import Role
-from megarlhf.models.spec import ModelSpec
+from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
 from megarlhf.parallel.layout import FP8_MULTIPLE
-from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.context import HostContext, RolloutContext
 from megarlhf.rollout.controller import Ledger, RolloutController
-from megarlhf.rollout.graphs import decode_graphs
-from megarlhf.rollout.sampling import SamplingConfig, occurrence, stream_ids, uniforms
+from megarlhf.rollout.graphs import DecodeGraphs
+from megarlhf.rollout.sampling import USUAL, RolloutConfig, SamplingConfig, occurrence, stream_ids, uniforms
 
 # Megatron's decorators hide from type checkers that this is a class.
 DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
@@ -38,70 +38,64 @@ DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
 for _number in (signal.SIGTERM, signal.SIGINT):
     faulthandler.unregister(_number)
 
-PREFILL_TOKENS = 16_384
-"""Prompt tokens that may enter one step; bounds the memory of its activations. Source: Megatron-Core's default."""
 CUDA_BLOCK_TOKENS = 256
 """Tokens in a block of the KV cache. Source: flash-attn's paged kernels want multiples of 256."""
-CUDA_MEMORY_SHARE = 0.8
-"""Share of the free memory that the KV cache may take; the rest is for the activations of prefills."""
-CUDA_GRAPHS = 8
-"""Batch sizes, evenly spaced, for which decoding is captured, in each layer and anew in each rollout. Megatron-LM takes
-16, and captures them once a run."""
 
 
 class RolloutEngine:
-    """Draws responses from `model`; holds no memory of its own between calls.
+    """Draws responses from the weights of `role`, a language model.
 
-    model: the actor, a GPTModel of `spec` on `mesh`. eos_ids: each ends a response. pad_id: fills rows to the right.
-    max_sequence_length: prompt plus response never get longer, in tokens. max_requests: rows decoded at once, for which
-    the KV cache is allocated; on a GPU no more than its free memory holds. Further rows wait until some have finished.
-    cuda_graphs: capture decode steps.
+    eos_ids: each ends a response. pad_id: fills rows to the right. max_sequence_length: prompt plus response never get
+    longer, in tokens.
+    Memory:   cache and CUDA graphs stay as long as the weights do where they are: with `offload: none` from rollout to
+              rollout, otherwise until the role leaves the device at the end of one.
     """
 
     def __init__(
         self,
-        model: GPTModel,
-        spec: ModelSpec,
-        mesh: Mesh,
+        role: Role,
         *,
         eos_ids: Sequence[int],
         pad_id: int,
         max_sequence_length: int,
-        max_requests: int = 512,
-        cuda_graphs: bool = False,
+        settings: RolloutConfig = USUAL,
     ) -> None:
-        if mesh.layout.virtual_pipeline > 1:
+        if role.mesh.layout.virtual_pipeline > 1:
             raise LayoutError(
-                f"rollouts cannot run on virtual_pipeline={mesh.layout.virtual_pipeline}: Megatron-Core's inference "
-                "engine wants one model chunk a rank; set virtual_pipeline=1."
+                f"rollouts cannot run on virtual_pipeline={role.mesh.layout.virtual_pipeline}: Megatron-Core's "
+                "inference engine wants one model chunk a rank; set virtual_pipeline=1."
             )
-        self.model = model
-        self.spec = spec
-        self.mesh = mesh
+        self.role = role
+        self.mesh = role.mesh
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.max_sequence_length = max_sequence_length
-        self.max_requests = max_requests
-        self.cuda_graphs = cuda_graphs
+        self.settings = settings
+        self._live: _Live | None = None
 
     @classmethod
-    def of(cls, role: Role, tokenizer: Tokenizer, max_sequence_length: int) -> Self:
+    def of(cls, role: Role, tokenizer: Tokenizer, max_sequence_length: int, settings: RolloutConfig) -> Self:
         """The engine over a role's own weights, which ends responses as the tokenizer does."""
         return cls(
-            role.model,
-            role.spec,
-            role.mesh,
+            role,
             eos_ids=tokenizer.eos_ids,
             pad_id=tokenizer.pad_id,
             max_sequence_length=max_sequence_length,
-            cuda_graphs=role.settings.compute.cuda_graphs,
+            settings=settings,
         )
+
+    @property
+    def model(self) -> LlamaModel:
+        """That responses are drawn from."""
+        return self.role.model
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:
         """`group_size` responses to each prompt, adjacent. Each prompt is prefilled once, however many samples it has.
 
         A response depends on (seed, prompt id, index of the sample among the batch's rows of that prompt, weights) and
         on nothing else: not on the batch, not on the layout.
+
+        The role is resident meanwhile, and nobody else need be: the cache may have the rest of the memory.
 
         Ranks:    collective over the mesh; every rank passes the same prompts and gets the same Rollout, of all of
                   them. Each data rank draws the responses to its part of the prompts.
@@ -113,7 +107,11 @@ class RolloutEngine:
         own = slice(part.start * group_size, part.stop * group_size)
         rows = every.rows(own).to(self.mesh.device)
         streams = stream_ids(every.ids, occurrence(every.ids))[own].to(self.mesh.device)
-        drawn = self._drawn(rows, streams, sampling, seed) if len(rows) else _none(rows)
+        leaving = self.role.is_away("weights")
+        with self.role.resident("weights"):
+            drawn = self._drawn(rows, streams, sampling, seed) if len(rows) else _none(rows)
+            if leaving:
+                self.release()
         rollout = gather_rows(drawn, self.mesh)
         self._count(prompts, rollout)
         return rollout
@@ -124,17 +122,24 @@ class RolloutEngine:
         drawn = int((whole - starts).sum())
         fed = int(given.sum()) + drawn - len(rollout)
         keys = _triangle(given) + _triangle(whole - 1) - _triangle(starts)
-        self.mesh.work.spend(tokens=drawn, flops=self.spec.forward_flops(fed, keys, projected=drawn))
+        self.mesh.work.spend(tokens=drawn, flops=self.role.spec.forward_flops(fed, keys, projected=drawn))
 
     def _drawn(self, rows: Prompts, streams: Tensor, sampling: SamplingConfig, seed: int) -> Rollout:
         """The responses to `rows`, each from its own stream of random numbers."""
         ledger = self._ledger(rows, streams, sampling, seed)
         # Transformer Engine keeps FP8 copies of weights: they are of the weights before the last step, unless told so.
         self.model.set_is_first_microbatch()
-        graphs = decode_graphs(self.model) if self.cuda_graphs else nullcontext()
-        with torch.inference_mode(), _evaluating(self.model), graphs, self._engine(rows, ledger, sampling) as engine:
-            engine.drain()
+        with torch.inference_mode(), _evaluating(self.model):
+            live = self._engine_for(len(rows))
+            with live.captured():
+                live.engine.draw(_requests(rows, live.rows), ledger, sampling)
         return self._rollout(rows, ledger)
+
+    def release(self) -> None:
+        """Give cache and graphs back; the next rollout makes them anew."""
+        if self._live is not None:
+            self._live.release()
+            self._live = None
 
     def _ledger(self, rows: Prompts, streams: Tensor, sampling: SamplingConfig, seed: int) -> Ledger:
         width = min(int(rows.lengths.max()) + sampling.max_new_tokens, self.max_sequence_length)
@@ -146,35 +151,34 @@ class RolloutEngine:
         draws = uniforms(seed, streams[:, None], step)
         return Ledger(tokens, torch.zeros_like(draws), draws, rows.lengths.clone())
 
-    @contextmanager
-    def _engine(self, rows: Prompts, ledger: Ledger, sampling: SamplingConfig) -> Iterator[_Engine]:
-        """An engine with every prompt waiting; its cache is given back on exit."""
-        width = ledger.tokens.shape[1]
+    def _engine_for(self, rows: int) -> _Live:
+        """An engine that decodes as many of `rows` rows at once as it may: the last one, if it is still of use."""
+        wanted = min(self.settings.rows, rows)
+        weights = [parameter.data_ptr() for parameter in self.model.parameters()]
+        if self._live is not None and (self._live.wanted, self._live.weights) == (wanted, weights):
+            return self._live
+        self.release()
         multiple = self._row_multiple
-        max_requests = -(-min(self.max_requests, len(rows), self._rows_that_fit(width)) // multiple) * multiple
-        requests = _requests(rows, max_requests)
-        context = self._context({row: count for row, count, _ in requests}, max_requests, width)
+        most = -(-min(wanted, self._rows_that_fit(wanted)) // multiple) * multiple
+        graphs = DecodeGraphs(self.model) if self.role.settings.compute.cuda_graphs else None
+        with graphs.attached() if graphs else nullcontext():
+            self._live = _Live(self._engine(most), graphs, wanted, most, weights)
+        return self._live
+
+    def _engine(self, most: int) -> _Engine:
+        """An engine for `most` rows at once, and nothing to do yet."""
         config = InferenceWrapperConfig(
-            hidden_size=self.spec.hidden_size,
+            hidden_size=self.role.spec.hidden_size,
             params_dtype=self.model.config.params_dtype,
             inference_batch_times_seqlen_threshold=-1,
-            padded_vocab_size=self.spec.padded_vocab(self.mesh.layout.tensor),
-            inference_max_requests=max_requests,
-            inference_max_seq_length=width,
+            padded_vocab_size=self.role.spec.padded_vocab(self.mesh.layout.tensor),
+            inference_max_requests=most,
+            inference_max_seq_length=self.max_sequence_length,
         )
+        context = self._context(most)
         wrapped = GPTInferenceWrapper(self.model, config, context, self.mesh.groups)
-        controller = RolloutController(wrapped, ledger, sampling, vocab_size=self.spec.vocab_size, eos_ids=self.eos_ids)
-        engine = _Engine(
-            controller, context, random_seed=0, enable_chunked_prefill=False, pg_collection=self.mesh.groups
-        )
-        try:
-            for row, _, tokens in requests:
-                room = min(sampling.max_new_tokens, width - len(tokens))
-                # No id of termination: the controller knows them all.
-                engine.add_request(row, tokens, SamplingParams(num_tokens_to_generate=room, termination_id=-1))
-            yield engine
-        finally:
-            engine.release()
+        controller = RolloutController(wrapped, vocab_size=self.role.spec.vocab_size, eos_ids=self.eos_ids)
+        return _Engine(controller, context, random_seed=0, enable_chunked_prefill=False, pg_collection=self.mesh.groups)
 
     @property
     def _row_multiple(self) -> int:
@@ -189,18 +193,19 @@ class RolloutEngine:
     @property
     def _bytes_per_token(self) -> int:
         """Keys and values of one token in this rank's layers and heads."""
-        heads = self.spec.kv_heads // self.mesh.layout.tensor
-        return 2 * len(self.model.decoder.layers) * heads * self.spec.head_dim * self.model.config.params_dtype.itemsize
+        spec, itemsize = self.role.spec, self.model.config.params_dtype.itemsize
+        heads = spec.kv_heads // self.mesh.layout.tensor
+        return 2 * len(self.model.decoder.layers) * heads * spec.head_dim * itemsize
 
-    def _rows_that_fit(self, width: int) -> int:
-        """Rows of `width` tokens for which every rank of this model copy has memory."""
-        block = self._block_tokens
+    def _rows_that_fit(self, wanted: int) -> int:
+        """For how many rows of the greatest length every rank of this model copy has memory."""
+        block, width = self._block_tokens, self.max_sequence_length
         if block is None:
-            return self.max_requests
+            return wanted
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         bytes_per_row = -(-width // block) * block * self._bytes_per_token
-        fit = torch.tensor(int(CUDA_MEMORY_SHARE * free) // bytes_per_row - 1, device=self.mesh.device)
+        fit = torch.tensor(int(self.settings.memory_share * free) // bytes_per_row - 1, device=self.mesh.device)
         rows = int(all_reduce(fit, self.mesh, "model", "min")) // self._row_multiple * self._row_multiple
         if rows < 1:
             raise ConfigError(
@@ -209,20 +214,20 @@ class RolloutEngine:
             )
         return rows
 
-    def _context(self, samples: dict[int, int], max_requests: int, width: int) -> RolloutContext:
+    def _context(self, max_requests: int) -> RolloutContext:
+        width = self.max_sequence_length
         block = self._block_tokens or width
         # One block more, which padding writes to; and half of one, against rounding in GiB.
         blocks = max_requests * -(-width // block) + 1.5
         options: dict[str, Any] = {
-            "samples": samples,
             "params_dtype": self.model.config.params_dtype,
             "num_layers": len(self.model.decoder.layers),
-            "kv_channels": self.spec.head_dim,
-            "num_attention_heads": self.spec.kv_heads,
+            "kv_channels": self.role.spec.head_dim,
+            "num_attention_heads": self.role.spec.kv_heads,
             "max_sequence_length": width,
             "max_requests": max_requests,
             # The tokens of a step are padded to round numbers, for which there must be room too.
-            "max_tokens": RolloutContext.round_up_tokens(max(PREFILL_TOKENS, width, max_requests)),
+            "max_tokens": RolloutContext.round_up_tokens(max(self.settings.prefill_tokens, width, max_requests)),
             "buffer_size_gb": blocks * block * self._bytes_per_token / 2**30,
             "pg_collection": self.mesh.groups,
         }
@@ -231,7 +236,7 @@ class RolloutEngine:
         context = RolloutContext(
             **options,
             block_size_tokens=block,
-            num_cuda_graphs=CUDA_GRAPHS if self.cuda_graphs else None,
+            num_cuda_graphs=self.settings.graphs if self.role.settings.compute.cuda_graphs else None,
             use_cuda_graphs_for_non_decode_steps=False,
         )
         # The largest, `max_requests`, is among those that stay.
@@ -275,7 +280,19 @@ class _Engine(DynamicInferenceEngine):
         """The controller has recorded the step."""
         return {}
 
-    def drain(self) -> None:
+    def draw(self, requests: Sequence[tuple[int, int, list[int]]], ledger: Ledger, sampling: SamplingConfig) -> None:
+        """Draw the rows of all requests (first row, rows, prompt) into the ledger."""
+        self.reset()
+        self.context.samples = {row: count for row, count, _ in requests}
+        self.controller.ledger, self.controller.sampling = ledger, sampling
+        for row, _, tokens in requests:
+            room = min(sampling.max_new_tokens, ledger.tokens.shape[1] - len(tokens))
+            # No id of termination: the controller knows them all.
+            self.add_request(row, tokens, SamplingParams(num_tokens_to_generate=room, termination_id=-1))
+        self._drain()
+        del self.controller.ledger  # it is the caller's
+
+    def _drain(self) -> None:
         """Step until no request is waiting or active."""
 
         async def drain() -> None:
@@ -290,6 +307,30 @@ class _Engine(DynamicInferenceEngine):
     def release(self) -> None:
         """Give the KV cache's memory back."""
         self.context.deallocate_all_tensors()
+
+
+@dataclass(frozen=True)
+class _Live:
+    """An engine, and what it was made for."""
+
+    engine: _Engine
+    graphs: DecodeGraphs | None
+    wanted: int
+    """Rows that were asked for."""
+    rows: int
+    """Rows that it decodes at once."""
+    weights: list[int]
+    """Their addresses."""
+
+    def captured(self) -> AbstractContextManager[None]:
+        """Inside, decode steps are replayed where there are graphs of them."""
+        return nullcontext() if self.graphs is None else self.graphs.attached()
+
+    def release(self) -> None:
+        """Give cache and graphs back."""
+        if self.graphs is not None:
+            self.graphs.delete()
+        self.engine.release()
 
 
 @contextmanager

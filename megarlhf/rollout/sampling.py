@@ -22,6 +22,25 @@ class SamplingConfig(Config):
     """Longest response, in tokens, EOS included; one that has not ended by then is cut."""
 
 
+class RolloutConfig(Config):
+    """How much is drawn at once. Changes no response but by rounding."""
+
+    rows: int = Field(default=512, ge=1)
+    """Responses decoded at once on one data rank; on a GPU no more than its memory holds. Others wait their turn."""
+    memory_share: float = Field(default=0.8, gt=0, lt=1)
+    """Share of a GPU's free memory that the KV cache may take; the rest is for the activations of prefills. With
+    `offload: none` the cache stays between rollouts, and training needs what it leaves."""
+    prefill_tokens: int = Field(default=16_384, ge=1)
+    """Prompt tokens that may enter one step; bounds the memory of its activations. Source: Megatron-Core's default."""
+    graphs: int = Field(default=8, ge=1)
+    """Batch sizes, evenly spaced, for which decoding is captured where `compute.cuda_graphs` says so: as often as the
+    weights move. Megatron-LM takes 16, and captures them once a run."""
+
+
+USUAL = RolloutConfig()
+"""Where nobody says otherwise."""
+
+
 def sample(
     logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
 from megarlhf.observe.metrics import names_of
-from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
@@ -67,6 +67,8 @@ class PolicyConfig(RunConfig):
     """Prompts to roll out: columns prompt and, optionally, answer."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn."""
+    rollout: Annotated[RolloutConfig, FreeToChange()] = RolloutConfig()
+    """How much is drawn at once."""
     iterations: int = Field(default=100, ge=1)
     """Rounds of roll out, score, estimate, optimise."""
     rollout_batch: int = Field(default=512, ge=1)

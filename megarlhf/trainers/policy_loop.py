@@ -114,9 +114,10 @@ def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
     """Load the models one after another, each moved off the device before the next arrives. Collective."""
     logprobs, judge = LabelLogprobs(cfg.sampling.temperature), inputs.models["reward"].description
     actor = away(learner("actor", inputs.models["actor"], logprobs, cfg.actor.optim, cfg.actor_steps, cfg, mesh))
+    longest = inputs.prompts.longest + cfg.sampling.max_new_tokens
     return Cast(
         actor=actor,
-        sampler=RolloutEngine.of(actor, inputs.tokenizer, inputs.prompts.longest + cfg.sampling.max_new_tokens),
+        sampler=RolloutEngine.of(actor, inputs.tokenizer, longest, cfg.rollout),
         reference=away(frozen("reference", inputs.models["reference"], logprobs, cfg, mesh)),
         reward=away(frozen("reward", inputs.models["reward"], judge.scores(), cfg, mesh)),
         wrong_score=math.inf if judge.score_wrong is None else judge.score_wrong,

@@ -138,7 +138,7 @@ class PPOIteration(Iteration):
 def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -> PPOIteration:
     """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""
     # 1. Roll out. Only the actor is resident, so the KV cache may have the rest of the memory.
-    with turn.clock("rollout"), cast.actor.resident("weights"):
+    with turn.clock("rollout"):
         rollout = cast.sampler.generate(prompts, cfg.sampling, seed=turn.seed("rollout"), group_size=cfg.group_size)
 
     # 2. Score. Forward only, one model resident at a time.

@@ -58,7 +58,8 @@ def sample_and_learn() -> dict[str, Any]:
     mesh = start(ParallelLayout(), seed=1)
     (role,) = actors(mesh, "hybrid")
     on_gpu = dataclasses.replace(mesh, device=torch.device("cuda"))
-    engine = RolloutEngine(role.model, role.spec, on_gpu, eos_ids=[EOS], pad_id=PAD, max_sequence_length=40)
+    engine = RolloutEngine(role, eos_ids=[EOS], pad_id=PAD, max_sequence_length=40)
+    engine.mesh = on_gpu
     renew, gates = role.model.set_is_first_microbatch, {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "CUDA_BLOCK_TOKENS", 16)

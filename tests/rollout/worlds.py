@@ -18,6 +18,7 @@ from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import RolloutConfig
 
 SPEC = ModelSpec(
     vocab_size=61, hidden_size=64, layers=4, heads=4, kv_heads=2, ffn_size=96, head_dim=16, max_positions=64
@@ -49,7 +50,7 @@ def actor(layout: ParallelLayout, *, temperature: float = 1.0, directory: Path |
 
 def engine(role: FrozenRole, *, eos_ids: Sequence[int] = (EOS,), max_requests: int = 512) -> RolloutEngine:
     return RolloutEngine(
-        role.model, SPEC, role.mesh, eos_ids=eos_ids, pad_id=PAD, max_sequence_length=40, max_requests=max_requests
+        role, eos_ids=eos_ids, pad_id=PAD, max_sequence_length=40, settings=RolloutConfig(rows=max_requests)
     )
 
 

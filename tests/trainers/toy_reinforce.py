@@ -17,7 +17,7 @@ class ReinforceConfig(PolicyConfig):
 
 def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn: Turn) -> Iteration:
     """Roll out, score, optimise: once."""
-    with turn.clock("rollout"), cast.actor.resident("weights"):
+    with turn.clock("rollout"):
         rollout = cast.sampler.generate(prompts, cfg.sampling, seed=turn.seed("rollout"), group_size=cfg.group_size)
     with turn.clock("score"):
         logprobs, scores = cast.actor.score(rollout), cast.reward.score(rollout)

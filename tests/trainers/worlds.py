@@ -48,7 +48,7 @@ def ppo_cast(cfg: PPOConfig, mesh: Mesh, longest: int = 64) -> PPOCast:
     inputs = PolicyInputs(inits, tokenizer, data=cfg.prompts, prompts=NO_PROMPTS, verifier=None, doubts="")
     cast = models(cfg, inputs, mesh)
     actor = cast.actor
-    sampler = RolloutEngine(actor.model, actor.spec, mesh, eos_ids=[3], pad_id=0, max_sequence_length=longest)
+    sampler = RolloutEngine(actor, eos_ids=[3], pad_id=0, max_sequence_length=longest)
     return replace(cast, sampler=sampler)
 
 
@@ -56,7 +56,7 @@ class Canned(RolloutEngine):
     """Gives one prepared rollout."""
 
     def __init__(self, rollout: Rollout, role: Role) -> None:
-        super().__init__(role.model, role.spec, role.mesh, eos_ids=[1], pad_id=0, max_sequence_length=64)
+        super().__init__(role, eos_ids=[1], pad_id=0, max_sequence_length=64)
         self._answer = rollout
 
     def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:
