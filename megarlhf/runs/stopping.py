@@ -59,21 +59,38 @@ class StopRequest:
         # From here on the clock that nobody sets: a jump of the other would stop the run, or not stop it.
         self._deadline = time.monotonic() - age + save_before if save_before else float("inf")
         self._caught = 0
+        self._interrupted = False
         self._longest_step = self._longest_save = 0.0
         self.step_begins()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the signals are noted instead of obeyed; after it, those of `stopping_at_start` are ignored."""
-        with _answered_by(self._catch):
-            yield
+        """Inside, the signals are noted instead of obeyed; after it, those of `stopping_at_start` are ignored.
+
+        Ctrl-C is obeyed, and noted: Python drops what is raised while it collects an object, as it does a process that
+        has ended, and then the end of the step obeys.
+        """
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, or somebody else's
+        try:
+            if usual:
+                signal.signal(signal.SIGINT, self._interrupt)
+            with _answered_by(self._catch):
+                yield
+        finally:
+            if usual:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def step_begins(self) -> None:
         """Time the next step from now, not from when the last one ended."""
         self._step_began = time.monotonic()
 
     def step_ended(self) -> str:
-        """Note how long the step took; return why the run shall stop, or nothing. Collective over the mesh."""
+        """Note how long the step took; return why the run shall stop, or nothing. Collective over the mesh.
+
+        Raises:   KeyboardInterrupt where Ctrl-C was pressed, and nobody heard.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
         now = time.monotonic()
         self._longest_step, self._step_began = max(self._longest_step, now - self._step_began), now
         return self._agreed(late=now + self._longest_step + self._longest_save >= self._deadline)
@@ -97,3 +114,7 @@ class StopRequest:
 
     def _catch(self, number: int, _: FrameType | None) -> None:
         self._caught = number
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        signal.default_int_handler(number, frame)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
@@ -99,3 +100,33 @@ def test_a_signal_before_any_rank_is_started_is_no_success(monkeypatch: pytest.M
 
     monkeypatch.setattr(local_ranks, "_listening", signalled)
     assert local_ranks.start_ranks(2, ["-c", "pass"]) == 128 + signal.SIGTERM
+
+
+class Thing:
+    """May be collected."""
+
+
+def pressed_while_something_is_collected() -> tuple[str, str]:
+    """What Ctrl-C does then, at once and at the end of the step."""
+    stop, heard = StopRequest(0, start(ParallelLayout(), seed=1)), []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with stop.listening():
+        try:
+            thing = Thing()
+            watch = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+            del thing
+            heard.append("nothing")
+        except KeyboardInterrupt:
+            heard.append("at once")
+        assert watch() is None
+        try:
+            stop.step_ended()
+        except KeyboardInterrupt:
+            heard.append("at the end of the step")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+    return heard[0], heard[-1]
+
+
+def test_no_ctrl_c_is_lost() -> None:
+    assert run_ranks(pressed_while_something_is_collected, 1) == [("nothing", "at the end of the step")]
