@@ -176,14 +176,14 @@ def _run(arguments: list[str]) -> int:
     name, *rest = arguments
     command = _command(name)
     if "-h" in rest or "--help" in rest:
-        settings, _ = program(command, rest)
+        settings, _ = program(command, None, [word for word in rest if word.startswith("trainer=")])
         _print_settings(name, command, settings)
         return DONE
     path, overrides = _split(name, rest)
     with _ending_at_once(goes_on=command.goes_on):
         from megarlhf.config import load_config
 
-        settings, entry = program(command, overrides)
+        settings, entry = program(command, path, overrides)
         cfg = load_config(settings, path, overrides)
     return entry(cfg, arguments)
 
@@ -203,9 +203,9 @@ def _command(name: str) -> Command:
 
 
 def program(
-    command: Command, overrides: Sequence[str] = ()
+    command: Command, path: Path | None = None, overrides: Sequence[str] = ()
 ) -> tuple[type[Config], Callable[[Any, Sequence[str]], int]]:
-    """The command's settings class and its entry, imported as late as possible."""
+    """The command's settings class and its entry, imported as late as possible; for the trainer that is given."""
     if not command.settings:
         from megarlhf.trainers.find import trainer_named
 
@@ -214,8 +214,9 @@ def program(
     settings, entry = _load(command.settings), _load(command.entry)
     if not command.trainer:
         return settings, entry
-    given = [value for name, _, value in (word.partition("=") for word in overrides) if name == "trainer"]
-    chosen = given[-1] if given else command.trainer
+    from megarlhf.config.load import given
+
+    chosen = str(given(path, overrides).get("trainer", command.trainer))
     return settings(chosen), partial(entry, chosen)
 
 

@@ -64,6 +64,7 @@ from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyI
 from megarlhf.trainers.trainer import Trainer
 
 PolicyTrainer = Trainer[Any, PolicyInputs, Cast]
+"""Whose settings are a PolicyConfig."""
 
 STAND_IN = "tiny-xs"
 """Preset of all models where no actor is named."""
@@ -73,8 +74,6 @@ PROBE_OFFLOAD = "offload, trained"
 """The gate of weights that have never been away, and of moments: `offload` sees only what a second trip loses."""
 
 
-DEFAULT = "ppo"
-"""The trainer whose run is examined where none is named."""
 RUN_DIR = "Directory of the run; the doctor leaves nothing there, and puts a model beside it for a moment."
 ACTOR = "The policy; without `actor.init` a tiny preset with the built-in tokenizer and prompts stands in."
 WHOSE = "Trainer of that run: one of megarlhf's, or a module of your own, as in my_package.my_algorithm."

@@ -22,7 +22,7 @@ from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
 from megarlhf.runtime.checks import (
     Model,
     check_room,
@@ -81,6 +81,7 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     if cfg.output is not None:
         check_new_file(cfg.output)
+    check_rolls_out(cfg.layout, cfg.rollout, offload=cfg.offload, fp8=cfg.compute.fp8 != "off")
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     reward = checked_model(cfg.reward, cfg.layout, "reward") if cfg.reward else None
     policy = Model("model", cfg.model, model)

@@ -19,7 +19,7 @@ from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig, load_rows
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import LayoutError, printable
+from megarlhf.errors import printable
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.files import json_line, opened, writing
@@ -27,7 +27,7 @@ from megarlhf.observe.progress import Progress
 from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
 from megarlhf.runtime.checks import Model, check_room, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
@@ -78,11 +78,7 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     if cfg.output is not None:
         check_new_file(cfg.output)
-    if cfg.layout.virtual_pipeline > 1:
-        raise LayoutError(
-            f"layout.virtual_pipeline={cfg.layout.virtual_pipeline} cannot roll out: Megatron-Core's inference engine "
-            "wants one model chunk a rank; set layout.virtual_pipeline=1."
-        )
+    check_rolls_out(cfg.layout, cfg.rollout, offload=cfg.offload, fp8=cfg.compute.fp8 != "off")
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     speaker = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, speaker, cfg.date)

@@ -25,7 +25,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.runs.capsule import Note, read_batch, read_notes, tensors_of
-from megarlhf.trainers.find import is_own, trainer_named
+from megarlhf.trainers.find import is_own, module_of, trainer_named
 from megarlhf.trainers.trainer import Trainer
 
 ALONE = (
@@ -111,9 +111,11 @@ def first_not_finite(role: TrainableRole) -> Iterator[list[str]]:
 def _trainer(cfg: ReplayConfig, note: Note) -> Trainer[Any, Any, Any]:
     if not cfg.trainer and not is_own(note.trainer):
         raise DataError(
-            f"capsule={cfg.capsule}: its step is of trainer={note.trainer or 'nothing'}, none of megarlhf's own; where "
+            f"capsule={cfg.capsule}: its step is of trainer={note.trainer or 'unknown'}, none of megarlhf's own; where "
             "you know that code, name it too."
         )
+    if cfg.trainer and note.trainer not in (module_of(cfg.trainer), "", "__main__"):
+        raise ConfigError(f"trainer={cfg.trainer}: the step in {cfg.capsule} is of {note.trainer}; name that.")
     return trainer_named(cfg.trainer or note.trainer)
 
 

@@ -29,10 +29,7 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
 
     Raises:   ConfigError naming the setting, its value, where it came from and the remedy, one line per mistake.
     """
-    settings = {} if path is None else _read(path)
-    typed: set[str] = set()
-    for override in overrides:
-        typed |= _apply(settings, override)
+    settings, typed = _given(path, overrides)
     try:
         # Strict JSON mode: 2.0 or "2" for an int is an error, while a list may fill a tuple and text may fill a Path.
         return cls.model_validate_json(json.dumps(_over_defaults(cls, settings)), strict=True)
@@ -40,6 +37,23 @@ def load_config(cls: type[C], path: Path | None, overrides: Sequence[str]) -> C:
         lines = [_explain(cls, detail, path, typed) for detail in error.errors()[:_MOST_MISTAKES]]
         more = error.error_count() - len(lines)
         raise ConfigError("\n".join([*lines, *([f"and {more} more mistakes."] if more else [])])) from None
+
+
+def given(path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """What file and overrides say, before any class has looked at it.
+
+    Raises:   ConfigError where one of them cannot be read.
+    """
+    return _given(path, overrides)[0]
+
+
+def _given(path: Path | None, overrides: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
+    """The settings, and the dotted names of those that the overrides gave values to."""
+    settings = {} if path is None else _read(path)
+    typed: set[str] = set()
+    for override in overrides:
+        typed |= _apply(settings, override)
+    return settings, typed
 
 
 def dump_config(cfg: Config, path: Path) -> None:

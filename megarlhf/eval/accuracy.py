@@ -60,6 +60,7 @@ def evaluate(
             scores = torch.zeros(len(drawn)) if reward is None else reward.score(drawn)
             parts.append(_judged(drawn.to("cpu"), scores.cpu(), tokenizer, verifier))
             bar.advance(len(chunk))
+    engine.release()
     return Evaluation(
         responses=tuple(text for part in parts for text in part.responses),
         correct=torch.cat([part.correct for part in parts]),

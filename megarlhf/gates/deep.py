@@ -20,6 +20,7 @@ from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.spec import PRESETS
 from megarlhf.parallel.collectives import all_reduce, broadcast
+from megarlhf.parallel.gradients import main_grad
 from megarlhf.parallel.micro_batches import Loss, States
 from megarlhf.parallel.pipeline import forward_only
 from megarlhf.parallel.rng import generator
@@ -200,7 +201,10 @@ def relative(difference: float, size: float) -> float:
 def _gradient_tensors(role: TrainableRole) -> Iterator[tuple[str, Tensor]]:
     """This rank's fp32 gradient of every parameter, in Megatron's buffers, inside `gradients`."""
     for name, parameter in named_parameters(role.chunks):
-        yield name, vars(parameter)["main_grad"]
+        gradient = main_grad(parameter)
+        if gradient is None:
+            raise ValueError(f"{name} of the {role.name} has no gradient; prepare the role first.")
+        yield name, gradient
 
 
 def _gradient_norms(role: TrainableRole) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Sequence
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from megarlhf.data.arithmetic import is_correct
 from megarlhf.data.prompts import PromptSet
@@ -123,15 +124,14 @@ def check_verifier(verifier: Verifier) -> None:
 
 def _equal(said: str, answer: str) -> bool:
     check_verifier("maths")
-    from math_verify import LatexExtractionConfig, parse
-    from math_verify import verify as equal
+    package: Any = importlib.import_module("math_verify")  # it has no types
 
     if len(said) > _LONGEST_ANSWER:
         return False
     # LaTeX alone: math-verify's other reader, of bare expressions, goes through sympy's parse_expr, which calls eval().
-    reader = [LatexExtractionConfig()]
+    reader = [package.LatexExtractionConfig()]
     gold, given = (
-        parse(f"${text.strip().strip('$')}$", extraction_config=reader, parsing_timeout=_SECONDS)
+        package.parse(f"${text.strip().strip('$')}$", extraction_config=reader, parsing_timeout=_SECONDS)
         for text in (answer, said)
     )
-    return bool(gold) and bool(given) and equal(gold, given, timeout_seconds=_SECONDS)
+    return bool(gold) and bool(given) and package.verify(gold, given, timeout_seconds=_SECONDS)

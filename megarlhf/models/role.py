@@ -22,6 +22,7 @@ from megarlhf.models.readings import Reading
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind, LlamaModel, build_chunks
 from megarlhf.parallel.collectives import check_divides, gather, own_part
+from megarlhf.parallel.gradients import gradient_buffers
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, ends_of
 from megarlhf.parallel.offload import Offloader, resident_bytes, unique_storages
@@ -121,10 +122,6 @@ class Role:
         finally:
             for part in arrived:
                 self._send_away(part)
-
-    def is_away(self, part: Part) -> bool:
-        """Whether `part` waits on the host."""
-        return self._offloaders[part].is_away
 
     def leave(self) -> None:
         """Move everything to the host until `resident` asks for it; with `offload: none` everything stays."""
@@ -240,7 +237,7 @@ class TrainableRole(Role):
         if part == "weights":
             return super().tensors(part)
         if part == "gradients":
-            return [buffer.grad_data for wrapped in self.wrapped for buffer in vars(wrapped)["buffers"]]
+            return [buffer for wrapped in self.wrapped for buffer in gradient_buffers(wrapped)]
         state = [value for _, values in self.optimizer.state.items() for value in values.values()]
         masters = self.optimizer.get_parameters()
         return [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]

@@ -31,6 +31,7 @@ from megarlhf.models.heads import ScalarHead
 from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
+from megarlhf.parallel.gradients import main_grad
 from megarlhf.parallel.mesh import Mesh
 from megarlhf_kernels import PolicyTerms, Projected, Shard, linear_kl, linear_logprob, linear_ppo
 from megarlhf_kernels.linear_ppo import METRICS
@@ -151,7 +152,7 @@ class LlamaModel(GPTModel):
     @property
     def _vocab_weight_grad(self) -> Tensor | None:
         """Megatron's fp32 buffer for the weight's gradient, which a model that is not trained does not have."""
-        return vars(self.vocab_weight).get("main_grad")
+        return main_grad(self.vocab_weight)
 
     def _vocab_shard(self) -> Shard:
         group = self.pg_collection.tp

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from megarlhf.observe.files import write_whole, writing
-from megarlhf.observe.run_files import COMMAND, CONFIG, VERSIONS
+from megarlhf.observe.run_files import COMMAND, CONFIG, TRAINER, VERSIONS
 
 _PACKAGES = (
     *("torch", "megatron-core", "transformers", "tokenizers", "datasets", "pydantic", "numpy", "safetensors"),
@@ -40,6 +40,7 @@ def write_provenance(run_dir: Path, config: Settings, argv: Sequence[str]) -> No
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     write_whole(run_dir / CONFIG, config.to_yaml())
+    write_whole(run_dir / TRAINER, type(config).__module__ + "\n")
     write_whole(run_dir / COMMAND, shlex.join(["megarlhf", *argv]) + "\n")
     write_whole(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
 

@@ -9,6 +9,8 @@ from pathlib import Path
 CONFIG = "config.yaml"
 """The resolved settings."""
 COMMAND = "command.txt"
+TRAINER = "trainer.txt"
+"""The module of the trainer that the run is of."""
 VERSIONS = "versions.json"
 """Of the packages that decide the numbers, and the commit."""
 METRICS = "metrics.jsonl"

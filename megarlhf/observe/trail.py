@@ -15,7 +15,7 @@ class Trail:
     """Kept up to date by the loop, the clock, the roles and the collectives; read when something goes wrong."""
 
     step: int = 0
-    """Steps (PPO: iterations) done."""
+    """Steps (of a policy: iterations) done."""
     phase: str = ""
     """Of the clock."""
     role: str = ""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from megarlhf.errors import CheckpointError
 
 PHASES = ("rollout", "score", "estimate", "optimise", "train")
-"""What a Clock may time: the four paragraphs of a PPO iteration, or a step of another trainer."""
+"""What a Clock may time: the four paragraphs of an iteration, or a step of another trainer."""
 WORKED = ("rollout", "score", "optimise", "train")
 """Those in which models work."""
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError, DataError, LayoutError
+from megarlhf.errors import ConfigError, DataError
 from megarlhf.models.role import Role
 from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
@@ -29,7 +29,15 @@ from megarlhf.parallel.layout import FP8_MULTIPLE
 from megarlhf.rollout.context import HostContext, RolloutContext
 from megarlhf.rollout.controller import Ledger, RolloutController
 from megarlhf.rollout.graphs import DecodeGraphs
-from megarlhf.rollout.sampling import USUAL, RolloutConfig, SamplingConfig, occurrence, stream_ids, uniforms
+from megarlhf.rollout.sampling import (
+    USUAL,
+    RolloutConfig,
+    SamplingConfig,
+    check_rolls_out,
+    occurrence,
+    stream_ids,
+    uniforms,
+)
 
 # Megatron's decorators hide from type checkers that this is a class.
 DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
@@ -47,8 +55,7 @@ class RolloutEngine:
 
     eos_ids: each ends a response. pad_id: fills rows to the right. max_sequence_length: prompt plus response never get
     longer, in tokens.
-    Memory:   cache and CUDA graphs stay as long as the weights do where they are: with `offload: none` from rollout to
-              rollout, otherwise until the role leaves the device at the end of one.
+    Memory:   nothing between rollouts; with `keep`, cache and CUDA graphs until `release` or a rollout of another size.
     """
 
     def __init__(
@@ -60,11 +67,8 @@ class RolloutEngine:
         max_sequence_length: int,
         settings: RolloutConfig = USUAL,
     ) -> None:
-        if role.mesh.layout.virtual_pipeline > 1:
-            raise LayoutError(
-                f"rollouts cannot run on virtual_pipeline={role.mesh.layout.virtual_pipeline}: Megatron-Core's "
-                "inference engine wants one model chunk a rank; set virtual_pipeline=1."
-            )
+        of = role.settings
+        check_rolls_out(role.mesh.layout, settings, offload=of.offload, fp8=of.compute.fp8 is not None)
         self.role = role
         self.mesh = role.mesh
         self.eos_ids = tuple(eos_ids)
@@ -107,11 +111,12 @@ class RolloutEngine:
         own = slice(part.start * group_size, part.stop * group_size)
         rows = every.rows(own).to(self.mesh.device)
         streams = stream_ids(every.ids, occurrence(every.ids))[own].to(self.mesh.device)
-        leaving = self.role.is_away("weights")
         with self.role.resident("weights"):
-            drawn = self._drawn(rows, streams, sampling, seed) if len(rows) else _none(rows)
-            if leaving:
-                self.release()
+            try:
+                drawn = self._drawn(rows, streams, sampling, seed) if len(rows) else _none(rows)
+            finally:
+                if not self.settings.keep:
+                    self.release()
         rollout = gather_rows(drawn, self.mesh)
         self._count(prompts, rollout)
         return rollout
@@ -154,15 +159,21 @@ class RolloutEngine:
     def _engine_for(self, rows: int) -> _Live:
         """An engine that decodes as many of `rows` rows at once as it may: the last one, if it is still of use."""
         wanted = min(self.settings.rows, rows)
-        weights = [parameter.data_ptr() for parameter in self.model.parameters()]
-        if self._live is not None and (self._live.wanted, self._live.weights) == (wanted, weights):
+        if self._live is not None and self._live.wanted == wanted:
+            # Attention weighs what is unused by 0: what broken weights left there, no numbers, would spread.
+            self._live.engine.context.memory_buffer.zero_()
             return self._live
         self.release()
         multiple = self._row_multiple
         most = -(-min(wanted, self._rows_that_fit(wanted)) // multiple) * multiple
         graphs = DecodeGraphs(self.model) if self.role.settings.compute.cuda_graphs else None
-        with graphs.attached() if graphs else nullcontext():
-            self._live = _Live(self._engine(most), graphs, wanted, most, weights)
+        try:
+            with graphs.attached() if graphs else nullcontext():
+                self._live = _Live(self._engine(most), graphs, wanted, most)
+        except BaseException:
+            if graphs:
+                graphs.delete()
+            raise
         return self._live
 
     def _engine(self, most: int) -> _Engine:
@@ -205,12 +216,14 @@ class RolloutEngine:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         bytes_per_row = -(-width // block) * block * self._bytes_per_token
-        fit = torch.tensor(int(self.settings.memory_share * free) // bytes_per_row - 1, device=self.mesh.device)
+        share = self.settings.memory_share
+        fit = torch.tensor(int(share * free) // bytes_per_row - 1, device=self.mesh.device)
         rows = int(all_reduce(fit, self.mesh, "model", "min")) // self._row_multiple * self._row_multiple
         if rows < 1:
             raise ConfigError(
-                f"KV cache: two rows of {width} tokens need {2 * bytes_per_row / 2**30:.1f} GiB and "
-                f"{free / 2**30:.1f} GiB are free; shorten responses, offload the other roles or raise layout.tensor."
+                f"KV cache: two rows of {width} tokens need {2 * bytes_per_row / 2**30:.1f} GiB, more than "
+                f"rollout.memory_share={share:g} of the {free / 2**30:.1f} GiB that are free; raise it, shorten "
+                "responses, offload the other roles or raise layout.tensor."
             )
         return rows
 
@@ -319,8 +332,6 @@ class _Live:
     """Rows that were asked for."""
     rows: int
     """Rows that it decodes at once."""
-    weights: list[int]
-    """Their addresses."""
 
     def captured(self) -> AbstractContextManager[None]:
         """Inside, decode steps are replayed where there are graphs of them."""
@@ -328,9 +339,9 @@ class _Live:
 
     def release(self) -> None:
         """Give cache and graphs back."""
+        self.engine.release()
         if self.graphs is not None:
             self.graphs.delete()
-        self.engine.release()
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from megarlhf.config import Config
+from megarlhf.errors import ConfigError, LayoutError
+from megarlhf.parallel.layout import ParallelLayout
 
 
 class SamplingConfig(Config):
@@ -28,17 +30,38 @@ class RolloutConfig(Config):
     rows: int = Field(default=512, ge=1)
     """Responses decoded at once on one data rank; on a GPU no more than its memory holds. Others wait their turn."""
     memory_share: float = Field(default=0.8, gt=0, lt=1)
-    """Share of a GPU's free memory that the KV cache may take; the rest is for the activations of prefills. With
-    `offload: none` the cache stays between rollouts, and training needs what it leaves."""
+    """Share of a GPU's free memory that the KV cache may take; the rest is for the activations of prefills."""
     prefill_tokens: int = Field(default=16_384, ge=1)
     """Prompt tokens that may enter one step; bounds the memory of its activations. Source: Megatron-Core's default."""
     graphs: int = Field(default=8, ge=1)
-    """Batch sizes, evenly spaced, for which decoding is captured where `compute.cuda_graphs` says so: as often as the
-    weights move. Megatron-LM takes 16, and captures them once a run."""
+    """Batch sizes, evenly spaced, for which decoding is captured where `compute.cuda_graphs` says so. Megatron-LM takes
+    16, and captures them once a run."""
+    keep: bool = False
+    """Keep the KV cache, and on a GPU the CUDA graphs, from rollout to rollout. Needs weights that stay where they are
+    (`offload=none`), and memory: all else has what memory_share leaves."""
 
 
 USUAL = RolloutConfig()
 """Where nobody says otherwise."""
+
+
+def check_rolls_out(layout: ParallelLayout, rollout: RolloutConfig, *, offload: str, fp8: bool) -> None:
+    """Raise LayoutError where no rollout can be drawn on `layout`, ConfigError where a cache cannot be kept."""
+    if layout.virtual_pipeline > 1:
+        raise LayoutError(
+            f"layout.virtual_pipeline={layout.virtual_pipeline} cannot roll out: Megatron-Core's inference engine "
+            "wants one model chunk a rank; set layout.virtual_pipeline=1."
+        )
+    if rollout.keep and offload != "none":
+        raise ConfigError(
+            f"rollout.keep=true with offload={offload}: the weights move, and graphs of where they were would be kept; "
+            "set offload=none, or rollout.keep=false."
+        )
+    if rollout.keep and fp8:
+        raise ConfigError(
+            "rollout.keep=true with compute.fp8: training makes other FP8 copies of the weights than those that were "
+            "captured; set rollout.keep=false."
+        )
 
 
 def sample(

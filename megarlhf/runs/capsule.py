@@ -59,8 +59,8 @@ class Note(Config):
     """Ranks of the run."""
     attempt: str
     """Of which start of the run this is a part."""
-    trainer: str
-    """Module whose TRAINER the run is of."""
+    trainer: str = ""
+    """Module whose TRAINER the run is of; empty where it is not known."""
     kind: str
     """Type of the batch; empty for none."""
     texts: dict[str, list[str]]

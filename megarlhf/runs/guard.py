@@ -25,7 +25,7 @@ class StepGuard:
         self.skipped = 0
         self.in_a_row: dict[str, int] = {}
         """Of each role whose last steps were skipped, how many."""
-        self.settle: Callable[[], object] = int
+        self.settle: Callable[[], object] = lambda: None
         """Completes what is being saved: Megatron writes one thing at a time."""
 
     def check(self, role: TrainableRole, update: Update, step: int) -> None:

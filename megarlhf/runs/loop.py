@@ -269,7 +269,7 @@ def run_steps(
     *,
     run: Run,
     writer: RunWriter | None,
-    ready: Callable[[int], object] = int,
+    ready: Callable[[int], object] = lambda _: None,
     enough: Callable[[Metrics], bool] = lambda _: False,
 ) -> Metrics:
     """Call `step(0)` to `step(count - 1)`, or from where the run was, log what each returns, and return the last.

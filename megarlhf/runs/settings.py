@@ -32,7 +32,7 @@ class RunConfig(RanksConfig):
     """`auto`: the same command again goes on from the newest saved state in run_dir, or from the start where there is
     none. `never` refuses a used run_dir."""
     save_every: Annotated[int, FreeToChange()] = Field(default=100, ge=0)
-    """Steps (PPO: iterations) between two saved states; 0 saves none, but one where a signal stops the run."""
+    """Steps (of a policy: iterations) between two saved states; 0 saves none, but one where a signal stops the run."""
     keep_last: Annotated[int, FreeToChange()] = Field(default=2, ge=1)
     """Newest states to keep; each holds weights and optimiser of every role that learns."""
     keep_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
@@ -65,7 +65,7 @@ class RunConfig(RanksConfig):
 
     @property
     def model_dir(self) -> Path:
-        """Where the trained model goes; PPO's is the actor."""
+        """Where the trained model goes; a policy's is the actor."""
         return self.run_dir / run_files.MODEL
 
     @property
@@ -120,6 +120,7 @@ class RunConfig(RanksConfig):
             raise ConfigError(
                 f"run_dir={self.run_dir} already holds a run ({trace} is there); choose another, or remove it."
             )
+        self._check_same_trainer()
         free = self.free_to_change()
         changed = {name: values for name, values in self.changes().items() if not _mark(name, free)}
         # Of a run that ended before its first step no setting has done anything.
@@ -133,6 +134,14 @@ class RunConfig(RanksConfig):
             raise RunFinished(f"run_dir={self.run_dir}: this run is done; its model is in {model}.")
         if model.exists():
             raise ConfigError(f"{model} is there, but not whole ({MODEL} is missing); remove it to go on with the run.")
+
+    def _check_same_trainer(self) -> None:
+        file, own = self.run_dir / run_files.TRAINER, type(self).__module__
+        trainer = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else own
+        if trainer != own:
+            raise ConfigError(
+                f"run_dir={self.run_dir} holds a run of the trainer {trainer}, this is {own}; choose another run_dir."
+            )
 
     def _has_logged(self) -> bool:
         log = self.run_dir / run_files.METRICS

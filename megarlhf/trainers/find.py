@@ -21,11 +21,15 @@ def trainers() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-        if any(isinstance(target, ast.Name) and target.id == "TRAINER" for target in targets):
+        if any(isinstance(node, ast.Assign | ast.AnnAssign) and _assigns(node, "TRAINER") for node in tree.body):
             summary = (ast.get_docstring(tree) or "").partition("\n")[0].rstrip(".")
             found[path.stem] = summary if summary[1:2].isupper() else summary[:1].lower() + summary[1:]
     return found
+
+
+def _assigns(node: ast.Assign | ast.AnnAssign, name: str) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
 
 
 def module_of(name: str) -> str:
@@ -51,11 +55,20 @@ def trainer_named(name: str) -> Trainer[Any, Any, Any]:
             "its package, as in my_package.my_algorithm."
         )
     if not _is_there(module):
-        raise ConfigError(f"trainer {name}: Python finds no such module; put its directory on PYTHONPATH.")
-    exported = vars(importlib.import_module(module))
-    if "TRAINER" not in exported:
+        raise ConfigError(
+            f"trainer {name}: Python finds no such module; put the directory that holds it on PYTHONPATH."
+        )
+    found = vars(importlib.import_module(module)).get("TRAINER")
+    from megarlhf.trainers.trainer import Trainer
+
+    if not isinstance(found, Trainer):
         raise ConfigError(f"trainer {name}: the module does not define TRAINER; see megarlhf/trainers/trainer.py.")
-    return exported["TRAINER"]
+    if found.config.__module__ != module:
+        raise ConfigError(
+            f"trainer {name}: its settings are {found.config.__name__} of {found.config.__module__}, whose runs "
+            "its own would be taken for; derive a class from it in the module."
+        )
+    return found
 
 
 def _is_there(module: str) -> bool:

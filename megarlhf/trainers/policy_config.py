@@ -14,13 +14,13 @@ from megarlhf.config.base import FreeToChange
 from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import CheckpointError, ConfigError, LayoutError
+from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.judges.rules import AutoVerifier, Verifier, check_answers, chosen_verifier
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
 from megarlhf.observe.metrics import names_of
-from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
@@ -156,16 +156,15 @@ class PolicyConfig(RunConfig):
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
-        if self.layout.virtual_pipeline > 1:
-            raise LayoutError(
-                f"layout.virtual_pipeline={self.layout.virtual_pipeline} cannot roll out: Megatron-Core's inference "
-                "engine wants one model chunk a rank; set layout.virtual_pipeline=1."
-            )
+        check_rolls_out(self.layout, self.rollout, offload=self.offload, fp8=self.compute.fp8 != "off")
         if self.sampling.temperature == 0:
             raise ConfigError(
                 "sampling.temperature=0 always draws the same response, and a policy learns from differences; set it "
                 "above 0, to 0.7 for example."
             )
+        usual = type(self).model_fields["kl_bound"].default
+        if "kl/reference_mean" not in self.logged and self.kl_bound not in (None, usual):
+            raise ConfigError(f"kl_bound={self.kl_bound:g}: nothing logs kl/reference_mean here; set kl_bound=null.")
         for name, part in (("group_size", self.group_size), ("global_batch", self.global_batch)):
             if self.rollout_batch % part:
                 raise ConfigError(

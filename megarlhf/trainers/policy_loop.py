@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from megarlhf.batch.rollouts import LearnerRows, Prompts, Rollout
+from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, Rollout
 from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
 from megarlhf.gates.cheap import cheap_gates, gate_prompts
@@ -129,12 +129,16 @@ def policy_trainer(
     iteration: Callable[[CastT, Prompts, Cfg, Turn], Iteration],
     *,
     models: Callable[[Cfg, PolicyInputs, Mesh], CastT],
-    learners: Mapping[str, Learner[Cfg]],
+    learners: Mapping[str, Learner[Cfg, Any]],
 ) -> Trainer[Cfg, PolicyInputs, CastT]:
     """What a module of an algorithm exports as TRAINER: its settings, its page, and who learns what.
 
-    models: `build_cast`, or what adds to it. learners: by role, the actor's among them.
+    models: `build_cast`, or what adds to it. learners: by role, the actor's among them, who learns from PolicyRows by a
+    loss that reports ratio, clip_fraction, approx_kl and entropy: gates measure it, and `policy_metrics` logs it.
+    Raises:   ValueError where the actor learns from other rows.
     """
+    if learners["actor"].rows is not PolicyRows:
+        raise ValueError(f"the actor learns from {learners['actor'].rows.__name__}; gates need it to be PolicyRows.")
 
     def train(cfg: Cfg, inputs: PolicyInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
         check_one_day(inputs.tokenizer, mesh)
@@ -142,7 +146,6 @@ def policy_trainer(
         return _train(cast, partial(iteration, cast), learners["actor"].loss(cast.actor, cfg), cfg, inputs, argv)
 
     return Trainer(
-        title=_title(config),
         config=config,
         prepare=prepare,
         models=models,

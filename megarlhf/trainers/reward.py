@@ -323,7 +323,6 @@ def _following(cfg: RewardConfig) -> tuple[str, ...]:
 
 
 TRAINER = Trainer(
-    title="reward model",
     config=RewardConfig,
     prepare=prepare,
     models=models,

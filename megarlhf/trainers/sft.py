@@ -146,7 +146,6 @@ def _following(cfg: SftConfig) -> tuple[str, ...]:
 
 
 TRAINER = Trainer(
-    title="SFT",
     config=SftConfig,
     prepare=prepare,
     models=models,

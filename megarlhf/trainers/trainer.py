@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from megarlhf.batch.base import Batch
+from megarlhf.batch.base import RowsT
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.mesh import Mesh
@@ -47,12 +47,12 @@ class Pupil:
 
 
 @dataclass(frozen=True)
-class Learner(Generic[Cfg_contra]):
+class Learner(Generic[Cfg_contra, RowsT]):
     """What the optimiser steps of a role are made of."""
 
-    rows: type[Batch]
+    rows: type[RowsT]
     """Of which a step's batch is."""
-    loss: Callable[[TrainableRole, Cfg_contra], Loss[Any]]
+    loss: Callable[[TrainableRole, Cfg_contra], Loss[RowsT]]
     """Over such rows."""
 
 
@@ -60,14 +60,12 @@ class Learner(Generic[Cfg_contra]):
 class Trainer(Generic[Cfg, Inputs, Models_co]):
     """A command that trains. The module that defines `config` exports it as TRAINER: runs are told apart by that."""
 
-    title: str
-    """In front of the progress bar."""
     config: type[Cfg]
     prepare: Callable[[Cfg], Inputs]
     """Reads and checks all input, before anything is built."""
     models: Callable[[Cfg, Inputs, Mesh], Models_co]
     """Builds them, their weights loaded. Collective."""
-    learners: Mapping[str, Learner[Cfg]]
+    learners: Mapping[str, Learner[Cfg, Any]]
     """By the name of the role that learns."""
     train: Callable[[Cfg, Inputs, Sequence[str], Mesh], Metrics]
     """Runs all steps and saves the model to `cfg.model_dir`, given the command line. Collective; the last metrics."""

@@ -1,4 +1,4 @@
-"""What a PPO run says when it optimises the reward model rather than the task."""
+"""What a run says when it optimises the reward model rather than the task."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Watch:
         }
         new = {name: text for name, text in words.items() if text and name not in self._said}
         self._said |= new.keys()
-        remedy = "stop earlier, lower actor.optim.lr, or raise kl_coef in a run of its own"
+        remedy = "stop earlier, lower actor.optim.lr, or weigh the KL more in a run of its own"
         said = [f"warning, iteration {len(self._history)}: {text}; {remedy}." for text in new.values()]
         return {name: float(bool(text)) for name, text in words.items()}, said
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -129,7 +129,7 @@ def stale_sampler(patch: Patch) -> None:
 
     def then_move(self: RolloutEngine, *args: Any, **options: Any) -> Any:
         rollout = generate(self, *args, **options)
-        with torch.no_grad():
+        with self.role.resident("weights"), torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.mul_(1.01)
         return rollout
@@ -149,7 +149,7 @@ def divide_by_rows(patch: Patch) -> None:
 
         return divided
 
-    patch.setattr(doctor, "policy_loss", wrong)
+    patch.setitem(cast(Any, ppo.TRAINER.learners), "actor", replace(ppo.TRAINER.learners["actor"], loss=wrong))
 
 
 def lose_a_tensor(patch: Patch) -> None:
@@ -252,28 +252,28 @@ def first_iteration(layout: ParallelLayout, folder: str, gated: bool) -> dict[st
     cfg = config(folder, layout, global_batch=4, micro_batch=2)
     inputs = doctor.inputs_of(ppo.TRAINER, cfg)
     mesh = start(layout, seed=1)
-    cast = ppo.TRAINER.models(cfg, inputs, mesh)
+    troupe = ppo.TRAINER.models(cfg, inputs, mesh)
     prompts = gate_prompts(inputs.prompts, mesh)
-    iterate(cast, prompts, cfg, 0)  # so that there are moments to disturb
+    iterate(troupe, prompts, cfg, 0)  # so that there are moments to disturb
 
     def state() -> list[Any]:
         prints = []
-        for role in cast.every:
+        for role in troupe.every:
             with role.resident(*role.parts):
                 prints.append(state_of(role))
-        return [*prints, torch.get_rng_state().tolist(), cast.resident_bytes()]
+        return [*prints, torch.get_rng_state().tolist(), troupe.resident_bytes()]
 
     before, gates, late = state(), [], []
-    loss = policy_loss(cast.actor, cfg)
+    loss = policy_loss(troupe.actor, cfg)
     if gated:
-        gates = cheap_gates(cast, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
+        gates = cheap_gates(troupe, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
     unchanged = state() == before
-    metrics = iterate(cast, prompts, cfg, 1).metrics
+    metrics = iterate(troupe, prompts, cfg, 1).metrics
     counted = {name: value for name, value in metrics.items() if name.split("/")[0] not in MACHINE}
     if gated:
         with pytest.MonkeyPatch.context() as patch:
             lose_a_tensor(patch)
-            late = cheap_gates(cast, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
+            late = cheap_gates(troupe, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
     return {"gates": gates, "unchanged": unchanged, "metrics": counted, "late": late}
 
 

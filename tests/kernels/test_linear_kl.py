@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -40,8 +43,16 @@ def test_matches_fp64_as_well_as_whole_logits_do(count: int, vocab: int, impl) -
 def test_chunks_of_rows_are_all_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, reference = a_case(11, 50)
     whole = linear_kl(policy, reference)
-    monkeypatch.setattr(_projection, "CPU_ELEMENTS", 150)  # three rows
+    chunks: list[int] = []
+
+    def counted(logits: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        chunks.append(len(logits))
+        return full_kl(logits, *args, **options)
+
+    monkeypatch.setattr(_projection, "CPU_ELEMENTS", 150)
+    monkeypatch.setattr(importlib.import_module("megarlhf_kernels.linear_kl"), "full_kl", counted)
     torch.testing.assert_close(linear_kl(policy, reference), whole, rtol=1e-6, atol=1e-6)
+    assert sorted(chunks) == [2, 3, 3, 3]
 
 
 def test_it_is_of_the_policy_to_the_reference_and_zero_to_itself() -> None:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.models.exact_kl import exact_kl
 from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import Role
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.trainers import policy_metrics
 from tests.helpers.models import LAYOUTS, frozen, language_model, name_of, ragged_rollout, score_model
 from tests.helpers.ranks import run_ranks
 from tests.trainers.test_work import prompts
@@ -88,10 +91,16 @@ def iterations(folder: str) -> list[dict[str, float]]:
         missing_eos_score=None,
     )
     cast = ppo_cast(cfg, mesh, 20)
-    found = []
-    for number in range(3):
-        done = iterate(cast, prompts(), cfg, number)
-        found.append(done.metrics)
+    asked = []
+
+    def noted(policy: Role, reference: Role, rows: Rollout, *, temperature: float) -> Tensor:
+        asked.append((policy.name, reference.name, temperature))
+        return exact_kl(policy, reference, rows, temperature=temperature)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_metrics, "exact_kl", noted)
+        found = [iterate(cast, prompts(), cfg, number).metrics for number in range(3)]
+    assert asked == [("actor", "reference", TEMPERATURE)] * 2
     return found
 
 

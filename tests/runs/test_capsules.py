@@ -46,7 +46,7 @@ def write_batches(run_dir: str) -> list[dict[str, Any]]:
     mesh = start(ParallelLayout(), seed=1)
     differences = []
     for step, batch in enumerate((lessons(3)[0], prompts())):
-        mesh.trail.step, mesh.trail.work = step, batch
+        mesh.trail.step, mesh.trail.work, mesh.trail.trainer = step, batch, "megarlhf.trainers.ppo"
         directory = write_capsule(Path(run_dir), "a reason", mesh)
         (note,) = read_notes(directory)
         again = read_batch(directory, note, type(batch))
@@ -218,7 +218,7 @@ def test_a_step_of_ppo_is_taken_again_with_offloading_though_a_state_was_being_w
 def note_of(**changes: Any) -> dict[str, Any]:
     texts = ("reason", "where", "role", "collective", "attempt", "kind", "command", "config")
     note: dict[str, Any] = {**dict.fromkeys(texts, ""), "step": 1, "rank": 0, "part": 0, "world_size": 1}
-    return {**note, "texts": {}, **changes}
+    return {**note, "texts": {}, "trainer": "megarlhf.trainers.sft", **changes}
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,17 @@ def note_of(**changes: Any) -> dict[str, Any]:
     [
         ({"rank": "../0"}, r"rank_0\.json cannot be read \(rank: Input should be a valid integer\)"),
         ({"texts": ["x"]}, r"cannot be read \(texts: Input should be an object\)"),
+        (
+            {"trainer": "os"},
+            r"its step is of trainer=os, none of megarlhf's own; where you know",
+        ),
+        (
+            {"trainer": "megarlhf.trainers.find"},
+            r"its step is of trainer=megarlhf.trainers.find, none of",
+        ),
+        ({"trainer": ""}, r"its step is of trainer=unknown, none"),
         ({"kind": 5}, r"cannot be read \(kind: Input should be a valid string\)"),
-        ({"kind": "TokenBatch"}, r"rank_0\.safetensors: no TokenBatch of a failed step"),
+        ({"kind": "TokenBatch", "role": "model"}, r"rank_0\.safetensors: no TokenBatch of a failed step"),
     ],
 )
 def test_what_no_run_has_written_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:

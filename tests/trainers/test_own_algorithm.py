@@ -16,6 +16,7 @@ from megarlhf.config import load_config
 from megarlhf.errors import ConfigError, TrainingError
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole, Update
+from megarlhf.observe.provenance import write_provenance
 from megarlhf.observe.writers import read_metrics
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
@@ -71,13 +72,14 @@ def test_it_runs_on_two_ranks_and_goes_on_bit_for_bit(models: str, tmp_path: Pat
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected = run_ranks(run, 2, models, str(whole), None)
     run_ranks(run, 2, models, str(stopped), 1)
+    first = read_metrics(stopped).rows
     found = run_ranks(run, 2, models, str(stopped), None)
     start_weights = run_ranks(weights_of, 1, f"{models}/actor")[0]
     for ours, theirs in zip(found, expected, strict=True):
         assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
         assert any(not torch.equal(start_weights[name], weight) for name, weight in theirs.items())
     rows, again = (read_metrics(where).rows for where in (whole, stopped))
-    assert len(rows) == 2
+    assert (len(rows), len(first), again[0]) == (2, 1, first[0])  # to its clock: it was not taken again
     for row, other in zip(rows, again, strict=True):
         assert {k: v for k, v in row.items() if not k.startswith(CLOCKED)} == {
             k: v for k, v in other.items() if not k.startswith(CLOCKED)
@@ -105,8 +107,9 @@ def test_the_doctor_examines_it(models: str, tmp_path: Path) -> None:
     ((code, said),) = run_ranks(command, 1, *words)
     assert code == 0, said
     assert "8 of 8 gates hold, 1 skipped" in said
-    # Its settings are the trainer's: PPO's are none of them.
-    ((code, said),) = run_ranks(command, 1, *words, "kl_coef=0.1")
+    # Its settings are the trainer's: PPO's are none of them. A file may name it too.
+    (file := tmp_path / "run.yaml").write_text(f"trainer: {NAME}\n")
+    ((code, said),) = run_ranks(command, 1, "doctor", "--config", str(file), *words[2:], "kl_coef=0.1")
     assert (code, "unknown setting kl_coef" in said) == (2, True), said
 
 
@@ -136,6 +139,8 @@ def test_its_capsule_is_taken_again(models: str, tmp_path: Path) -> None:
     ((code, said),) = run_ranks(command, 1, "replay", f"capsule={capsule}")
     assert code == 2
     assert f"its step is of trainer={NAME}, none of megarlhf's own; where you know that code, name it too" in said
+    ((code, said),) = run_ranks(command, 1, "replay", f"capsule={capsule}", "trainer=ppo")
+    assert (code, f"the step in {capsule} is of {NAME}; name that" in said) == (2, True), said
     ((code, said),) = run_ranks(command, 1, "replay", f"capsule={capsule}", f"trainer={NAME}")
     assert code == 0, said
     assert "4 rows, weights of the failed step: the step is finite here." in said
@@ -145,7 +150,7 @@ def test_its_capsule_is_taken_again(models: str, tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("xyzzy", "trainer xyzzy is none of ppo, reward, sft; choose one of them, or name a module of your own"),
-        ("no.such.module", "trainer no.such.module: Python finds no such module; put its directory on PYTHONPATH"),
+        ("no.such.module", "trainer no.such.module: Python finds no such module; put the directory that holds"),
         ("megarlhf.cli", "trainer megarlhf.cli: the module does not define TRAINER"),
         (".relative", "Python finds no such module"),
     ],
@@ -166,3 +171,30 @@ def test_it_is_a_command(models: str, tmp_path: Path) -> None:
     assert f"the model is in {tmp_path / 'run' / 'model'}" in said
     ((code, said),) = run_ranks(command, 1, NAME, "--help")
     assert (code, "clip_range" in said, "ppo_epochs" in said) == (0, True, False)
+
+
+def test_settings_that_nothing_would_act_on_are_refused(models: str, tmp_path: Path) -> None:
+    cfg: ReinforceConfig = load_config(TRAINER.config, None, told(models, tmp_path / "run", "kl_bound=3"))
+    with pytest.raises(ConfigError, match="kl_bound=3: nothing logs kl/reference_mean here; set kl_bound=null"):
+        TRAINER.prepare(cfg)
+    load_config(TRAINER.config, None, told(models, tmp_path / "run", "kl_bound=null")).check_sizes()
+
+
+def test_a_run_of_another_trainer_is_refused(models: str, tmp_path: Path) -> None:
+    """Even where every setting is the same: the file says whose they are."""
+    cfg: ReinforceConfig = load_config(TRAINER.config, None, told(models, tmp_path / "run"))
+    write_provenance(cfg.run_dir, cfg, [])
+    TRAINER.prepare(cfg)
+    file = cfg.run_dir / "trainer.txt"
+    file.write_text(file.read_text().replace("toy_reinforce", "toy_rloo"))
+    with pytest.raises(ConfigError, match=r"run_dir=.* holds a run of the trainer tests.trainers.toy_rloo, this is"):
+        TRAINER.prepare(cfg)
+    file.unlink()  # of a run before there was such a file
+    TRAINER.prepare(cfg)
+
+
+def test_a_trainer_has_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or its runs and capsules would be taken for those of whose settings they are."""
+    monkeypatch.setitem(vars(toy_reinforce), "TRAINER", trainer_named("ppo"))
+    with pytest.raises(ConfigError, match=r"are PPOConfig of megarlhf.trainers.ppo, .*; derive a class from it"):
+        trainer_named(NAME)
