@@ -55,7 +55,7 @@ from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.alone import alone, is_first
 from megarlhf.parallel.collectives import barrier, broadcast_object
-from megarlhf.parallel.mesh import Mesh, local_device, start
+from megarlhf.parallel.mesh import Mesh, local_device, start, stop
 from megarlhf.runtime.cast import Cast
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
 from megarlhf.runtime.roles import learner
@@ -137,6 +137,7 @@ def _run(trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs) -> Non
     for gate in examine(trainer, cfg, inputs, broadcast_object(alternative, mesh, "world"), mesh):
         gates.append(gate)
         console.print(_verdict(gate), soft_wrap=True)
+    stop()
     failing = [gate.name for gate in gates if gate.fails]
     console.print(_tally(gates), soft_wrap=True)
     if failing:
