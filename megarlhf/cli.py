@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import operator
 import os
 import signal
 import sys
@@ -192,6 +191,8 @@ def _command(name: str) -> Command:
     """By its name; a name with a dot is the module of a trainer of one's own."""
     if "." in name:
         return Command("a trainer of your own", goes_on=True, trainer=name)
+    if name in COMMANDS:
+        return COMMANDS[name]
     there = commands()
     if name not in there:
         import difflib
@@ -242,7 +243,7 @@ def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
 def _load(where: str) -> Any:
     """Import what a Command names, as `module:attribute`."""
     module, _, attribute = where.partition(":")
-    return operator.attrgetter(attribute)(importlib.import_module(module))
+    return vars(importlib.import_module(module))[attribute]
 
 
 def _who() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _PACKAGE = __name__.rpartition(".")[0]
 
 
+@cache
 def trainers() -> dict[str, str]:
     """Every trainer of this package, by name, and what it does: the first line of its module, read, not imported."""
     found: dict[str, str] = {}
@@ -46,7 +48,7 @@ def is_own(module: str) -> bool:
 def trainer_named(name: str) -> Trainer[Any, Any, Any]:
     """The trainer, its module imported.
 
-    Raises:   ConfigError where there is no such module, or none that exports TRAINER.
+    Raises:   ConfigError where there is no such module, or none that exports TRAINER with settings of its own.
     """
     module = module_of(name)
     if "." not in name and not is_own(module):
@@ -56,7 +58,8 @@ def trainer_named(name: str) -> Trainer[Any, Any, Any]:
         )
     if not _is_there(module):
         raise ConfigError(
-            f"trainer {name}: Python finds no such module; put the directory that holds it on PYTHONPATH."
+            f"trainer {name}: Python finds no such module; put the directory that holds it on PYTHONPATH, or choose "
+            f"one of {', '.join(trainers())}."
         )
     found = vars(importlib.import_module(module)).get("TRAINER")
     from megarlhf.trainers.trainer import Trainer

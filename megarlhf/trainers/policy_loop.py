@@ -173,10 +173,11 @@ def _train(
     clock, watch = Clock(mesh.device, mesh.trail, mesh.work), Watch(cfg)
 
     def step(number: int, writer: RunWriter | None) -> Metrics:
-        done = iteration(inputs.prompts.batch(next(loader)), cfg, Turn(number, cfg.seed, clock, guard))
+        turn = Turn(number, cfg.seed, clock, guard)
+        done = iteration(inputs.prompts.batch(next(loader)), cfg, turn)
         timed = clock.metrics()  # without what follows, which is for the reader
         judged = judged_rollouts(done.rollout, done.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)
-        if writer is not None and number % cfg.samples_every == 0:
+        if writer is not None and turn.due(cfg.samples_every):
             writer.samples(judged[: cfg.samples], number + 1)
         metrics = {**done.metrics, **timed, **accuracy_metric(judged), "train/skipped_steps": guard.skipped}
         warnings, said = watch.look(metrics)

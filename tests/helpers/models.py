@@ -95,6 +95,13 @@ def score_model(directory: Path, **changes: Any) -> LlamaForSequenceClassificati
     return hf_model(LlamaForSequenceClassification, directory, **changes)
 
 
+def policy_and_judge(folder: Path) -> None:
+    """A language model in `folder`/actor and a model with a scalar head in `folder`/judge, for the built-in task."""
+    shape = {"vocab_size": 160, "max_position_embeddings": 128}
+    language_model(folder / "actor", seed=4, **shape)
+    score_model(folder / "judge", seed=5, **shape)
+
+
 def ragged_rollout(rows: int = 8, *, vocab: int = 131, seed: int = 3) -> Rollout:
     """Rows of 5 to 22 tokens, of which 1 to 4 are prompt; padding is 0, which no text contains."""
     generator = torch.Generator().manual_seed(seed)

@@ -28,7 +28,7 @@ from megarlhf.runs.capsule import leave_capsule, read_batch, read_notes, tensors
 from megarlhf.trainers import ppo, sft
 from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.sft import SftConfig
-from tests.helpers.models import language_model, score_model
+from tests.helpers.models import policy_and_judge
 from tests.helpers.ranks import run_ranks
 from tests.runs.test_killed import config
 from tests.runs.test_resume import ppo_settings
@@ -197,9 +197,7 @@ def spoil_ppo(cfg: PPOConfig) -> str:
 
 
 def test_a_step_of_ppo_is_taken_again_with_offloading_though_a_state_was_being_written(tmp_path: Path) -> None:
-    shape = {"vocab_size": 160, "max_position_embeddings": 128}
-    language_model(tmp_path / "actor", seed=4, **shape)
-    score_model(tmp_path / "judge", seed=5, **shape)
+    policy_and_judge(tmp_path)
     run_dir = tmp_path / "run"
     cfg = ppo_settings(run_dir, ParallelLayout(), str(tmp_path), max_skipped_steps=0)
     assert cfg.offload == "host"

@@ -29,10 +29,9 @@ from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.models import (
     frozen,
-    language_model,
     learner,
     name_of,
-    score_model,
+    policy_and_judge,
     settings,
     whole_weights,
     worst,
@@ -129,9 +128,7 @@ def logged_lines(run_dir: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("resume")
-    shape = {"vocab_size": 160, "max_position_embeddings": 128}
-    language_model(folder / "actor", seed=4, **shape)
-    score_model(folder / "judge", seed=5, **shape)
+    policy_and_judge(folder)
     return str(folder)
 
 

@@ -21,7 +21,7 @@ from megarlhf.observe.writers import read_metrics
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers.find import trainer_named, trainers
-from tests.helpers.models import frozen, language_model, score_model, whole_weights
+from tests.helpers.models import frozen, policy_and_judge, whole_weights
 from tests.helpers.ranks import run_ranks
 from tests.runs.test_resume import CLOCKED, stopped_after
 from tests.trainers import toy_reinforce
@@ -39,9 +39,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("own")
-    shape = {"vocab_size": 160, "max_position_embeddings": 128}
-    language_model(folder / "actor", seed=4, **shape)
-    score_model(folder / "judge", seed=5, **shape)
+    policy_and_judge(folder)
     return str(folder)
 
 

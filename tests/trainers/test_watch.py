@@ -15,7 +15,7 @@ from megarlhf.parallel.mesh import start
 from megarlhf.trainers import ppo
 from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.watch import KL_OVER_BOUND, OVER_OPTIMISED, Watch
-from tests.helpers.models import language_model, score_model
+from tests.helpers.models import policy_and_judge
 from tests.helpers.ranks import run_ranks
 from tests.runs.test_resume import ppo_settings
 
@@ -85,9 +85,7 @@ def run(where: str, folder: str) -> str:
 
 
 def test_a_run_can_end_itself_with_its_state_and_its_model(tmp_path: Path) -> None:
-    shape = {"vocab_size": 160, "max_position_embeddings": 128}
-    language_model(tmp_path / "actor", seed=4, **shape)
-    score_model(tmp_path / "judge", seed=5, **shape)
+    policy_and_judge(tmp_path)
     (said,) = run_ranks(run, 1, str(tmp_path / "run"), str(tmp_path))
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     # Two iterations warm the critic up, the third moves the actor, and one after that finds it beyond the bound.
