@@ -19,6 +19,9 @@ from jinja2 import Template
 from megarlhf.data import template_worker
 from megarlhf.errors import DataError
 
+COMPUTING_S = 10.0
+"""Seconds of processor time that a template may take for one conversation. It needs a thousandth of one; a machine that
+others share counts what they took too."""
 _MOST_WORKERS = 4
 _LOCK = threading.Lock()
 _workers: dict[tuple[int, str], subprocess.Popen[str]] = {}
@@ -58,7 +61,7 @@ def _start(key: tuple[int, str]) -> subprocess.Popen[str]:
     if len(_workers) >= _MOST_WORKERS:
         _stop(next(iter(_workers)))
     # -P: this directory's files are no modules of the worker.
-    command = [sys.executable, "-P", str(Path(template_worker.__file__))]
+    command = [sys.executable, "-P", str(Path(template_worker.__file__)), str(COMPUTING_S)]
     worker = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
     )
@@ -93,5 +96,5 @@ def _stop(key: tuple[int, str]) -> None:
 
 def _why_it_ended(code: int) -> str:
     if code == -signal.SIGPROF:
-        return f"it computes for more than {template_worker.COMPUTING_S:g} s"
+        return f"it computes for more than {COMPUTING_S:g} s"
     return f"it ended the process that renders it ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"

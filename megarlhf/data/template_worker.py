@@ -1,8 +1,9 @@
 """Chat templates are programs from whoever made the model, so they run where an endless one ends alone.
 
 Run as a script this is that place: a process of its own with bounds on time and memory, which knows Jinja and nothing
-of megarlhf. It reads a template and then conversations, one JSON line each, answers each with a line, and leaves when
-its standard input ends, as it does when the process that asked is gone.
+of megarlhf. Its argument is the seconds that it may compute for one conversation. It reads a template and then
+conversations, one JSON line each, answers each with a line, and leaves when its standard input ends, as it does when
+the process that asked is gone.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-COMPUTING_S = 1.0
-"""Seconds that a template may compute for one conversation; it needs a thousandth."""
 MEMORY = 1 << 30
 """Bytes of address space that it may have."""
 LONGEST = 10_000_000
@@ -61,6 +60,7 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 def main() -> None:
     """Answer until standard input ends."""
+    computing_s = float(sys.argv[1])
     # A signal to the whole process group is for the ranks to obey; this process ends with the one that it serves.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -70,7 +70,7 @@ def main() -> None:
     for line in sys.stdin:
         # Time of this process, not of the clock: a busy machine is no endless template. The signal kills: C code that
         # never returns would not see a Python handler.
-        signal.setitimer(signal.ITIMER_PROF, COMPUTING_S)
+        signal.setitimer(signal.ITIMER_PROF, computing_s)
         try:
             template = template or environment().from_string(source)
             text = template.render(json.loads(line))
