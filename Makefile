@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Processes that share the test files; with 0 they run one after another.
+WORKERS ?= 2
 
 # Ranks are processes: one thread each, or they fight for the cores.
 export OMP_NUM_THREADS ?= 1
@@ -33,7 +35,7 @@ demo: $(STAMP)
 	$(BIN)/megarlhf demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow

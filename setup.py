@@ -41,6 +41,7 @@ EXTRAS = {
         "math-verify>=0.8",
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",  # make test shares the files among processes
         "ruff>=0.12",
         "pyright[nodejs]>=1.1.400",
         "import-linter>=2.3",
