@@ -39,6 +39,9 @@ _PARTS = {
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     # Megatron keeps the plans by which the ranks wrote.
     "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
+    # How an early Python 3.11, Debian 12's 3.11.2 for one, writes a member of an enumeration. Inert like the others.
+    "builtins": ("getattr",),
+    "__builtin__": ("getattr",),
     # torch notes where it wrote.
     "pathlib": ("PosixPath",),
     "pathlib._local": ("PosixPath",),

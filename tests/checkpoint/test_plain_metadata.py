@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import struct
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,21 @@ def test_metadata_are_what_torch_reads(tmp_path: Path, protocol: int) -> None:
     found, written = read(tmp_path, pickle.dumps(metadata(), protocol)), metadata()
     assert found.state_dict_metadata == written.state_dict_metadata
     assert found.storage_data == written.storage_data
+
+
+class ByName(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        return (getattr, (type(thing), thing.name)) if isinstance(thing, Enum) else NotImplemented
+
+
+def test_metadata_of_an_early_python_3_11_are_read(tmp_path: Path) -> None:
+    with io.BytesIO() as file:
+        ByName(file).dump(metadata())
+        pickled = file.getvalue()
+    assert b"getattr" in pickled
+    assert read(tmp_path, pickled).state_dict_metadata == metadata().state_dict_metadata
 
 
 def changed(change: Callable[[Any], Any]) -> bytes:
