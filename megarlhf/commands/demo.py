@@ -333,7 +333,7 @@ def _report(cfg: DemoConfig, outcome: Outcome, rows: Sequence[tuple[str, Interva
     before, after = outcome.sampled
     samples = tuple(
         SampleRow(
-            prompt=outcome.prompts.said[i],
+            prompt=outcome.prompts.columns[i]["prompt"],
             answer=outcome.prompts.answers[i],
             before=JudgedResponse(before.responses[i], float(before.scores[i]), bool(before.correct[i])),
             after=JudgedResponse(after.responses[i], float(after.scores[i]), bool(after.correct[i])),

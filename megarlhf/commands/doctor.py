@@ -56,11 +56,11 @@ from megarlhf.parallel import launch
 from megarlhf.parallel.alone import alone, is_first
 from megarlhf.parallel.collectives import barrier, broadcast_object
 from megarlhf.parallel.mesh import Mesh, local_device, start, stop
-from megarlhf.runtime.cast import Cast
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
 from megarlhf.runtime.roles import learner
 from megarlhf.trainers.find import trainer_named
 from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyInputs
+from megarlhf.trainers.policy_loop import Cast
 from megarlhf.trainers.trainer import Trainer
 
 PolicyTrainer = Trainer[Any, PolicyInputs, Cast]
@@ -111,7 +111,7 @@ def complete(cfg: PolicyConfig) -> PolicyConfig:
     return cfg.model_copy(
         update={
             "actor": cfg.actor.model_copy(update={"init": STAND_IN}),
-            "reward": cfg.reward if cfg.reward.init else cfg.reward.model_copy(update={"init": STAND_IN}),
+            "reward": cfg.reward if cfg.panel else cfg.reward.model_copy(update={"init": STAND_IN}),
             "tokenizer": cfg.tokenizer or BUILT_IN_TOKENIZER,
             # The built-in tokenizer has no chat template, and the preset a short context.
             "prompts": cfg.prompts.model_copy(

@@ -17,7 +17,7 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, DataError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
-from megarlhf.judges.rules import AutoVerifier, Verifier, check_answers, chosen_verifier
+from megarlhf.judges.verifiers import AutoVerifier, Verifier, check_answers, chosen_verifier
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
@@ -171,7 +171,7 @@ def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation],
 def _write(path: Path, inputs: EvalInputs, results: dict[str, Evaluation]) -> None:
     rows = [
         {
-            "prompt": inputs.prompts.said[index],
+            "prompt": inputs.prompts.columns[index]["prompt"],
             "answer": inputs.prompts.answers[index],
             "decoding": name,
             "response": text,

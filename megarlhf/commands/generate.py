@@ -86,7 +86,10 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
     if cfg.prompt:
         data = cfg.prompts.model_copy(update={"template": chosen_template(cfg.prompts.template, speaker)})
         tokens = tokenizer.taking(data.control_tokens).encode_prompt(cfg.prompt, data.rendering)
-        prompts, said = PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0, said=[cfg.prompt]), [cfg.prompt]
+        prompts, said = (
+            PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0, columns=[{"prompt": cfg.prompt}]),
+            [cfg.prompt],
+        )
     else:
         data = chosen_data(cfg.prompts, "prompts", speaker)
         prompts, said = load_prompts(data, tokenizer), [row.columns["prompt"] for row in load_rows(data, prompt_rows)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,10 @@ from megarlhf.config.base import Config
 _WORDS = {int: "int", float: "float", bool: "true | false", str: "text", Path: "path", type(None): "null"}
 
 
+NAME = "NAME"
+"""Stands in the name of a setting for one that the user chooses."""
+
+
 class FieldHelp(NamedTuple):
     """One setting: dotted name, type, default (`required` when there is none) and its documentation."""
 
@@ -27,7 +31,10 @@ class FieldHelp(NamedTuple):
 
 
 def describe(cls: type[Config]) -> list[FieldHelp]:
-    """List every setting of `cls` in declaration order, nested settings under dotted names."""
+    """List every setting of `cls` in declaration order, nested settings under dotted names.
+
+    A mapping from names of the user's to groups of several kinds has the rows of all kinds, under NAME.
+    """
     return list(_rows(cls, prefix="", defaults=None))
 
 
@@ -52,6 +59,20 @@ def nested_config(annotation: Any) -> type[Config] | None:
     return None
 
 
+def kinds_of(annotation: Any) -> dict[str, type[Config]]:
+    """The settings classes that a mapping such as `dict[str, Annotated[A | B, Field(discriminator="kind")]]` takes, by
+    their kind; none for any other annotation."""
+    if typing.get_origin(annotation) is not dict:
+        return {}
+    (union, *_) = typing.get_args(typing.get_args(annotation)[1]) or (None,)
+    classes = typing.get_args(union) or (union,)
+    return {
+        typing.get_args(each.model_fields["kind"].annotation)[0]: each
+        for each in classes
+        if isinstance(each, type) and issubclass(each, Config)
+    }
+
+
 def _rows(cls: type[Config], prefix: str, defaults: Config | None) -> Iterator[FieldHelp]:
     # A composing class may give a nested class other defaults (`optim: OptimConfig = OptimConfig(lr=1e-4)`), so the
     # instance that holds them travels down.
@@ -59,10 +80,23 @@ def _rows(cls: type[Config], prefix: str, defaults: Config | None) -> Iterator[F
     for name, field in cls.model_fields.items():
         default = values.get(name, field.get_default(call_default_factory=True, validated_data={}))
         inner = nested_config(field.annotation)
-        if inner is not None:
+        if kinds := kinds_of(field.annotation):
+            yield FieldHelp(f"{prefix}{name}", "mapping", "{}", _one_line(field.description))
+            yield from _rows_of_kinds(kinds, f"{prefix}{name}.{NAME}.")
+        elif inner is not None:
             yield from _rows(inner, f"{prefix}{name}.", default if isinstance(default, Config) else None)
         else:
             yield FieldHelp(f"{prefix}{name}", _type_text(field), _default_text(default), _one_line(field.description))
+
+
+def _rows_of_kinds(kinds: Mapping[str, type[Config]], prefix: str) -> Iterator[FieldHelp]:
+    """A setting that all kinds have once; one of some kinds with their names."""
+    every = [(kind, row) for kind, cls in kinds.items() for row in _rows(cls, prefix, defaults=None)]
+    texts = [row.help.rstrip(".") for _, row in every if row.name == f"{prefix}kind"]
+    yield FieldHelp(f"{prefix}kind", " | ".join(kinds), "required", "; ".join(dict.fromkeys(texts)))
+    for text in dict.fromkeys(row for _, row in every if row.name != f"{prefix}kind"):
+        of = [kind for kind, row in every if row == text]
+        yield text if len(of) == len(kinds) else text._replace(help=f"Of {', '.join(of)}. {text.help}")
 
 
 def type_name(annotation: Any) -> str:

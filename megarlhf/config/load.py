@@ -13,7 +13,7 @@ import yaml
 
 from megarlhf.config import yaml12
 from megarlhf.config.base import Config
-from megarlhf.config.describe import describe, nested_config
+from megarlhf.config.describe import NAME, describe, kinds_of, nested_config
 from megarlhf.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
@@ -155,17 +155,28 @@ def _set(settings: dict[str, Any], name: str, value: Any, source: str) -> None:
 
 def _explain(cls: type[Config], detail: Any, path: Path | None, typed: Collection[str]) -> str:
     """Turn one pydantic error into `<what>: <names and values>; <remedy>`."""
-    name = ".".join(str(part) for part in detail["loc"])
+    loc, chosen = _without_kinds(cls, detail["loc"])
+    name = ".".join(loc)
     value = _shown(detail["input"])
-    types = {row.name: row.type for row in describe(cls)}
+    types = {_chosen(row.name, chosen): row.type for row in describe(cls)}
+    types |= {} if chosen == NAME else {".".join(loc[:2]): "a group of settings"}
     # An element of a list carries its index in `loc`; the setting is the longest prefix that is one.
-    setting = next((prefix for prefix in _prefixes(detail["loc"]) if prefix in types), name)
+    setting = next((prefix for prefix in _prefixes(loc) if prefix in types), name)
     wanted = types.get(setting, "a group of settings")
-    is_typed = path is None or any(given in _prefixes(detail["loc"]) or given.startswith(f"{name}.") for given in typed)
+    is_typed = path is None or any(given in _prefixes(loc) or given.startswith(f"{name}.") for given in typed)
     match detail["type"]:
+        case "union_tag_invalid" | "union_tag_not_found":
+            kinds, kind = types[f"{name}.kind"], detail["ctx"].get("tag")
+            close = difflib.get_close_matches(str(kind), kinds.split(" | "), n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"give {kinds}."
+            return (
+                f"setting {name}.kind = {_shown(kind)}: there is no such kind; {remedy}"
+                if kind
+                else (f"missing setting {name}.kind ({kinds}), which says what {name} is; add it.")
+            )
         case "extra_forbidden":
             source = "the command line" if is_typed else str(path)
-            return f"unknown setting {name} = {value} (from {source}); {_suggestion(cls, name)}"
+            return f"unknown setting {name} = {value} (from {source}); {_suggestion(cls, name, chosen)}"
         case "missing" if setting == name:
             file = "the file" if path is None else str(path)
             return f"missing setting {name} ({wanted}); add it to {file} or give {name}=... on the command line."
@@ -178,13 +189,26 @@ def _explain(cls: type[Config], detail: Any, path: Path | None, typed: Collectio
             return f"setting {setting} = {value}{source}: {message}; give {wanted}."
 
 
+def _without_kinds(cls: type[Config], loc: Sequence[str | int]) -> tuple[list[str], str]:
+    """The parts of a setting's name, without the kind that pydantic puts after a name of the user's; and that name."""
+    parts = [str(part) for part in loc]
+    field = cls.model_fields.get(parts[0]) if parts else None
+    if len(parts) > 1 and field is not None and (kinds := kinds_of(field.annotation)):
+        return [*parts[:2], *(parts[3:] if parts[2:3] and parts[2] in kinds else parts[2:])], parts[1]
+    return parts, NAME
+
+
+def _chosen(row: str, name: str) -> str:
+    return row.replace(f".{NAME}.", f".{name}.")
+
+
 def _prefixes(loc: Sequence[str | int]) -> list[str]:
     parts = [str(part) for part in loc]
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def _suggestion(cls: type[Config], name: str) -> str:
-    known = [row.name for row in describe(cls)]
+def _suggestion(cls: type[Config], name: str, chosen: str = NAME) -> str:
+    known = [_chosen(row.name, chosen) for row in describe(cls)]
     groups = sorted({prefix for row in known for prefix in _prefixes(row.split("."))[1:]})
     leaves = {row.rpartition(".")[2]: row for row in reversed(known)}
     # Right word, wrong group: `tensor=2` instead of `layout.tensor=2`.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ class PromptSet:
     pad_id: int
     dropped: int
     """Rows left out because they were over the limit."""
-    said: Sequence[Any]
-    """The prompts as the data has them, text or conversations."""
+    columns: Sequence[Mapping[str, Any]]
+    """The rows as the data has them, `prompt` among them: text, or a conversation."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -56,10 +57,13 @@ class PromptSet:
         ids = torch.tensor([self.ids[index] for index in chosen], dtype=torch.int64)
         return Prompts(tokens, lengths, ids, tuple(self.answers[index] for index in chosen))
 
-    def said_in(self, prompt_ids: Tensor) -> list[Any]:
-        """The prompts of rollouts, as the data has them, by the ids that `batch` gave (int64 [B])."""
-        said = dict(zip(self.ids, self.said, strict=True))
-        return [said[index] for index in prompt_ids.tolist()]
+    def columns_in(self, prompt_ids: Tensor) -> list[Mapping[str, Any]]:
+        """The rows of rollouts, by the ids that `batch` gave (int64 [B])."""
+        return [self._by_id[index] for index in prompt_ids.tolist()]
+
+    @cached_property
+    def _by_id(self) -> dict[int, Mapping[str, Any]]:
+        return dict(zip(self.ids, self.columns, strict=True))
 
 
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
@@ -78,7 +82,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
         kept,
         tokenizer.pad_id,
         len(rows) - len(kept),
-        [rows[i].columns["prompt"] for i in kept],
+        [rows[i].columns for i in kept],
     )
 
 

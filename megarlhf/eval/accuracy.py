@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.prompts import PromptSet
-from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.judges.rules import Verifier, verify
+from megarlhf.judges.texts import Reader, Response
+from megarlhf.judges.verifiers import Verifier, verify
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
 from megarlhf.rollout.engine import RolloutEngine
@@ -52,13 +53,14 @@ def evaluate(
     """
     mesh = policy.mesh
     engine = RolloutEngine.of(policy, tokenizer, prompts.longest + sampling.max_new_tokens, rollout)
+    reader = Reader(prompts, tokenizer, mesh)
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []
     with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:
         for chunk in torch.arange(len(prompts)).tensor_split(-(-len(prompts) // CHUNK)):
             drawn = engine.generate(prompts.batch(chunk), sampling, seed=seed)
             scores = torch.zeros(len(drawn)) if reward is None else reward.score(drawn)
-            parts.append(_judged(drawn.to("cpu"), scores.cpu(), tokenizer, verifier))
+            parts.append(_judged(drawn.to("cpu"), scores.cpu(), reader, verifier))
             bar.advance(len(chunk))
     engine.release()
     return Evaluation(
@@ -70,7 +72,9 @@ def evaluate(
     )
 
 
-def _judged(rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier) -> Evaluation:
-    texts = response_texts(rollout, tokenizer)
-    verdicts = [verify(text, answer, verifier) for text, answer in zip(texts, rollout.answers, strict=True)]
+def _judged(rollout: Rollout, scores: Tensor, reader: Reader, verifier: Verifier) -> Evaluation:
+    def verified(responses: Sequence[Response]) -> list[tuple[str, bool]]:
+        return [(each.response, verify(each.response, each.answer, verifier)) for each in responses]
+
+    texts, verdicts = zip(*reader.spread(rollout, verified), strict=True)
     return Evaluation(texts, torch.tensor(verdicts), scores, rollout.response_lengths, rollout.terminated)

@@ -21,7 +21,7 @@ from megarlhf.parallel.micro_batches import Loss
 from megarlhf.parallel.pipeline import LossMeans
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.runtime.cast import Cast
+from megarlhf.runtime.policy_models import PolicyModels
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 16
 """Of a gate's batch: prompts a data rank, responses a prompt (so that a prefilled prompt is forked), response tokens at
@@ -33,7 +33,7 @@ CHUNK = 2**22
 
 
 def cheap_gates(
-    cast: Cast, prompts: Prompts, loss: Loss, sampling: SamplingConfig, *, seed: int, reference_is_actor: bool
+    cast: PolicyModels, prompts: Prompts, loss: Loss, sampling: SamplingConfig, *, seed: int, reference_is_actor: bool
 ) -> list[Gate]:
     """What a run measures before its first step: seconds, and no trace in weights, optimiser state or random numbers.
 
@@ -59,7 +59,7 @@ def gate_prompts(prompts: PromptSet, mesh: Mesh) -> Prompts:
     return prompts.batch(torch.arange(PROMPTS * mesh.layout.data) % len(prompts))
 
 
-def fresh_rollout(cast: Cast, prompts: Prompts, sampling: SamplingConfig, *, seed: int) -> Rollout:
+def fresh_rollout(cast: PolicyModels, prompts: Prompts, sampling: SamplingConfig, *, seed: int) -> Rollout:
     """Short responses of the actor, as the run samples them."""
     short = sampling.model_copy(update={"max_new_tokens": min(TOKENS, sampling.max_new_tokens)})
     return cast.sampler.generate(prompts, short, seed=derive_seed(seed, "gates"), group_size=SAMPLES)
@@ -96,7 +96,7 @@ def first_pass_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed:
     )
 
 
-def reference_gate(cast: Cast, rollout: Rollout, *, reference_is_actor: bool) -> Gate:
+def reference_gate(cast: PolicyModels, rollout: Rollout, *, reference_is_actor: bool) -> Gate:
     """A reference with the actor's weights has the actor's log-probs, so the KL penalty starts at 0."""
     name = "reference"
     if not reference_is_actor:

@@ -1,1 +1,12 @@
 """What a response is worth, said by something other than the policy."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from megarlhf.judges.function import FunctionConfig
+from megarlhf.judges.reward_model import ModelJudgeConfig
+from megarlhf.judges.rules import RuleConfig
+
+JudgeSettings = Annotated[ModelJudgeConfig | RuleConfig | FunctionConfig, Field(discriminator="kind")]
+"""Of any kind of judge."""

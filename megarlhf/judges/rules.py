@@ -1,137 +1,48 @@
-"""Rule rewards: is the answer of this response right? Never by running or evaluating anything the model wrote."""
+"""A judge that is a rule: it gives one of two scores, by what a response says or how it looks."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import re
 from collections.abc import Sequence
-from random import Random
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
-from megarlhf.data.arithmetic import is_correct
 from megarlhf.data.prompts import PromptSet
-from megarlhf.data.rows import BUILT_IN
-from megarlhf.errors import ConfigError
-
-Verifier = Literal["arithmetic", "maths"]
-AutoVerifier = Literal["auto", "arithmetic", "maths"]
-"""A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
-
-_BOXED = re.compile(r"\\boxed\s*\{")
-_SAID = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)|####", re.IGNORECASE)
-"""What an answer follows; GSM8K's solutions have four hashes."""
-_OF_A_UNIT = re.compile(r"([-+]?\$?[\d,]*\.?\d+)(?:\s+[a-z]+){1,3}", re.IGNORECASE)
-"""A number and what it counts, as in 18 dollars."""
-_LOOKED_AT = 512
-"""Answers of a data set: a second of work."""
-_LONGEST_ANSWER = 200
-"""Characters. Longer ones are wrong unread: the time spent on an answer must not be in the hands of the policy."""
-_SECONDS = 2
-"""For parsing and again for comparing an answer, such as a tower of powers; then it is wrong."""
+from megarlhf.errors import DataError
+from megarlhf.judges.texts import Opinion, Response, Scorer, TextJudgeConfig
+from megarlhf.judges.verifiers import Verifier, check_answers, check_verifier, verify
 
 
-def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> bool:
-    """Whether `response` gives `answer`.
+class RuleConfig(TextJudgeConfig):
+    """A rule."""
 
-    arithmetic: the response ends in "The answer is N.", digit for digit (the built-in task).
-    maths: its final answer (the last \\boxed{...}, or else what follows the last "answer is", "Answer:" or "####",
-    without the stars of bold text and the unit of a number) equals that of `answer`, or all of it where it has none, as
-    mathematics, by the package math-verify: 1/2, 0.5 and \\frac{1}{2} are one answer. No final answer is a wrong one.
+    kind: Literal["rule"]
+    """`rule`: one of two scores, by what a response says or how it looks."""
+    rule: Verifier
+    """What decides, whether the response gives the answer: digit for digit as the built-in task has it (`arithmetic`),
+    as a number whatever stands around it (`gsm8k`), or as mathematics (`maths`)."""
+    right: float = 1.0
+    """Score where it holds."""
+    wrong: float = 0.0
+    """Score where it does not."""
 
-    Ranks:    main thread only for maths: math-verify stops overlong work by SIGALRM.
-    Raises:   ConfigError if `maths` is asked for and math-verify is not installed.
-    """
-    if verifier == "arithmetic":
-        return is_correct(response, answer)
-    said = _final_answer(response)
-    gold = _final_answer(answer)
-    return said is not None and _equal(said, _counted(answer) if gold is None else gold)
+    @property
+    def wrong_score(self) -> float:
+        """What is set for it."""
+        return self.wrong
 
+    def check(self, name: str, prompts: PromptSet, source: str) -> None:
+        """Raise where a prompt has no answer, or none can be right, or a package is missing."""
+        check_verifier(self.rule)
+        if "" in prompts.answers:
+            row = prompts.ids[list(prompts.answers).index("")] + 1
+            raise DataError(f"{source}, row {row}: judges.{name} judges by the answer; fill the column 'answer'.")
+        check_answers(prompts.answers, self.rule, source)
 
-def check_answers(answers: Sequence[str], verifier: Verifier, source: str) -> str:
-    """What is to be said of answers that are right for no response, such as words where mathematics is compared.
-
-    Up to 512 of them are looked at: a response that gives the very answer must be right.
-    Raises:   ConfigError where that is none: every accuracy would be 0.
-    """
-    every = [answer for answer in answers if answer]
-    seen = Random(0).sample(every, min(len(every), _LOOKED_AT))
-    given = (f"The answer is {_final_answer(answer) or answer}." for answer in seen)
-    unread = [answer for said, answer in zip(given, seen, strict=True) if not verify(said, answer, verifier)]
-    if seen and len(unread) == len(seen):
-        raise ConfigError(
-            f"verifier={verifier}: of {source} no answer can be right, for example {unread[0][-80:]!r}; choose another "
-            "verifier, or write answers as it reads them."
-        )
-    example = f", for example {unread[0][-80:]!r}" if unread else ""
-    return f"{len(unread):,} of {len(seen):,} answers can be right for no response{example}" if unread else ""
+    def scorer(self, name: str) -> Scorer:
+        """What judges responses."""
+        return partial(_judged, self)
 
 
-def chosen_verifier(setting: Literal["auto", "none"] | Verifier, source: str) -> Verifier | None:
-    """What judges responses to the prompts of `source`; none by default for data of the user's own.
-
-    Raises:   ConfigError where it needs a package that is not installed.
-    """
-    if setting == "auto":
-        return "arithmetic" if source == BUILT_IN else None
-    if setting == "none":
-        return None
-    check_verifier(setting)
-    return setting
-
-
-def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
-    """What the logged accuracy is of, or why none is logged."""
-    answered = sum(map(bool, prompts.answers))
-    if verifier is None:
-        there = f", though {answered:,} of {len(prompts):,} prompts have an answer" if answered else ""
-        return f"verifier: none, so no accuracy is logged{there}"
-    if not answered:
-        return f"verifier: {verifier}, but no prompt has an answer (column 'answer'), so no accuracy is logged"
-    return f"verifier: {verifier}, of the {answered:,} of {len(prompts):,} prompts that have an answer"
-
-
-def _final_answer(response: str) -> str | None:
-    boxes = list(_BOXED.finditer(response))
-    if boxes:
-        return _braced(response[boxes[-1].end() :])
-    said = list(_SAID.finditer(response))
-    return _counted(response[said[-1].end() :].strip(" *\n\t").partition("\n")[0].strip(" *.")) if said else None
-
-
-def _counted(text: str) -> str:
-    """A number without what it counts; any other text as it is."""
-    found = _OF_A_UNIT.fullmatch(text.strip())
-    return found[1] if found else text
-
-
-def _braced(text: str) -> str | None:
-    """`text` up to the brace that closes one opened before it; None if none does."""
-    depth = 1
-    for index, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:index]
-    return None
-
-
-def check_verifier(verifier: Verifier) -> None:
-    """Raise ConfigError where `verifier` needs a package that is not installed."""
-    if verifier == "maths" and importlib.util.find_spec("math_verify") is None:
-        raise ConfigError("verifier=maths needs the package math-verify; pip install math-verify.")
-
-
-def _equal(said: str, answer: str) -> bool:
-    check_verifier("maths")
-    package: Any = importlib.import_module("math_verify")  # it has no types
-
-    if len(said) > _LONGEST_ANSWER:
-        return False
-    # LaTeX alone: math-verify's other reader, of bare expressions, goes through sympy's parse_expr, which calls eval().
-    reader = [package.LatexExtractionConfig()]
-    gold, given = (
-        package.parse(f"${text.strip().strip('$')}$", extraction_config=reader, parsing_timeout=_SECONDS)
-        for text in (answer, said)
-    )
-    return bool(gold) and bool(given) and package.verify(gold, given, timeout_seconds=_SECONDS)
+def _judged(rule: RuleConfig, responses: Sequence[Response]) -> list[Opinion]:
+    verdicts = (verify(each.response, each.answer, rule.rule) if each.answer else None for each in responses)
+    return [Opinion(rule.right if right else rule.wrong, correct=right) for right in verdicts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megarlhf.observe.metrics import GLOSSARY
+from megarlhf.observe.metrics import meaning
 
 
 class Panel(NamedTuple):
@@ -53,6 +53,16 @@ _MARKED = 60
 """Up to so many points each gets a dot; beyond, dots would hide the line."""
 
 
+def panels_of(rows: Sequence[Mapping[str, float]]) -> list[Panel]:
+    """PANELS, and where a run has several judges theirs, as many in one as there are colours."""
+    names = tuple(dict.fromkeys(name for row in rows for name in row if re.fullmatch(r"judge/\w+_mean", name)))
+    starts = range(0, len(names) if len(names) > 1 else 0, len(_SERIES))
+    judges = (
+        Panel(f"Judges from {first + 1}" if first else "Judges", names[first:][: len(_SERIES)]) for first in starts
+    )
+    return [PANELS[0], *judges, *PANELS[1:]]
+
+
 def drawable(panel: Panel, rows: Sequence[dict[str, float]]) -> Panel:
     """Keep the metrics of `panel` that were logged at least once."""
     return Panel(panel.title, tuple(name for name in panel.metrics if any(name in row for row in rows)))
@@ -79,7 +89,7 @@ def curves_svg(panel: Panel, rows: Sequence[dict[str, float]], *, prefix: str) -
 
 def unit_of(panel: Panel) -> str:
     """Return the unit of the panel's axis."""
-    return GLOSSARY[panel.metrics[0]].unit
+    return meaning(panel.metrics[0]).unit
 
 
 def _labels(names: Sequence[str]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from megarlhf.observe.work import CONVENTION, PHASES, WORKED
@@ -176,6 +177,14 @@ _COMPUTE = {
     },
 }
 
+_OF_A_JUDGE = {
+    "mean": Metric("reward", "the judge's scores, unweighted", _ROLLOUTS),
+    "std": Metric("reward", "sqrt(mean((score - mean)^2)) of the judge's scores", "over the rollouts of the iteration"),
+}
+"""Of each judge, as judge/NAME_mean."""
+_JUDGING = Metric("s", "wall time in which the judge was waited for", "rank 0")
+"""Of each judge, as time/judge_NAME_s."""
+
 GLOSSARY: dict[str, Metric] = {
     **_ROLLOUT,
     **_KL,
@@ -190,15 +199,30 @@ GLOSSARY: dict[str, Metric] = {
 }
 
 
+def meaning(name: str) -> Metric:
+    """The entry of a metric.
+
+    Raises:   UnknownMetricError, with the nearest listed name, where it has none.
+    """
+    family, _, quantity = name.partition("/")
+    found = GLOSSARY.get(name)
+    if family == "judge":
+        found = _OF_A_JUDGE.get(quantity.rpartition("_")[2])
+    elif re.fullmatch(r"time/judge_\w+_s", name):
+        found = _JUDGING
+    if found is None:
+        close = difflib.get_close_matches(name, GLOSSARY, n=1)
+        remedy = f"did you mean {close[0]}?" if close else "give it unit, formula and reduction in GLOSSARY."
+        raise UnknownMetricError(f"metric {name}: not in megarlhf/observe/metrics.py; {remedy}")
+    return found
+
+
 def names_of(*families: str) -> set[str]:
     """Every name of these families."""
     return {name for name in GLOSSARY if name.partition("/")[0] in families}
 
 
-def check(metrics: Mapping[str, float] | Iterable[str]) -> None:
-    """Raise UnknownMetricError, with the nearest listed name, if any name is not in the glossary."""
+def check(metrics: Iterable[str]) -> None:
+    """Raise UnknownMetricError if any name is not in the glossary."""
     for name in metrics:
-        if name not in GLOSSARY:
-            close = difflib.get_close_matches(name, GLOSSARY, n=1)
-            remedy = f"did you mean {close[0]}?" if close else "give it unit, formula and reduction in GLOSSARY."
-            raise UnknownMetricError(f"metric {name}: not in megarlhf/observe/metrics.py; {remedy}")
+        meaning(name)

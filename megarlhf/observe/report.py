@@ -16,9 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from megarlhf.errors import DataError
 from megarlhf.observe import run_files
-from megarlhf.observe.charts import PANELS
+from megarlhf.observe.charts import panels_of
 from megarlhf.observe.files import own_file, write_whole
-from megarlhf.observe.metrics import GLOSSARY, PHASES
+from megarlhf.observe.metrics import PHASES, meaning
 from megarlhf.observe.page import curves, minus
 from megarlhf.observe.samples import JudgedResponse, SampleRow, compared_section, rollouts_section
 from megarlhf.observe.writers import read_metrics
@@ -195,11 +195,11 @@ def _interval(row: SummaryRow) -> str:
 def _values(rows: Sequence[Mapping[str, float]]) -> str:
     """Where every curve begins and ends."""
     body = ""
-    for name in (name for panel in PANELS for name in panel.metrics):
+    for name in (name for panel in panels_of(rows) for name in panel.metrics):
         values = [row[name] for row in rows if name in row]
         if values:
             numbers = f"<td>{minus(f'{values[0]:.4g}')}<td>{minus(f'{values[-1]:.4g}')}"
-            body += f"<tr><td>{name}{numbers}<td>{escape(GLOSSARY[name].unit)}</tr>"
+            body += f"<tr><td>{name}{numbers}<td>{escape(meaning(name).unit)}</tr>"
     head = "<tr><th>Metric<th>First<th>Last<th>Unit</tr>"
     return (
         f"<h2>First and last values</h2><div class='card scroll'><table><thead>{head}</thead>"

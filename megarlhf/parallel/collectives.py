@@ -60,6 +60,15 @@ def broadcast_object(value: T, mesh: Mesh, axis: Axis, source: int = 0) -> T:
     return box[0]
 
 
+def gather_objects(value: T, mesh: Mesh, axis: Axis) -> list[T]:
+    """Small Python values of the ranks along `axis`, in their order; equal on every one of its ranks."""
+    if mesh.size(axis) == 1:
+        return [value]
+    values: list[Any] = [None] * mesh.size(axis)
+    dist.all_gather_object(values, value, group=mesh.entering("all_gather", axis))
+    return values
+
+
 def on_main(work: Callable[[], T], mesh: Mesh) -> T:
     """What `work` returns on rank 0, where alone it is done; every rank raises the MegarlhfError that it raises there.
 
@@ -111,7 +120,5 @@ def _gather_field(value: Any, mesh: Mesh) -> Any:
     if isinstance(value, Batch):
         return type(value).unchecked({name: _gather_field(field, mesh) for name, field in vars(value).items()})
     if isinstance(value, tuple):
-        parts: list[tuple] = [()] * mesh.size("data")
-        dist.all_gather_object(parts, value, group=mesh.entering("all_gather", "data"))
-        return sum(parts, ())
+        return sum(gather_objects(value, mesh, "data"), ())
     return gather(value, mesh, "data")

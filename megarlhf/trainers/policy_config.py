@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.config import Config
 from megarlhf.config.base import FreeToChange
 from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError, ConfigError
-from megarlhf.judges.rules import AutoVerifier, Verifier, check_answers, chosen_verifier
+from megarlhf.judges import JudgeSettings
+from megarlhf.judges.reward_model import ModelJudgeConfig
+from megarlhf.judges.rules import RuleConfig
+from megarlhf.judges.texts import TextJudgeConfig
+from megarlhf.judges.verifiers import AutoVerifier, Verifier, check_answers, chosen_verifier
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
@@ -48,19 +52,22 @@ class FrozenConfig(Config):
     """A role that is only read."""
 
     init: str = ""
-    """Its weights: a Hugging Face or megarlhf directory, or a preset drawn from `seed`. The reward model needs
-    one; empty for the reference means the actor's start."""
+    """Its weights: a Hugging Face or megarlhf directory, or a preset drawn from `seed`. Empty for the reference means
+    the actor's start, for the reward model that there is none."""
 
 
 class PolicyConfig(RunConfig):
-    """A policy that is rolled out, scored by a reward model, and improved: what does not depend on how it learns."""
+    """A policy that is rolled out, judged, and improved: what does not depend on how it learns."""
 
     actor: LearnerConfig = LearnerConfig()
     """The policy; `actor.init` is usually the SFT model."""
     reference: FrozenConfig = FrozenConfig()
     """The policy that the KL is measured to."""
     reward: FrozenConfig = FrozenConfig()
-    """The model that scores responses."""
+    """The model that scores responses; short for a judge of that name: judges.reward.kind=model, .init=... ."""
+    judges: dict[str, JudgeSettings] = Field(default={})
+    """What scores responses, by names of yours: each has a `kind` and a `weight`, and what its kind needs. The weighted
+    scores are added; each is logged as judge/NAME_mean."""
     tokenizer: str = ""
     """Tokenizer directory, `arithmetic` for the built-in one, or empty for the actor's own."""
     prompts: DataConfig = DataConfig()
@@ -91,8 +98,9 @@ class PolicyConfig(RunConfig):
     score_clip: float | None = Field(default=None, gt=0)
     """Scores are clipped to +- this, in reward, before anything is subtracted from them; null clips nothing."""
     verifier: AutoVerifier | Literal["none"] = "auto"
-    """What judges rollouts whose prompt has an answer, for the log alone: the built-in task's exact one, math-verify
-    (`maths`), or `none`, which logs no accuracy. `auto`: arithmetic for the built-in task, none for your own data."""
+    """What says for the log whether a response is right, where its prompt has an answer: the built-in task's exact one,
+    math-verify (`maths`), or `none`, which logs no accuracy. `auto`: that of the first judge that is a rule, else
+    arithmetic for the built-in task, none for your own data."""
     kl_bound: Annotated[float | None, FreeToChange()] = Field(default=24.0, gt=0)
     """Mean KL to the reference, in nats a response, beyond which the run warns; null never warns. Source: four times
     the 6 nats that Ziegler et al. 2019 steer towards."""
@@ -140,6 +148,12 @@ class PolicyConfig(RunConfig):
         return (self.iterations - self.first_iteration) * self.steps_per_iteration
 
     @property
+    def panel(self) -> dict[str, JudgeSettings]:
+        """Every judge by its name, the reward model of the short form among them."""
+        short = {"reward": ModelJudgeConfig(kind="model", init=self.reward.init)} if self.reward.init else {}
+        return {**short, **self.judges}
+
+    @property
     def reference_init(self) -> str:
         """Where the reference starts."""
         return self.reference.init or self.actor.init
@@ -147,7 +161,12 @@ class PolicyConfig(RunConfig):
     @property
     def inits(self) -> dict[str, str]:
         """Where the model of each role starts."""
-        return {"actor": self.actor.init, "reward": self.reward.init, "reference": self.reference_init}
+        judges = {name: judge.init for name, judge in self.panel.items() if isinstance(judge, ModelJudgeConfig)}
+        return {"actor": self.actor.init, **judges, "reference": self.reference_init}
+
+    def setting_of(self, role: str) -> str:
+        """The setting that says where the model of a role starts."""
+        return f"judges.{role}.init" if role in self.judges else f"{role}.init"
 
     @property
     def logged(self) -> set[str]:
@@ -171,9 +190,29 @@ class PolicyConfig(RunConfig):
                     f"rollout_batch={self.rollout_batch} is not divisible by {name}={part}; change one of them."
                 )
         check_batch("global_batch", self.global_batch, self.layout, self.micro_batch)
+        self._check_judges()
         self.actor.optim.check(self.actor_steps, "actor.optim")
 
+    def _check_judges(self) -> None:
+        if not self.panel:
+            raise ConfigError(
+                "no judge: nothing would score the responses; set reward.init to a reward model, or name a judge, as "
+                "in judges.answer.kind=rule judges.answer.rule=maths."
+            )
+        if self.reward.init and "reward" in self.judges:
+            raise ConfigError("reward.init and judges.reward are two judges of one name; give one of the two.")
+        for name in self.judges:
+            if name in _ROLES or not re.fullmatch(_NAME, name):
+                raise ConfigError(
+                    f"judges.{name}: a judge's name is of small letters, digits and _, begins with a letter, and is "
+                    f"none of {', '.join(_ROLES)}; choose another."
+                )
+        if not any(judge.weight for judge in self.panel.values()):
+            raise ConfigError("every judge has weight 0, so that all scores are 0; give one of them another weight.")
 
+
+_ROLES = ("actor", "critic", "reference")
+_NAME = "[a-z][a-z0-9_]*"
 SPEAKERS = ("actor", "reference")
 """Roles whose models must be language models."""
 
@@ -205,12 +244,13 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     cfg.check_run_dir()
     cfg.check_sizes()
     models = {role: _checked(role, init, cfg) for role, init in cfg.inits.items()}
-    actor, reward = models["actor"], models["reward"]
-    if reward.description.head == "language" and reward.init not in PRESETS:
-        raise CheckpointError(
-            f"reward.init={reward.init} is a language model, whose scores would be noise; train a reward model "
-            "from it with megarlhf reward."
-        )
+    actor = models["actor"]
+    for judge in (models[name] for name in cfg.panel.keys() & models.keys()):
+        if judge.description.head == "language" and judge.init not in PRESETS:
+            raise CheckpointError(
+                f"{judge} is a language model, whose scores would be noise; train a reward model from it with megarlhf "
+                "reward."
+            )
     tokenizer = resolve_tokenizer(cfg.tokenizer, actor, cfg.pinned_date)
     data = chosen_data(cfg.prompts, "prompts", actor)
     prompts = load_prompts(data, tokenizer)
@@ -218,7 +258,11 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     for role, model in models.items():
         check_tokenizer(tokenizer, model.description.spec, role)
         check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
-    verifier = chosen_verifier(cfg.verifier, data.source)
+    for name, judge in cfg.panel.items():
+        if isinstance(judge, TextJudgeConfig):
+            judge.check(name, prompts, data.source)
+    rules: list[Verifier] = [judge.rule for judge in cfg.panel.values() if isinstance(judge, RuleConfig)]
+    verifier = rules[0] if rules and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
     cfg.check_best(_best_of(cfg, verified=verifier is not None))
     doubts = "" if verifier is None else check_answers(prompts.answers, verifier, data.source)
     inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, doubts)
@@ -228,7 +272,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
 
 
 def _checked(role: str, init: str, cfg: PolicyConfig) -> Model:
-    setting = f"{role}.init"
+    setting = cfg.setting_of(role)
     needs = "language" if role in SPEAKERS else "scalar"
     return Model(setting, init, checked_model(init, cfg.layout, setting, needs=needs))
 
@@ -238,12 +282,12 @@ def _best_of(cfg: PolicyConfig, *, verified: bool) -> set[str]:
     return cfg.logged if verified else cfg.logged - {"rollout/accuracy", "rollout/verified"}
 
 
-def cut_score_remark(cfg: PolicyConfig, reward: ModelDescription) -> str:
+def cut_score_remark(cfg: PolicyConfig, wrong: float) -> str:
     """Whether the score that was set for cut responses is above the mean score of wrong ones; empty where it is not."""
-    score, wrong = cfg.missing_eos_score, reward.score_wrong
-    if score is None or score == "auto" or wrong is None or score <= wrong:
+    score = cfg.missing_eos_score
+    if score is None or score == "auto" or score <= wrong:
         return ""
     return (
-        f"missing_eos_score={score:g} is more than {wrong:.2f}, what {cfg.reward.init} gives wrong responses on "
+        f"missing_eos_score={score:g} is more than {wrong:.2f}, what {', '.join(cfg.panel)} gives wrong responses on "
         "average: being cut will pay more than being wrong; leave it at auto, or set it lower."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
 from megarlhf.gates.cheap import cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
-from megarlhf.judges.rules import verifier_remark
+from megarlhf.judges.panel import Court, Judgement, Panel, build_panel
+from megarlhf.judges.texts import Reader
+from megarlhf.judges.verifiers import verifier_remark
 from megarlhf.models.readings import LabelLogprobs
-from megarlhf.models.role import TrainableRole, Update
+from megarlhf.models.role import Role, TrainableRole, Update
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.writers import RunWriter, read_metrics
@@ -30,7 +31,7 @@ from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
-from megarlhf.runtime.cast import Cast
+from megarlhf.runtime.policy_models import PolicyModels
 from megarlhf.runtime.roles import (
     away,
     frozen,
@@ -43,12 +44,26 @@ from megarlhf.runtime.roles import (
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, cut_score_remark, prepare
-from megarlhf.trainers.policy_metrics import accuracy_metric, judged_rollouts
+from megarlhf.trainers.policy_metrics import accuracy_metric, sample_rows
 from megarlhf.trainers.trainer import Learner, Trainer
 from megarlhf.trainers.watch import Watch
 
 SHOWN = ("rollout/score_mean", "rollout/accuracy")
 """Metrics beside the progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast(PolicyModels):
+    """What a page is handed; an algorithm with more models adds them to `every` and to `learners`."""
+
+    panel: Panel
+    """Who says what responses are worth."""
+
+    @property
+    def every(self) -> tuple[Role, ...]:
+        """All models, those of judges too."""
+        return (*super().every, *self.panel.roles)
+
 
 CastT = TypeVar("CastT", bound=Cast)
 Cfg = TypeVar("Cfg", bound=PolicyConfig)
@@ -78,8 +93,7 @@ class Iteration:
     """What one iteration made, and its metrics; equal on every rank."""
 
     rollout: Rollout
-    scores: Tensor
-    """[B] fp32, before any penalty."""
+    judgement: Judgement
     metrics: Metrics
 
 
@@ -105,22 +119,22 @@ def shaped_scores(scores: Tensor, rollout: Rollout, cfg: PolicyConfig, cast: Cas
         scores,
         rollout.terminated,
         missing_eos_score=cfg.missing_eos_score,
-        wrong_score=cast.wrong_score,
+        wrong_score=cast.panel.wrong_score,
         clip=cfg.score_clip,
     )
 
 
 def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
     """Load the models one after another, each moved off the device before the next arrives. Collective."""
-    logprobs, judge = LabelLogprobs(cfg.sampling.temperature), inputs.models["reward"].description
+    logprobs = LabelLogprobs(cfg.sampling.temperature)
+    court = Court(inputs.models, Reader(inputs.prompts, inputs.tokenizer, mesh), cfg)
     actor = away(learner("actor", inputs.models["actor"], logprobs, cfg.actor.optim, cfg.actor_steps, cfg, mesh))
     longest = inputs.prompts.longest + cfg.sampling.max_new_tokens
     return Cast(
         actor=actor,
         sampler=RolloutEngine.of(actor, inputs.tokenizer, longest, cfg.rollout),
         reference=away(frozen("reference", inputs.models["reference"], logprobs, cfg, mesh)),
-        reward=away(frozen("reward", inputs.models["reward"], judge.scores(), cfg, mesh)),
-        wrong_score=math.inf if judge.score_wrong is None else judge.score_wrong,
+        panel=build_panel(cfg.panel, inputs.verifier, court),
     )
 
 
@@ -176,10 +190,11 @@ def _train(
         turn = Turn(number, cfg.seed, clock, guard)
         done = iteration(inputs.prompts.batch(next(loader)), cfg, turn)
         timed = clock.metrics()  # without what follows, which is for the reader
-        judged = judged_rollouts(done.rollout, done.scores, inputs.tokenizer, inputs.verifier, inputs.prompts)
         if writer is not None and turn.due(cfg.samples_every):
-            writer.samples(judged[: cfg.samples], number + 1)
-        metrics = {**done.metrics, **timed, **accuracy_metric(judged), "train/skipped_steps": guard.skipped}
+            rows = sample_rows(done.rollout, done.judgement, cfg.samples, inputs.tokenizer, inputs.prompts)
+            writer.samples(rows, number + 1)
+        accuracy = accuracy_metric(done.judgement.correct)
+        metrics = {**done.metrics, **timed, **accuracy, "train/skipped_steps": guard.skipped}
         warnings, said = watch.look(metrics)
         print_remark("\n".join(said), mesh)
         return {**metrics, **warnings}
@@ -225,7 +240,7 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
     say([verifier_remark(inputs.verifier, inputs.prompts), *filter(None, [inputs.doubts])], mesh)
     each = f"{cfg.rollout_batch:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
     say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
-    print_remark(cut_score_remark(cfg, inputs.models["reward"].description), mesh)
+    print_remark(cut_score_remark(cfg, cast.panel.wrong_score), mesh)
 
 
 def _following(cfg: PolicyConfig) -> tuple[str, ...]:

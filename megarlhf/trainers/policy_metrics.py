@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.judges.rules import Verifier, verify
+from megarlhf.judges.panel import Judgement
 from megarlhf.models.exact_kl import exact_kl
 from megarlhf.models.role import Update
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.kl import kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
-from megarlhf.runtime.cast import Cast
+from megarlhf.runtime.policy_models import PolicyModels
 
 
 def rollout_metrics(rollout: Rollout, logprobs: Tensor, scores: Tensor, token_level_rewards: Tensor) -> Metrics:
@@ -57,7 +57,7 @@ def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, k
     }
 
 
-def exact_reference_metrics(cast: Cast, rollout: Rollout, temperature: float) -> Metrics:
+def exact_reference_metrics(cast: PolicyModels, rollout: Rollout, temperature: float) -> Metrics:
     """The same distance over the whole vocabulary. Collective: a forward pass of actor and reference."""
     kl = exact_kl(cast.actor, cast.reference, rollout, temperature=temperature)
     return {"kl/reference_exact": float(masked_sum(kl, rollout.response_mask)) / len(rollout)}
@@ -106,35 +106,32 @@ def critic_metrics(updates: Sequence[Update]) -> Metrics:
     }
 
 
-def judged_rollouts(
-    rollout: Rollout, scores: Tensor, tokenizer: Tokenizer, verifier: Verifier | None, prompts: PromptSet
+def sample_rows(
+    rollout: Rollout, judgement: Judgement, count: int, tokenizer: Tokenizer, prompts: PromptSet
 ) -> list[dict[str, Any]]:
-    """Every rollout as text with its score, and the verdict where there are a verifier and an answer (else None).
+    """The first `count` rollouts as text, with what was said of them.
 
     A prompt is shown as `prompts` have it, text or a conversation.
     """
-    columns = zip(
-        prompts.said_in(rollout.prompt_ids),
-        response_texts(rollout, tokenizer),
-        rollout.answers,
-        scores.tolist(),
-        strict=True,
-    )
+    rows = rollout.to("cpu").rows(torch.arange(min(count, len(rollout))))
+    texts = response_texts(rows, tokenizer)
+    each = {name: verdict.scores.tolist() for name, verdict in judgement.verdicts.items()}
     return [
         {
-            "prompt": prompt,
-            "response": response,
-            "answer": answer,
-            "score": score,
-            "correct": verify(response, answer, verifier) if answer and verifier else None,
+            "prompt": columns["prompt"],
+            "response": texts[row],
+            "answer": rows.answers[row],
+            "score": float(judgement.scores[row]),
+            **({"scores": {name: scores[row] for name, scores in each.items()}} if len(each) > 1 else {}),
+            "correct": judgement.correct[row],
         }
-        for prompt, response, answer, score in columns
+        for row, columns in enumerate(prompts.columns_in(rows.prompt_ids))
     ]
 
 
-def accuracy_metric(judged: Sequence[Mapping[str, object]]) -> Metrics:
+def accuracy_metric(correct: Sequence[bool | None]) -> Metrics:
     """How many rollouts were verified, and which share of them is right; nothing where there are no verdicts."""
-    verdicts = [row["correct"] for row in judged if row["correct"] is not None]
+    verdicts = [right for right in correct if right is not None]
     if not verdicts:
         return {}
     return {"rollout/accuracy": verdicts.count(True) / len(verdicts), "rollout/verified": len(verdicts)}

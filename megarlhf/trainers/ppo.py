@@ -15,16 +15,16 @@ from torch import Tensor
 from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout, ValueRows
 from megarlhf.config.base import FreeToChange
 from megarlhf.errors import ConfigError
+from megarlhf.judges.reward_model import ModelJudgeConfig
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.observe.metrics import names_of
 from megarlhf.ops.advantages import Advantages, shaped_gae
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
-from megarlhf.runtime.cast import Cast
 from megarlhf.runtime.roles import away, learner
 from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyInputs
-from megarlhf.trainers.policy_loop import Iteration, Turn, build_cast, optimise, policy_trainer, shaped_scores
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer, shaped_scores
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import (
     advantage_metrics,
@@ -79,7 +79,8 @@ class PPOConfig(PolicyConfig):
     @property
     def inits(self) -> dict[str, str]:
         """Where the model of each role starts; the critic, unless it is told, where the reward model does."""
-        return {**super().inits, "critic": self.critic.init or self.reward.init}
+        models = (judge.init for judge in self.panel.values() if isinstance(judge, ModelJudgeConfig))
+        return {**super().inits, "critic": self.critic.init or next(models, "")}
 
     @property
     def logged(self) -> set[str]:
@@ -106,8 +107,8 @@ class PPOCast(Cast):
 
     @property
     def every(self) -> tuple[Role, ...]:
-        """All four."""
-        return (self.actor, self.critic, self.reference, self.reward)
+        """All models, the critic among them."""
+        return (*super().every, self.critic)
 
     @property
     def learners(self) -> Mapping[str, TrainableRole]:
@@ -143,12 +144,13 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
 
     # 2. Score. Forward only, one model resident at a time.
     with turn.clock("score"):
+        judgement = cast.panel.judge(rollout)
         scored = Scored(
             rollout,
             logprobs=cast.actor.score(rollout),
             ref_logprobs=cast.reference.score(rollout),
             values=cast.critic.score(rollout),
-            scores=cast.reward.score(rollout),
+            scores=judgement.scores,
         )
         temperature = cfg.sampling.temperature
         exact = exact_reference_metrics(cast, rollout, temperature) if turn.due(cfg.exact_kl_every) else {}
@@ -157,6 +159,7 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
     with turn.clock("estimate"):
         estimate = estimated(scored, shaped_scores(scored.scores, rollout, cfg, cast), cfg)
         metrics = {
+            **judgement.metrics,
             **rollout_metrics(rollout, scored.logprobs, scored.scores, estimate.token_level_rewards),
             **reference_metrics(scored.logprobs, scored.ref_logprobs, rollout.response_mask, kl_coef=cfg.kl_coef),
             **exact,
@@ -175,7 +178,7 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
         critic = optimise(cast.critic, value_loss(cast.critic, cfg), targets, turn, **passes)
 
     learnt = {**policy_metrics(actor), **critic_metrics(critic)}
-    return PPOIteration(rollout, scored.scores, {**metrics, **learnt}, scored, estimate)
+    return PPOIteration(rollout, judgement, {**metrics, **learnt}, scored, estimate)
 
 
 def estimated(scored: Scored, shaped: Tensor, cfg: PPOConfig) -> Advantages:

@@ -15,7 +15,9 @@ import pytest
 from megarlhf import cli
 from megarlhf.config import Config, describe, load_config
 from megarlhf.config.base import MOST_WHOLE
+from megarlhf.config.describe import NAME, kinds_of
 from megarlhf.errors import ConfigError
+from megarlhf.trainers.policy_config import PolicyConfig
 from tests.helpers.hostile import within
 
 
@@ -58,11 +60,25 @@ def said(tmp_path: Path, text: str | bytes, *overrides: str) -> str:
 COMMANDS = cli.commands()
 
 
+WITHOUT_SENSE = ["Infinity", "-Infinity", "NaN", "1e300", "-1e300", "1e-300", "1e400", str(10**30)]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "NaN", "1e300", "-1e300", "1e-300", "1e400", str(10**30)])
+@pytest.mark.parametrize("value", WITHOUT_SENSE)
 def test_no_number_of_any_command_takes_a_value_without_sense(command: str, value: str) -> None:
-    cls = cli.program(COMMANDS[command])[0]
-    numbers = [row.name for row in describe(cls) if {"int", "float"} & set(row.type.replace("|", " ").split())]
+    check_numbers(cli.program(COMMANDS[command])[0], value)
+
+
+@pytest.mark.parametrize("kind", kinds_of(PolicyConfig.model_fields["judges"].annotation).values())
+@pytest.mark.parametrize("value", WITHOUT_SENSE)
+def test_no_number_of_any_judge_does(kind: type[Config], value: str) -> None:
+    check_numbers(kind, value)
+
+
+def check_numbers(cls: type[Config], value: str) -> None:
+    """Every one of them is refused where all have this value."""
+    rows = [row for row in describe(cls) if f".{NAME}." not in row.name]
+    numbers = [row.name for row in rows if {"int", "float"} & set(row.type.replace("|", " ").split())]
     given: dict[str, Any] = {}
     for name in numbers:
         *groups, leaf = name.split(".")

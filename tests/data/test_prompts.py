@@ -12,7 +12,9 @@ from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import DataConfig, pad_right
 from megarlhf.data.tokenizer import Tokenizer, build_tiny_tokenizer
-from megarlhf.trainers.policy_metrics import judged_rollouts
+from megarlhf.judges.judge import Verdict, outcome
+from megarlhf.judges.panel import Judgement
+from megarlhf.trainers.policy_metrics import sample_rows
 
 TALK = [{"role": "user", "content": "Tom has 5 apples."}, {"role": "assistant", "content": "5"}]
 PROMPTS = ["Tom has 5 apples.", "Tom has 5 apples. " * 40, TALK, "Eva has 7 shells."]
@@ -30,10 +32,10 @@ def loaded(tmp_path: Path) -> tuple[PromptSet, Tokenizer]:
 def test_said_is_by_row_of_what_was_kept_and_by_id_of_what_was_rolled_out(tmp_path: Path) -> None:
     prompts, tokenizer = loaded(tmp_path)
     kept = [PROMPTS[0], TALK, PROMPTS[3]]
-    assert prompts.said == kept
+    assert [columns["prompt"] for columns in prompts.columns] == kept
     assert tokenizer.decode(prompts.tokens[0]) != PROMPTS[0], "the header's words are among the tokens"
     batch = prompts.batch(torch.tensor([2, 0, 1, 2]))
-    assert prompts.said_in(batch.ids) == [kept[2], kept[0], kept[1], kept[2]]
+    assert [columns["prompt"] for columns in prompts.columns_in(batch.ids)] == [kept[2], kept[0], kept[1], kept[2]]
 
 
 def test_samples_of_a_run_show_the_prompt_of_the_data(tmp_path: Path) -> None:
@@ -43,7 +45,9 @@ def test_samples_of_a_run_show_the_prompt_of_the_data(tmp_path: Path) -> None:
     tokens, lengths = pad_right([[*prompts.tokens[1], *response], [*prompts.tokens[0], *response]], tokenizer.pad_id)
     quiet, ended = torch.zeros(2, tokens.shape[1] - 1), torch.tensor([True, True])
     rollout = Rollout(tokens, batch.lengths, lengths, ended, quiet, batch.ids, batch.answers)
-    rows = judged_rollouts(rollout, torch.tensor([1.5, -1.0]), tokenizer, "arithmetic", prompts)
+    scores = outcome(torch.tensor([1.5, -1.0]), rollout)
+    judgement = Judgement(scores, {"own": Verdict(scores)}, correct=(True, True), metrics={})
+    rows = sample_rows(rollout, judgement, 8, tokenizer, prompts)
     assert [row["prompt"] for row in rows] == [TALK, PROMPTS[0]]
     assert [(row["response"], row["score"], row["correct"]) for row in rows] == [
         ("The answer is 5.", 1.5, True),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megarlhf.errors import ConfigError
-from megarlhf.judges.rules import check_answers, verify
+from megarlhf.judges.verifiers import check_answers, verify
+from tests.judges.shapes import MATHS, school
 
 GSM8K = "16 - 3 - 4 = <<16-3-4=9>>9 eggs are left.\nThey are worth 9 * 2 = $<<9*2=18>>18.\n#### 18"
 
@@ -65,6 +66,44 @@ def test_maths_right(response: str, answer: str) -> None:
 def test_maths_wrong(response: str, answer: str) -> None:
     pytest.importorskip("math_verify")
     assert not verify(response, answer, "maths")
+
+
+def test_gold_answers_of_gsm8k_are_right_and_altered_ones_wrong() -> None:
+    rows = list(school())
+    for verifier in ("gsm8k", "maths"):
+        missed = [(right, gold) for gold, right, _ in rows if not verify(right, gold, verifier)]
+        # Mathematics without a final answer is none: two of the ten ways only end in a number.
+        assert len(missed) == (0 if verifier == "gsm8k" else 20), missed
+        assert not [(wrong, gold) for gold, _, wrong in rows if verify(wrong, gold, verifier)]
+    assert len(rows) == 100
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("-$1,234.50", "#### -1234.5", True),
+        ("3 - 5 = -2", "#### -2", True),
+        ("The answer is 5 because 3 + 2 is.", "#### 5", True),
+        ("The answer is 2 + 3 = 5.", "#### 5", True),
+        ("It is .5 of them", "0.5", True),
+        ("20%", "#### 20", True),
+        ("1 2 3", "#### 2", False),
+        ("no number", "#### 2", False),
+        ("2", "no number", False),
+        ("#### 2.0000001", "#### 2", False),
+        ("#### 12", "#### 2", False),
+    ],
+)
+def test_gsm8k_is_a_number_whatever_stands_around_it(response: str, answer: str, right: bool) -> None:
+    assert verify(response, answer, "gsm8k") is right
+
+
+def test_gold_answers_of_math_are_right_and_altered_ones_wrong() -> None:
+    pytest.importorskip("math_verify")
+    missed = [gold for gold, _ in MATHS if not verify(rf"Hence it is $\boxed{{{gold}}}$.", gold, "maths")]
+    taken = [(wrong, gold) for gold, wrong in MATHS if verify(rf"Hence it is $\boxed{{{wrong}}}$.", gold, "maths")]
+    assert (missed, taken) == ([], [])
+    assert len(dict(MATHS)) == 100
 
 
 def test_answers_that_no_response_can_give_are_said_before_a_run_is_judged_by_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from megarlhf.batch.supervised import LabelledResponses
 from megarlhf.checkpoint.model_directory import ModelDescription, describe_model
 from megarlhf.data.rows import pad_right
 from megarlhf.models.readings import SequenceScores
-from megarlhf.models.spec import preset
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import reward
@@ -76,7 +76,7 @@ def trained(where: str) -> dict[str, Trained]:
         judge = frozen(str(cfg.model_dir), SequenceScores(described.score_offset, described.score_scale), mesh)
         rows, right = measured(inputs)
         cast = ppo_cast(ppo_config(Path(where), mesh.layout, "tiny-xs", str(cfg.model_dir)), mesh)
-        found[name] = (judge.score(rows), right, described, cast.wrong_score)
+        found[name] = (judge.score(rows), right, described, cast.panel.wrong_score)
     return found
 
 
@@ -100,11 +100,11 @@ def test_scores_are_normalised_and_what_wrong_ones_score_is_known(name: str, mod
 
 
 def test_a_cut_score_above_wrong_ones_is_said() -> None:
-    judge = ModelDescription(spec=preset("tiny-xs"), head="scalar", score_wrong=-2.1)
-
-    def remark(reward_model: ModelDescription = judge, **settings: Any) -> str:
-        return cut_score_remark(PPOConfig(run_dir=Path("run"), **settings), reward_model)
+    def remark(wrong: float = -2.1, **settings: Any) -> str:
+        return cut_score_remark(
+            PPOConfig.model_validate({"run_dir": "run", "reward": {"init": "x"}, **settings}), wrong
+        )
 
     assert "missing_eos_score=-1 is more than -2.10" in remark(missing_eos_score=-1.0)
     assert remark() == remark(missing_eos_score=None) == remark(missing_eos_score=-2.5) == ""
-    assert remark(judge.model_copy(update={"score_wrong": None}), missing_eos_score=-1.0) == ""
+    assert remark(math.inf, missing_eos_score=-1.0) == ""

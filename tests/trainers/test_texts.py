@@ -8,20 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers
 
 from megarlhf import cli
-from megarlhf.batch.rollouts import Rollout
 from megarlhf.commands import evaluate as command
 from megarlhf.commands import generate
 from megarlhf.commands.evaluate import EvalConfig
 from megarlhf.commands.generate import GenerateConfig
 from megarlhf.config import load_config
-from megarlhf.data.arithmetic import words
-from megarlhf.data.prompts import PromptSet
-from megarlhf.data.tokenizer import LLAMA3_CHAT_TEMPLATE, build_tiny_tokenizer
+from megarlhf.data.tokenizer import LLAMA3_CHAT_TEMPLATE
 from megarlhf.errors import ConfigError
 from megarlhf.observe.provenance import write_provenance
 from megarlhf.parallel import mesh
@@ -29,7 +25,7 @@ from megarlhf.runtime.checks import Model
 from megarlhf.runtime.said import DataSet, remarks, visible
 from megarlhf.trainers import ppo
 from megarlhf.trainers.policy_config import PolicyInputs
-from megarlhf.trainers.policy_metrics import accuracy_metric, judged_rollouts
+from megarlhf.trainers.policy_metrics import accuracy_metric
 from megarlhf.trainers.ppo import PPOConfig
 from tests.helpers.refusal import PPO, ModelWasBuiltError, assert_matches, write_model
 
@@ -107,19 +103,9 @@ def test_eval_of_ones_own_prompts_needs_a_verifier(refused: Refused) -> None:
     assert_reaches_the_model([*OWN["eval"], own, "verifier=arithmetic"])
 
 
-def test_without_a_verifier_there_is_no_accuracy_rather_than_none_right() -> None:
-    tokenizer = build_tiny_tokenizer(words())
-    ids = torch.tensor([[0, *tokenizer.encode_response("The answer is 5.")]])
-    one = torch.ones(1, dtype=torch.int64)
-    said = PromptSet([[0]], ["5"], [1], pad_id=5, dropped=0, said=["?"])
-    rollout = Rollout(ids, one, one * ids.shape[1], one > 0, torch.zeros(1, ids.shape[1] - 1), one, ("5",))
-    assert accuracy_metric(judged_rollouts(rollout, torch.zeros(1), tokenizer, "arithmetic", said)) == {
-        "rollout/accuracy": 1.0,
-        "rollout/verified": 1,
-    }
-    unjudged = judged_rollouts(rollout, torch.zeros(1), tokenizer, None, said)
-    assert accuracy_metric(unjudged) == {}
-    assert unjudged[0]["correct"] is None
+def test_without_verdicts_there_is_no_accuracy_rather_than_none_right() -> None:
+    assert accuracy_metric([True, None, False]) == {"rollout/accuracy": 0.5, "rollout/verified": 2}
+    assert accuracy_metric([None, None]) == {}
 
 
 def edit(directory: Path, **changes: object) -> None:

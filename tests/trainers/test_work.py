@@ -76,7 +76,7 @@ def count(layout: ParallelLayout, folder: str) -> list[dict[str, Any]]:
     for index in range(2):
         done = iterate(cast, prompts(), cfg, index)
         cast.actor.score(done.rollout)  # in no phase: a check of the run, and not its work
-        expected = by_hand(cast.actor.spec, cast.reward.spec, done.rollout.to("cpu"), actor_learns=index == 1)
+        expected = by_hand(cast.actor.spec, cast.panel.roles[0].spec, done.rollout.to("cpu"), actor_learns=index == 1)
         seen.append({"metrics": done.metrics, "expected": expected})
     return seen
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from megarlhf.batch.rollouts import PolicyRows, Prompts
-from megarlhf.runtime.cast import Cast
 from megarlhf.trainers.policy_config import PolicyConfig
-from megarlhf.trainers.policy_loop import Iteration, Turn, build_cast, optimise, policy_trainer, shaped_scores
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer, shaped_scores
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import advantage_metrics, policy_metrics, rollout_metrics
 from megarlhf.trainers.trainer import Learner
@@ -20,17 +19,20 @@ def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn
     with turn.clock("rollout"):
         rollout = cast.sampler.generate(prompts, cfg.sampling, seed=turn.seed("rollout"), group_size=cfg.group_size)
     with turn.clock("score"):
-        logprobs, scores = cast.actor.score(rollout), cast.reward.score(rollout)
+        logprobs, judgement = cast.actor.score(rollout), cast.panel.judge(rollout)
     with turn.clock("estimate"):
         mask, last = rollout.response_mask, rollout.lengths[:, None] - 2
-        advantages = shaped_scores(scores, rollout, cfg, cast)[:, None] * mask
+        advantages = shaped_scores(judgement.scores, rollout, cfg, cast)[:, None] * mask
         rewards = advantages.new_zeros(advantages.shape).scatter(1, last, advantages.gather(1, last))
         rows = PolicyRows(rollout, logprobs, advantages)
-        metrics = {**rollout_metrics(rollout, logprobs, scores, rewards), **advantage_metrics(advantages, mask)}
+        metrics = {
+            **rollout_metrics(rollout, logprobs, judgement.scores, rewards),
+            **advantage_metrics(advantages, mask),
+        }
     with turn.clock("optimise"):
         loss = policy_loss(cast.actor, cfg)
         steps = optimise(cast.actor, loss, rows, turn, epochs=1, global_batch=cfg.global_batch)
-    return Iteration(rollout, scores, {**metrics, **policy_metrics(steps)})
+    return Iteration(rollout, judgement, {**metrics, **policy_metrics(steps)})
 
 
 LEARNERS = {"actor": Learner(PolicyRows, policy_loss)}

@@ -23,7 +23,7 @@ from megarlhf.trainers.policy_config import PolicyInputs
 from megarlhf.trainers.policy_loop import Turn
 from megarlhf.trainers.ppo import PPOCast, PPOConfig, PPOIteration, models, ppo_iteration
 
-NO_PROMPTS = PromptSet(tokens=[[1]], answers=[""], ids=[0], pad_id=0, dropped=0, said=[""])
+NO_PROMPTS = PromptSet(tokens=[[1]], answers=[""], ids=[0], pad_id=0, dropped=0, columns=[{"prompt": ""}])
 
 
 def ppo_config(run_dir: Path, layout: ParallelLayout, init: str, judge: str, **changes: Any) -> PPOConfig:

@@ -1,8 +1,7 @@
-"""The models that a page of reinforcement learning is handed: every rank holds its part of each."""
+"""The models of a policy: it, what draws its rollouts, and what it is kept near. Every rank holds its part of each."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,25 +10,18 @@ from megarlhf.rollout.engine import RolloutEngine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cast:
-    """A policy, what it is measured by, and what draws its rollouts, colocated: one model is resident at a time.
-
-    Reference and reward model cannot learn: their type has no way to. An algorithm with more models adds them to
-    `every` and, where they learn, to `learners`.
-    """
+class PolicyModels:
+    """Colocated: one model is resident at a time. The reference cannot learn: its type has no way to."""
 
     actor: TrainableRole
     sampler: RolloutEngine
     """Draws from the actor's own weights."""
     reference: FrozenRole
-    reward: FrozenRole
-    wrong_score: float = math.inf
-    """Mean score that the reward model gives to wrong responses; inf where nobody measured it."""
 
     @property
     def every(self) -> tuple[Role, ...]:
         """All models."""
-        return (self.actor, self.reference, self.reward)
+        return (self.actor, self.reference)
 
     @property
     def learners(self) -> Mapping[str, TrainableRole]:

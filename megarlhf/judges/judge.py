@@ -1,0 +1,74 @@
+"""What a judge is: it says of every rollout, one number a token, what that is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megarlhf.batch.rollouts import Rollout
+from megarlhf.config import Config
+from megarlhf.ops.masked import last_true
+
+
+class JudgeConfig(Config):
+    """What every judge has."""
+
+    weight: float = 1.0
+    """What its scores are multiplied by before those of all judges are added; 0 only logs them."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one judge says of a batch, equal on every rank."""
+
+    token_scores: Tensor
+    """[B, T] fp32 where the token is that earned them: an outcome at the last response token; elsewhere 0."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """[B] each: what the score is made of, where a judge says so."""
+    correct: Sequence[bool | None] = ()
+    """Whether each response is right, where a judge knows; None where it cannot say."""
+
+    @property
+    def scores(self) -> Tensor:
+        """[B] fp32."""
+        return self.token_scores.sum(1)
+
+
+class Judge(Protocol):
+    """A source of scores. A new one is a file beside this, and a name in the union of judges/__init__.py."""
+
+    @property
+    def name(self) -> str:
+        """The user's."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Of its scores in the sum."""
+        ...
+
+    @property
+    def wrong_score(self) -> float:
+        """Mean score that it gives to wrong responses; inf where nobody knows."""
+        ...
+
+    def judge(self, rollout: Rollout) -> Verdict:
+        """Judge every row. Collective: each rank calls it with the same global batch."""
+        ...
+
+
+UNKNOWN = math.inf
+"""The wrong score of a judge of whom nobody measured it."""
+
+
+def outcome(scores: Tensor, rollout: Rollout) -> Tensor:
+    """Scores of whole responses where they belong: at the last response token.
+
+    Shapes:   scores [B] fp32. Returns [B, T].
+    """
+    return torch.where(last_true(rollout.response_mask), scores[:, None], 0.0)

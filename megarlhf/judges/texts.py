@@ -1,0 +1,138 @@
+"""Judges of texts: rows are spread over all ranks, whatever the layout, and each is judged once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from megarlhf.batch.rollouts import Rollout
+from megarlhf.data.prompts import PromptSet
+from megarlhf.data.texts import response_texts
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.errors import MegarlhfError
+from megarlhf.judges.judge import UNKNOWN, JudgeConfig, Verdict, outcome
+from megarlhf.parallel.collectives import gather_objects
+from megarlhf.parallel.mesh import Mesh
+
+T = TypeVar("T")
+
+
+class Response(NamedTuple):
+    """One rollout as text."""
+
+    prompt: Any
+    """As the data has it: text, or a conversation."""
+    response: str
+    answer: str
+    """The expected one, "" where the data has none."""
+    columns: Mapping[str, Any]
+    """The prompt's whole row."""
+    row: int
+    """Which row of the data that is, from 1."""
+    tokens: int
+    """Of the response, EOS included."""
+    terminated: bool
+    """Whether it ended with EOS."""
+
+
+class Opinion(NamedTuple):
+    """What is said of one response."""
+
+    score: float
+    parts: Mapping[str, float] = {}
+    """What the score is made of, by name; one that is not named counts as 0."""
+    correct: bool | None = None
+
+
+Scorer = Callable[[Sequence[Response]], Sequence[Opinion]]
+"""Of some responses, one opinion each, in order. It may raise a MegarlhfError, which every rank then raises."""
+
+
+class TextJudgeConfig(JudgeConfig):
+    """A judge that reads texts."""
+
+    @property
+    def wrong_score(self) -> float:
+        """Mean score that it gives to wrong responses; inf where nobody knows."""
+        return UNKNOWN
+
+    @abstractmethod
+    def check(self, name: str, prompts: PromptSet, source: str) -> None:
+        """Raise a MegarlhfError, before any model is built, where it could not judge responses to these prompts."""
+
+    @abstractmethod
+    def scorer(self, name: str) -> Scorer:
+        """What judges responses, on this rank."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads rollouts as text, each rank its share of them."""
+
+    prompts: PromptSet
+    tokenizer: Tokenizer
+    mesh: Mesh
+
+    def spread(self, rollout: Rollout, judge: Callable[[Sequence[Response]], Sequence[T]]) -> list[T]:
+        """`judge` of all rows in order, equal on every rank; each row is handed to one rank. Collective.
+
+        Raises:   the MegarlhfError of the first rank that raised one, on every rank.
+        """
+        ranks, rank = self.mesh.size("world"), self.mesh.rank
+        own = torch.arange(rank, len(rollout), ranks)
+        try:
+            said: Sequence[T] | MegarlhfError = judge(self._responses(rollout.to("cpu").rows(own))) if len(own) else ()
+        except MegarlhfError as error:
+            said = error
+        every = gather_objects(said, self.mesh, "world")
+        for each in every:
+            if isinstance(each, MegarlhfError):
+                raise each
+        parts = [each for each in every if not isinstance(each, MegarlhfError)]
+        return [parts[row % ranks][row // ranks] for row in range(len(rollout))]
+
+    def _responses(self, rollout: Rollout) -> list[Response]:
+        texts, columns = response_texts(rollout, self.tokenizer), self.prompts.columns_in(rollout.prompt_ids)
+        return [
+            Response(
+                prompt=columns[index]["prompt"],
+                response=texts[index],
+                answer=rollout.answers[index],
+                columns=columns[index],
+                row=int(rollout.prompt_ids[index]) + 1,
+                tokens=int(rollout.response_lengths[index]),
+                terminated=bool(rollout.terminated[index]),
+            )
+            for index in range(len(rollout))
+        ]
+
+
+@dataclass(frozen=True)
+class TextJudge:
+    """A judge that reads texts."""
+
+    name: str
+    weight: float
+    wrong_score: float
+    scorer: Scorer
+    reader: Reader
+
+    def judge(self, rollout: Rollout) -> Verdict:
+        """Judge every row, on one rank each. Collective."""
+        said = self.reader.spread(rollout, self.scorer)
+        device = rollout.tokens.device
+        scores = torch.tensor([each.score for each in said], dtype=torch.float32, device=device)
+        return Verdict(
+            outcome(scores, rollout),
+            parts={name: torch.tensor([each.parts.get(name, 0.0) for each in said]) for name in _names(said)},
+            correct=[each.correct for each in said],
+        )
+
+
+def _names(said: Sequence[Opinion]) -> list[str]:
+    """Of all parts, in order."""
+    return sorted({name for each in said for name in each.parts})

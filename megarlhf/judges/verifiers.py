@@ -1,0 +1,160 @@
+"""Rule rewards: is the answer of this response right? Never by running or evaluating anything the model wrote."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from random import Random
+from typing import Any, Literal
+
+from megarlhf.data.arithmetic import is_correct
+from megarlhf.data.prompts import PromptSet
+from megarlhf.data.rows import BUILT_IN
+from megarlhf.errors import ConfigError
+
+Verifier = Literal["arithmetic", "gsm8k", "maths"]
+AutoVerifier = Literal["auto", "arithmetic", "gsm8k", "maths"]
+"""A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
+
+_BOXED = re.compile(r"\\boxed\s*\{")
+_SAID = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)|####", re.IGNORECASE)
+"""What an answer follows; GSM8K's solutions have four hashes."""
+_OF_A_UNIT = re.compile(r"([-+]?\$?[\d,]*\.?\d+)(?:\s+[a-z]+){1,3}", re.IGNORECASE)
+"""A number and what it counts, as in 18 dollars."""
+_NUMBER = re.compile(r"(?:(?<!\d)(?<!\d\s)-\s?)?(?:\\?\$)?\s?(-?(?:\d[\d,]*)?\.?\d+)")
+"""As in -$1,234.50, and the sign before or after the currency."""
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})")
+"""Their separators in LaTeX, which math-verify takes for the end of a number."""
+_LOOKED_AT = 512
+"""Answers of a data set: a second of work."""
+_LONGEST_ANSWER = 200
+"""Characters. Longer ones are wrong unread: the time spent on an answer must not be in the hands of the policy."""
+_SECONDS = 2
+"""For parsing and again for comparing an answer, such as a tower of powers; then it is wrong."""
+
+
+def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> bool:
+    """Whether `response` gives `answer`.
+
+    arithmetic: the response ends in "The answer is N.", digit for digit (the built-in task).
+    gsm8k: its final answer, or where there is none its last number, is the number that `answer` gives, whatever stands
+    around it: currency, units, per cent, stars of bold text, commas of thousands.
+    maths: its final answer (the last \\boxed{...}, or else what follows the last "answer is", "Answer:" or "####",
+    without the stars of bold text and the unit of a number) equals that of `answer`, or all of it where it has none, as
+    mathematics, by the package math-verify: 1/2, 0.5 and \\frac{1}{2} are one answer. No final answer is a wrong one.
+
+    Ranks:    main thread only for maths: math-verify stops overlong work by SIGALRM.
+    Raises:   ConfigError if `maths` is asked for and math-verify is not installed.
+    """
+    if verifier == "arithmetic":
+        return is_correct(response, answer)
+    said = _final_answer(response)
+    gold = _final_answer(answer)
+    if verifier == "gsm8k":
+        numbers = [_number(found, text) for found, text in ((gold, answer), (said, response))]
+        return numbers[0] is not None and numbers[0] == numbers[1]
+    return said is not None and _equal(said, _counted(answer) if gold is None else gold)
+
+
+def check_answers(answers: Sequence[str], verifier: Verifier, source: str) -> str:
+    """What is to be said of answers that are right for no response, such as words where mathematics is compared.
+
+    Up to 512 of them are looked at: a response that gives the very answer must be right.
+    Raises:   ConfigError where that is none: every accuracy would be 0.
+    """
+    every = [answer for answer in answers if answer]
+    seen = Random(0).sample(every, min(len(every), _LOOKED_AT))
+    given = (f"The answer is {_final_answer(answer) or answer}." for answer in seen)
+    unread = [answer for said, answer in zip(given, seen, strict=True) if not verify(said, answer, verifier)]
+    if seen and len(unread) == len(seen):
+        raise ConfigError(
+            f"verifier={verifier}: of {source} no answer can be right, for example {unread[0][-80:]!r}; choose another "
+            "verifier, or write answers as it reads them."
+        )
+    example = f", for example {unread[0][-80:]!r}" if unread else ""
+    return f"{len(unread):,} of {len(seen):,} answers can be right for no response{example}" if unread else ""
+
+
+def chosen_verifier(setting: Literal["auto", "none"] | Verifier, source: str) -> Verifier | None:
+    """What judges responses to the prompts of `source`; none by default for data of the user's own.
+
+    Raises:   ConfigError where it needs a package that is not installed.
+    """
+    if setting == "auto":
+        return "arithmetic" if source == BUILT_IN else None
+    if setting == "none":
+        return None
+    check_verifier(setting)
+    return setting
+
+
+def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
+    """What the logged accuracy is of, or why none is logged."""
+    answered = sum(map(bool, prompts.answers))
+    if verifier is None:
+        there = f", though {answered:,} of {len(prompts):,} prompts have an answer" if answered else ""
+        return f"verifier: none, so no accuracy is logged{there}"
+    if not answered:
+        return f"verifier: {verifier}, but no prompt has an answer (column 'answer'), so no accuracy is logged"
+    return f"verifier: {verifier}, of the {answered:,} of {len(prompts):,} prompts that have an answer"
+
+
+def _final_answer(response: str) -> str | None:
+    boxes = list(_BOXED.finditer(response))
+    if boxes:
+        return _braced(response[boxes[-1].end() :])
+    said = list(_SAID.finditer(response))
+    return _counted(response[said[-1].end() :].strip(" *\n\t").partition("\n")[0].strip(" *.")) if said else None
+
+
+def _counted(text: str) -> str:
+    """A number without what it counts; any other text as it is."""
+    found = _OF_A_UNIT.fullmatch(text.strip())
+    return found[1] if found else text
+
+
+def _number(final: str | None, text: str) -> Decimal | None:
+    """The number that a final answer begins with, behind its last "=", or else the last of the whole text."""
+    said = text[-_LONGEST_ANSWER:] if final is None else final[:_LONGEST_ANSWER].rpartition("=")[2]
+    every = list(_NUMBER.finditer(said))
+    if not every:
+        return None
+    found = every[-1 if final is None else 0]
+    value = Decimal(found[1].replace(",", ""))
+    return -value if found[0].startswith("-") and not found[1].startswith("-") else value
+
+
+def _braced(text: str) -> str | None:
+    """`text` up to the brace that closes one opened before it; None if none does."""
+    depth = 1
+    for index, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:index]
+    return None
+
+
+def check_verifier(verifier: Verifier) -> None:
+    """Raise ConfigError where `verifier` needs a package that is not installed."""
+    if verifier == "maths" and importlib.util.find_spec("math_verify") is None:
+        raise ConfigError("verifier=maths needs the package math-verify; pip install math-verify.")
+
+
+def _equal(said: str, answer: str) -> bool:
+    check_verifier("maths")
+    package: Any = importlib.import_module("math_verify")  # it has no types
+
+    if len(said) > _LONGEST_ANSWER:
+        return False
+    # LaTeX alone: math-verify's other reader, of bare expressions, goes through sympy's parse_expr, which calls eval().
+    reader = [package.LatexExtractionConfig()]
+    gold, given = (
+        package.parse(
+            f"${_THOUSANDS.sub('', text.strip().strip('$'))}$", extraction_config=reader, parsing_timeout=_SECONDS
+        )
+        for text in (answer, said)
+    )
+    return bool(gold) and bool(given) and package.verify(gold, given, timeout_seconds=_SECONDS)

@@ -1,0 +1,97 @@
+"""Groups of several kinds under names of the user's, as judges are: help, suggestions, and errors that name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megarlhf.config import describe, load_config
+from megarlhf.errors import ConfigError
+from megarlhf.trainers.ppo import PPOConfig
+
+ANSWER = ("run_dir=run", "judges.answer.kind=rule", "judges.answer.rule=maths")
+
+
+def said(*overrides: str, file: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(PPOConfig, file, overrides)
+    return str(error.value)
+
+
+def test_they_are_read_from_files_and_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "run_dir: run\njudges:\n  answer: {kind: rule, rule: maths}\n  taste: {kind: model, init: x, weight: 2}\n"
+    )
+    cfg = load_config(
+        PPOConfig, file, ["judges.answer.weight=0.5", "judges.own.kind=function", "judges.own.function=a.py:b"]
+    )
+    assert [(name, judge.kind, judge.weight) for name, judge in cfg.judges.items()] == [
+        *(("answer", "rule", 0.5), ("taste", "model", 2.0), ("own", "function", 1.0)),
+    ]
+    again = tmp_path / "again.yaml"
+    again.write_text(cfg.to_yaml())
+    assert load_config(PPOConfig, again, []) == cfg
+
+
+def test_help_has_every_setting_of_every_kind_once() -> None:
+    rows = {row.name: row for row in describe(PPOConfig) if row.name.startswith("judges")}
+    assert rows["judges.NAME.kind"].type.startswith("model | rule | function")
+    assert rows["judges.NAME.weight"].help.startswith("What its scores are multiplied by")
+    assert rows["judges.NAME.init"].help.startswith("Of model. ")
+    assert rows["judges.NAME.rule"].type == "arithmetic | gsm8k | maths"
+    names = [row.name for row in describe(PPOConfig)]
+    assert len(names) == len(set(names))
+
+
+MISTAKES = {
+    "judges.answer.weights=2": "unknown setting judges.answer.weights = 2 (from the command line); did you mean "
+    "judges.answer.weight?",
+    "judges.answer.weight=x": "setting judges.answer.weight = 'x': input should be a valid number; give float.",
+    "judges.answer.rule=math": "setting judges.answer.rule = 'math': input should be 'arithmetic', 'gsm8k' or",
+    "judges.answer.kind=ruel": "setting judges.answer.kind = 'ruel': there is no such kind; did you mean rule?",
+    "judges.answer.kind=5": "setting judges.answer.kind = '5': there is no such kind; give model | rule | ",
+    "judges.other.weight=2": "missing setting judges.other.kind (model | rule | ",
+    "judges.other.kind=model": "missing setting judges.other.init (text); add it to the file or give judges.other.init",
+    "judges.answer.init=x": "unknown setting judges.answer.init = 'x' (from the command line); ",
+    "judges.other=5": "setting judges.other = 5: ",
+    "judges=5": "setting judges = 5: ",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_mistakes_are_named_as_the_user_wrote_them(override: str) -> None:
+    assert MISTAKES[override] in said(*ANSWER, override)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((), "no judge: nothing would score the responses; set reward.init"),
+        (("judges.actor.kind=model", "judges.actor.init=x"), "judges.actor: a judge's name is of small letters"),
+        (("judges.My-own.kind=model", "judges.My-own.init=x"), "judges.My-own: a judge's name is of small letters"),
+        (
+            ("reward.init=x", "judges.reward.kind=model", "judges.reward.init=y"),
+            "reward.init and judges.reward are two",
+        ),
+        ((*ANSWER[1:], "judges.answer.weight=0"), "every judge has weight 0"),
+    ],
+)
+def test_a_panel_that_makes_no_sense_is_refused(given: tuple[str, ...], says: str) -> None:
+    cfg = load_config(PPOConfig, None, ["run_dir=run", *given])
+    with pytest.raises(ConfigError) as error:
+        cfg.check_sizes()
+    assert str(error.value).startswith(says)
+
+
+def test_the_short_form_is_a_judge_of_its_name() -> None:
+    cfg = load_config(PPOConfig, None, ["run_dir=run", "reward.init=x", *ANSWER[1:]])
+    assert {name: (judge.kind, judge.weight) for name, judge in cfg.panel.items()} == {
+        "reward": ("model", 1.0),
+        "answer": ("rule", 1.0),
+    }
+    cfg.check_sizes()
+    load_config(PPOConfig, None, ["run_dir=run", "reward.init=x", *ANSWER[1:], "judges.answer.weight=0"]).check_sizes()
+    assert cfg.inits["critic"] == cfg.inits["reward"] == "x"
+    assert (cfg.setting_of("reward"), cfg.setting_of("answer")) == ("reward.init", "judges.answer.init")

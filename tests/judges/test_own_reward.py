@@ -1,0 +1,62 @@
+"""A reward of one's own and no reward model, through the command line and on two ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megarlhf.observe.page import curves
+from megarlhf.observe.writers import read_metrics
+from tests.test_cli_runs import megarlhf
+
+PPO = (
+    *("ppo", "run_dir=run", "layout.data=2", "actor.init=tiny-xs", "critic.init=tiny-xs", "tokenizer=arithmetic"),
+    *("prompts.source=arithmetic", "prompts.template=plain", "prompts.arithmetic.rows=16", "rollout_batch=8"),
+    *("global_batch=8", "micro_batch=4", "iterations=2", "ppo_epochs=1", "sampling.max_new_tokens=6", "samples=3"),
+    *("judges.answer.kind=rule", "judges.answer.rule=arithmetic", "judges.answer.weight=2"),
+    *("judges.brief.kind=function", "judges.brief.function=own.py:brief"),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("own")
+    (place / "own.py").write_text(
+        "def brief(prompt, response, answer, columns):\n"
+        "    assert columns['answer'] == answer and columns['prompt'] == prompt\n"
+        "    return -len(response) / 100\n"
+    )
+    done = megarlhf(*PPO, directory=place)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def test_the_score_is_the_weighted_sum_of_what_is_logged(place: Path) -> None:
+    log = read_metrics(place / "run")
+    assert [row["step"] for row in log.rows] == [1, 2]
+    for row in log.rows:
+        said = 2 * row["judge/answer_mean"] + row["judge/brief_mean"]
+        assert row["rollout/score_mean"] == pytest.approx(said, abs=1e-6)
+        assert row["rollout/accuracy"] == row["judge/answer_mean"]
+        assert row["judge/brief_mean"] < 0
+        assert row["time/judge_brief_s"] > 0
+    assert "judge/brief_mean" in curves("PPO", log)
+
+
+def test_samples_show_what_each_judge_said(place: Path) -> None:
+    samples = [json.loads(line) for line in (place / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3
+    for row in samples:
+        assert row["scores"] == {
+            "answer": float(row["correct"]),
+            "brief": pytest.approx(-len(row["response"]) / 100, abs=1e-6),
+        }
+        assert row["score"] == pytest.approx(2 * row["scores"]["answer"] + row["scores"]["brief"], abs=1e-6)
+
+
+def test_ppo_without_a_model_judge_says_what_its_critic_needs(place: Path) -> None:
+    done = megarlhf(*(part for part in PPO if not part.startswith("critic")), "run_dir=other", directory=place)
+    assert done.returncode == 2
+    assert done.stderr.startswith("critic.init is empty")
