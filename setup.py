@@ -26,6 +26,8 @@ REQUIRES = [
     "matplotlib>=3.9",
     "tensorboard>=2.18",
     "scipy>=1.13",
+    "httpx>=0.28",  # a judge that is a service
+    "tenacity>=9",  # asks it again
 ]
 
 # Transformer Engine's torch part and flash-attn are compiled against the torch and CUDA of the machine, which pip's

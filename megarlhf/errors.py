@@ -47,6 +47,16 @@ class TrainingError(MegarlhfError):
     exit_code = FAILED
 
 
+class JudgeError(TrainingError):
+    """A judge does not say what responses are worth, before anything was learnt from them; the message says which."""
+
+
+class JudgeSilentError(JudgeError):
+    """It may do so later: a service does not answer."""
+
+    exit_code = STOPPED
+
+
 class OutputError(MegarlhfError):
     """A file could not be written: the disk is full, read-only or gone; the message says which, and what is left."""
 

@@ -5,8 +5,9 @@ from typing import Annotated
 from pydantic import Field
 
 from megarlhf.judges.function import FunctionConfig
+from megarlhf.judges.remote import RemoteConfig
 from megarlhf.judges.reward_model import ModelJudgeConfig
 from megarlhf.judges.rules import RuleConfig
 
-JudgeSettings = Annotated[ModelJudgeConfig | RuleConfig | FunctionConfig, Field(discriminator="kind")]
+JudgeSettings = Annotated[ModelJudgeConfig | RuleConfig | FunctionConfig | RemoteConfig, Field(discriminator="kind")]
 """Of any kind of judge."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megarlhf.data.prompts import PromptSet
-from megarlhf.errors import ConfigError, TrainingError
+from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.judges.texts import Opinion, Response, Scorer, TextJudgeConfig
 
 FORM = "def NAME(prompt, response, answer, columns) -> float, or a dict of parts by name"
@@ -31,7 +31,7 @@ class FunctionConfig(TextJudgeConfig):
         """Raise ConfigError where the function cannot be had, or called so."""
         _loaded(name, self.function)
 
-    def scorer(self, name: str) -> Scorer:
+    def scorer(self, name: str, world: int) -> Scorer:
         """What calls the function."""
         return partial(_judged, f"judges.{name}: {self.function}", _loaded(name, self.function))
 
@@ -74,12 +74,12 @@ def _opinion(what: str, function: Callable[..., Any], of: Response) -> Opinion:
     try:
         said = function(of.prompt, of.response, of.answer, dict(of.columns))
     except Exception as error:
-        raise TrainingError(f"{what} raised {_said(error)} for {where}; mend it, and start again.") from error
+        raise JudgeError(f"{what} raised {_said(error)} for {where}; mend it.") from error
     parts: dict[Any, Any] = dict(said) if isinstance(said, Mapping) else {"": said}  # type: ignore[reportUnknownArgumentType]
     for value in parts.values():
         # bool is a number to Python; NumPy's and torch's scalars are not
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise TrainingError(f"{what} returned {_short(said)} for {where}; return finite numbers.")
+            raise JudgeError(f"{what} returned {_short(said)} for {where}; return finite numbers.")
     named = {str(name): float(value) for name, value in parts.items() if name}
     return Opinion(float(sum(parts.values())), named)
 

@@ -14,7 +14,7 @@ from megarlhf.judges import JudgeSettings
 from megarlhf.judges.judge import UNKNOWN, Judge, Verdict
 from megarlhf.judges.reward_model import ModelJudge, ModelJudgeConfig, model_judge
 from megarlhf.judges.rules import RuleConfig
-from megarlhf.judges.texts import Reader, TextJudge
+from megarlhf.judges.texts import Reader, text_judge
 from megarlhf.judges.verifiers import Verifier
 from megarlhf.models.role import Role
 from megarlhf.observe.metrics import Metrics
@@ -102,13 +102,13 @@ def build_panel(judges: Mapping[str, JudgeSettings], verifier: Verifier | None, 
     if same:
         return Panel(built, next(judge for judge in built if judge.name == same[0]))
     alone = RuleConfig(kind="rule", rule=verifier)
-    return Panel(built, TextJudge("verifier", 0.0, alone.wrong, alone.scorer("verifier"), court.reader))
+    return Panel(built, text_judge("verifier", alone, court.reader))
 
 
 def _built(name: str, settings: JudgeSettings, court: Court) -> Judge:
     if isinstance(settings, ModelJudgeConfig):
         return model_judge(name, settings.weight, court.models[name], court.cfg, court.reader.mesh)
-    return TextJudge(name, settings.weight, settings.wrong_score, settings.scorer(name), court.reader)
+    return text_judge(name, settings, court.reader)
 
 
 def _metrics_of(name: str, verdict: Verdict, seconds: float) -> Metrics:

@@ -38,7 +38,7 @@ class RuleConfig(TextJudgeConfig):
             raise DataError(f"{source}, row {row}: judges.{name} judges by the answer; fill the column 'answer'.")
         check_answers(prompts.answers, self.rule, source)
 
-    def scorer(self, name: str) -> Scorer:
+    def scorer(self, name: str, world: int) -> Scorer:
         """What judges responses."""
         return partial(_judged, self)
 

@@ -64,9 +64,13 @@ class TextJudgeConfig(JudgeConfig):
     def check(self, name: str, prompts: PromptSet, source: str) -> None:
         """Raise a MegarlhfError, before any model is built, where it could not judge responses to these prompts."""
 
+    def ranks(self, world: int) -> int:
+        """How many of all ranks judge; the first ones."""
+        return world
+
     @abstractmethod
-    def scorer(self, name: str) -> Scorer:
-        """What judges responses, on this rank."""
+    def scorer(self, name: str, world: int) -> Scorer:
+        """What judges responses, on one of `world` ranks."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,15 @@ class Reader:
     tokenizer: Tokenizer
     mesh: Mesh
 
-    def spread(self, rollout: Rollout, judge: Callable[[Sequence[Response]], Sequence[T]]) -> list[T]:
-        """`judge` of all rows in order, equal on every rank; each row is handed to one rank. Collective.
+    def spread(
+        self, rollout: Rollout, judge: Callable[[Sequence[Response]], Sequence[T]], ranks: int | None = None
+    ) -> list[T]:
+        """`judge` of all rows in order, equal on every rank; each row is handed to one of the first ranks. Collective.
 
         Raises:   the MegarlhfError of the first rank that raised one, on every rank.
         """
-        ranks, rank = self.mesh.size("world"), self.mesh.rank
-        own = torch.arange(rank, len(rollout), ranks)
+        ranks, rank = ranks or self.mesh.size("world"), self.mesh.rank
+        own = torch.arange(rank, len(rollout) if rank < ranks else 0, ranks)
         try:
             said: Sequence[T] | MegarlhfError = judge(self._responses(rollout.to("cpu").rows(own))) if len(own) else ()
         except MegarlhfError as error:
@@ -120,10 +126,12 @@ class TextJudge:
     wrong_score: float
     scorer: Scorer
     reader: Reader
+    ranks: int | None = None
+    """How many ranks judge, the first ones; None for all."""
 
     def judge(self, rollout: Rollout) -> Verdict:
         """Judge every row, on one rank each. Collective."""
-        said = self.reader.spread(rollout, self.scorer)
+        said = self.reader.spread(rollout, self.scorer, self.ranks)
         device = rollout.tokens.device
         scores = torch.tensor([each.score for each in said], dtype=torch.float32, device=device)
         return Verdict(
@@ -131,6 +139,12 @@ class TextJudge:
             parts={name: torch.tensor([each.parts.get(name, 0.0) for each in said]) for name in _names(said)},
             correct=[each.correct for each in said],
         )
+
+
+def text_judge(name: str, cfg: TextJudgeConfig, reader: Reader) -> TextJudge:
+    """Ready to judge, on this rank."""
+    world = reader.mesh.size("world")
+    return TextJudge(name, cfg.weight, cfg.wrong_score, cfg.scorer(name, world), reader, cfg.ranks(world))
 
 
 def _names(said: Sequence[Opinion]) -> list[str]:

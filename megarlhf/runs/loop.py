@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from megarlhf.checkpoint.disk import check_room
 from megarlhf.checkpoint.model_directory import weight_bytes
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
-from megarlhf.checkpoint.training_state import Best, Position, Resumable, latest_state, load_state
+from megarlhf.checkpoint.training_state import Best, Number, Position, Resumable, latest_state, load_state
 from megarlhf.errors import (
     CheckpointError,
     ConfigError,
+    JudgeError,
     MegarlhfError,
     OutputError,
     RunStopped,
@@ -64,6 +66,8 @@ class Run:
         self.states = StateWriter(cfg.states_dir, roles, Retention(cfg.keep_last, cfg.keep_every), mesh)
         self._stop = StopRequest(cfg.save_before, mesh)
         self._best: Best | None = None
+        self._saved = 0
+        """Steps of the newest state."""
         guard.settle = self.states.finish
 
     def restore(self) -> int:
@@ -93,7 +97,7 @@ class Run:
             )
         for name, part in self._parts.items():
             part.load_state(position.parts[name])
-        self._guard.skipped, self._best = position.skipped_steps, position.best
+        self._guard.skipped, self._best, self._saved = position.skipped_steps, position.best, position.step
         self._guard.in_a_row = dict(position.skipped_in_a_row)
 
     def _cut_logs(self, position: Position | None) -> list[str]:
@@ -214,6 +218,23 @@ class Run:
             self.states.finish()
         self._stop.save_ended(time.monotonic() - began)
 
+    def parts(self) -> dict[str, dict[str, Number]]:
+        """Where everything beside the models is now."""
+        return {name: dict(part.state()) for name, part in self._parts.items()}
+
+    def stop_unjudged(self, step: int, before: Mapping[str, Mapping[str, Number]], error: JudgeError) -> NoReturn:
+        """Save the state after `step` steps, of which the next could not be judged, and end.
+
+        before: what `parts` said then. Raises: the error, with where the state is.
+        """
+        for name, part in self._parts.items():
+            part.load_state(before[name])
+        if step > self._saved:
+            self.save(step, {})
+        self.states.finish()
+        kept = f"the state after step {step} is in {self._cfg.states_dir}, and" if step else "no step was done, and"
+        raise type(error)(f"{error}\n{kept} the same command goes on from there.") from error
+
     def end_early(self, step: int, metrics: Metrics) -> None:
         """Save the state after `step` steps, unless `step_ended` has."""
         if not self._cfg.save_every or step % self._cfg.save_every:
@@ -234,7 +255,7 @@ class Run:
         self._best = better(self._best, self._cfg.keep_best, step, metrics)
         position = Position(
             step=step,
-            parts={name: dict(part.state()) for name, part in self._parts.items()},
+            parts=self.parts(),
             skipped_steps=self._guard.skipped,
             skipped_in_a_row=dict(self._guard.in_a_row),
             bytes_written=lengths(self._cfg.run_dir) if main else {},
@@ -242,6 +263,7 @@ class Run:
             best=self._best,
         )
         self.states.start(position)
+        self._saved = step
 
 
 def better(best: Best | None, metric: str, step: int, metrics: Metrics) -> Best | None:
@@ -287,8 +309,11 @@ def run_steps(
         trail.step = first
         run.check(lambda: ready(first))
         for index in range(first, count):
-            trail.step = index
-            metrics = step(index)
+            trail.step, before = index, run.parts()
+            try:
+                metrics = step(index)
+            except JudgeError as error:
+                run.stop_unjudged(index, before, error)
             if writer is not None:
                 writer.log(metrics, index + 1)
             run.step_ended(index + 1, metrics)

@@ -15,7 +15,7 @@ from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import build_tiny_tokenizer
-from megarlhf.errors import ConfigError, TrainingError
+from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.panel import Court, build_panel
 from megarlhf.judges.texts import Reader
@@ -167,7 +167,7 @@ def test_one_rank_s_fault_is_every_rank_s(tmp_path: Path) -> None:
 
 
 def raised(*args: Any) -> str:
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(JudgeError) as error:
         judged(*args)
     return str(error.value)
 
