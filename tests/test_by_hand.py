@@ -12,7 +12,8 @@ from megarlhf.ops.advantages import gae
 from megarlhf.ops.kl import kl_k1
 from megarlhf.ops.masked import masked_whiten
 from megarlhf.ops.policy_loss import clipped_policy_loss
-from megarlhf.ops.rewards import add_kl_penalty, shape_scores
+from megarlhf.ops.rewards import add_kl_penalty
+from megarlhf.ops.scores import marked_down
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf_kernels.token_logprob import token_logprob
 from tests.helpers.by_hand import load_by_hand
@@ -73,7 +74,7 @@ def test_scoring_and_estimation_agree(case):
     mask, labels = rollouts.response_mask, rollouts.tokens[:, 1:]
     logprobs, _ = token_logprob(case.logits.detach().flatten(0, 1), labels.flatten(), temperature=0.7)
     assert_same(logprobs.view_as(labels), report["logprobs"])
-    scores = shape_scores(rollouts.scores, rollouts.terminated, missing_eos_score=settings.missing_eos_score)
+    scores = marked_down(rollouts.scores, rollouts.terminated, settings.missing_eos_score)
     kl = kl_k1(report["logprobs"], report["ref_logprobs"])
     rewards = add_kl_penalty(scores, kl, mask, kl_coef=settings.kl_coef)
     assert_same(rewards, report["token_level_rewards"])

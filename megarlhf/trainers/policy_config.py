@@ -18,6 +18,7 @@ from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.judges import JudgeSettings
 from megarlhf.judges.reward_model import ModelJudgeConfig
 from megarlhf.judges.rules import RuleConfig
+from megarlhf.judges.shaping import ShapingConfig
 from megarlhf.judges.texts import TextJudgeConfig
 from megarlhf.judges.verifiers import AutoVerifier, Verifier, check_answers, chosen_verifier
 from megarlhf.models.compute import Choice
@@ -91,12 +92,8 @@ class PolicyConfig(RunConfig):
     policy_loss: Annotated[Literal["fused", "composed"], FreeToChange()] = "fused"
     """`fused` makes the loss's gradients while the vocabulary projection is in memory, three matrix products in all;
     `composed` goes through per-token log-probs and needs a fourth. The same loss up to rounding."""
-    missing_eos_score: float | Literal["auto"] | None = "auto"
-    """Score of a response cut at the token limit. `auto`: the reward model's, but never more than a wrong response gets
-    (its model directory says how much that is) nor than any that ended in the batch; null keeps the reward model's.
-    Source: Huang et al. 2024 give -1, which is low only if wrong responses score higher."""
-    score_clip: float | None = Field(default=None, gt=0)
-    """Scores are clipped to +- this, in reward, before anything is subtracted from them; null clips nothing."""
+    shaping: ShapingConfig = ShapingConfig()
+    """How scores become what is learnt from."""
     verifier: AutoVerifier | Literal["none"] = "auto"
     """What says for the log whether a response is right, where its prompt has an answer: the built-in task's exact one,
     math-verify (`maths`), or `none`, which logs no accuracy. `auto`: that of the first judge that is a rule, else
@@ -191,6 +188,7 @@ class PolicyConfig(RunConfig):
                 )
         check_batch("global_batch", self.global_batch, self.layout, self.micro_batch)
         self._check_judges()
+        self.shaping.check(self.group_size, self.sampling.max_new_tokens)
         self.actor.optim.check(self.actor_steps, "actor.optim")
 
     def _check_judges(self) -> None:
@@ -284,10 +282,10 @@ def _best_of(cfg: PolicyConfig, *, verified: bool) -> set[str]:
 
 def cut_score_remark(cfg: PolicyConfig, wrong: float) -> str:
     """Whether the score that was set for cut responses is above the mean score of wrong ones; empty where it is not."""
-    score = cfg.missing_eos_score
+    score = cfg.shaping.missing_eos
     if score is None or score == "auto" or score <= wrong:
         return ""
     return (
-        f"missing_eos_score={score:g} is more than {wrong:.2f}, what {', '.join(cfg.panel)} gives wrong responses on "
+        f"shaping.missing_eos={score:g} is more than {wrong:.2f}, what {', '.join(cfg.panel)} gives wrong responses on "
         "average: being cut will pay more than being wrong; leave it at auto, or set it lower."
     )

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, Rollout
 from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
 from megarlhf.gates.cheap import cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
 from megarlhf.judges.panel import Court, Judgement, Panel, build_panel
+from megarlhf.judges.shaping import Shaper
 from megarlhf.judges.texts import Reader
 from megarlhf.judges.verifiers import verifier_remark
 from megarlhf.models.readings import LabelLogprobs
@@ -23,7 +22,6 @@ from megarlhf.models.role import Role, TrainableRole, Update
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.writers import RunWriter, read_metrics
-from megarlhf.ops.rewards import shape_scores
 from megarlhf.parallel.collectives import broadcast_object
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss
@@ -58,6 +56,8 @@ class Cast(PolicyModels):
 
     panel: Panel
     """Who says what responses are worth."""
+    shaper: Shaper
+    """What makes of that what is learnt from."""
 
     @property
     def every(self) -> tuple[Role, ...]:
@@ -113,28 +113,19 @@ def optimise(
     return updates
 
 
-def shaped_scores(scores: Tensor, rollout: Rollout, cfg: PolicyConfig, cast: Cast) -> Tensor:
-    """Scores [B] as they are to be learnt from: those of cut responses lowered, all of them clipped, as `cfg` says."""
-    return shape_scores(
-        scores,
-        rollout.terminated,
-        missing_eos_score=cfg.missing_eos_score,
-        wrong_score=cast.panel.wrong_score,
-        clip=cfg.score_clip,
-    )
-
-
 def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
     """Load the models one after another, each moved off the device before the next arrives. Collective."""
     logprobs = LabelLogprobs(cfg.sampling.temperature)
     court = Court(inputs.models, Reader(inputs.prompts, inputs.tokenizer, mesh), cfg)
     actor = away(learner("actor", inputs.models["actor"], logprobs, cfg.actor.optim, cfg.actor_steps, cfg, mesh))
+    panel = build_panel(cfg.panel, inputs.verifier, court)
     longest = inputs.prompts.longest + cfg.sampling.max_new_tokens
     return Cast(
         actor=actor,
         sampler=RolloutEngine.of(actor, inputs.tokenizer, longest, cfg.rollout),
         reference=away(frozen("reference", inputs.models["reference"], logprobs, cfg, mesh)),
-        panel=build_panel(cfg.panel, inputs.verifier, court),
+        panel=panel,
+        shaper=Shaper(cfg.shaping, cfg.group_size, cfg.sampling.max_new_tokens, panel.wrong_score),
     )
 
 
@@ -183,7 +174,7 @@ def _train(
     _say_start(cast, cfg, inputs, mesh)
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
-    run = Run(cfg, cast.learners, {"prompts": loader}, guard, mesh)
+    run = Run(cfg, cast.learners, {"prompts": loader, **cast.shaper.parts}, guard, mesh)
     clock, watch = Clock(mesh.device, mesh.trail, mesh.work), Watch(cfg)
 
     def step(number: int, writer: RunWriter | None) -> Metrics:

@@ -24,7 +24,7 @@ from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runtime.roles import away, learner
 from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyInputs
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer, shaped_scores
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import (
     advantage_metrics,
@@ -157,7 +157,7 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
 
     # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
     with turn.clock("estimate"):
-        estimate = estimated(scored, shaped_scores(scored.scores, rollout, cfg, cast), cfg)
+        estimate = estimated(scored, cast.shaper.shape(scored.scores, rollout), cfg)
         metrics = {
             **judgement.metrics,
             **rollout_metrics(rollout, scored.logprobs, scored.scores, estimate.token_level_rewards),

@@ -200,7 +200,7 @@ def documented_settings(sources: Iterable[Source]) -> Found:
 
 
 def metric_names(source: Source, families: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (where, name) for every string in the file that looks like a metric's name, and not like the head of one."""
+    """Yield (where, name) for every string in the file that looks like a metric's whole name."""
     pattern = re.compile(rf"(?:{'|'.join(sorted(families))})/[a-z0-9_]*[a-z0-9]")
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and pattern.fullmatch(node.value):

@@ -245,6 +245,7 @@ def ppo(url: str, run: str) -> list[str]:
             "save_every=2",
         ),
         *("judges.taste.kind=remote", f"judges.taste.url={url}", "judges.taste.attempts=1", "tokenizer=arithmetic"),
+        *("shaping.normalise=running", "shaping.clip=9"),
     ]
 
 

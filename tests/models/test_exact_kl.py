@@ -88,7 +88,7 @@ def iterations(folder: str) -> list[dict[str, float]]:
         micro_batch=4,
         exact_kl_every=2,
         sampling={"temperature": TEMPERATURE, "max_new_tokens": 12},
-        missing_eos_score=None,
+        shaping={"missing_eos": None},
     )
     cast = ppo_cast(cfg, mesh, 20)
     asked = []

@@ -81,7 +81,7 @@ def ppo_settings(run_dir: Path, layout: ParallelLayout, folder: str, **changes: 
                 "arithmetic": {"level": 1, "rows": 20, "seed": 4},
             },
             "sampling": {"temperature": 1.0, "max_new_tokens": 8},
-            "missing_eos_score": None,
+            "shaping": {"missing_eos": None},
             "iterations": ITERATIONS,
             "rollout_batch": 8,
             "global_batch": 4,

@@ -99,7 +99,7 @@ def train(layout: ParallelLayout, folder: str) -> dict[str, Any]:
         f"{folder}/actor",
         f"{folder}/judge",
         sampling={"temperature": 0.7, "max_new_tokens": 12},
-        missing_eos_score=-1.0,
+        shaping={"missing_eos": -1.0},
         rollout_batch=12,
         group_size=2,
         global_batch=12,

@@ -100,11 +100,10 @@ def test_scores_are_normalised_and_what_wrong_ones_score_is_known(name: str, mod
 
 
 def test_a_cut_score_above_wrong_ones_is_said() -> None:
-    def remark(wrong: float = -2.1, **settings: Any) -> str:
-        return cut_score_remark(
-            PPOConfig.model_validate({"run_dir": "run", "reward": {"init": "x"}, **settings}), wrong
-        )
+    def remark(wrong: float = -2.1, **shaping: Any) -> str:
+        cfg = PPOConfig.model_validate({"run_dir": "run", "reward": {"init": "x"}, "shaping": shaping})
+        return cut_score_remark(cfg, wrong)
 
-    assert "missing_eos_score=-1 is more than -2.10" in remark(missing_eos_score=-1.0)
-    assert remark() == remark(missing_eos_score=None) == remark(missing_eos_score=-2.5) == ""
-    assert remark(math.inf, missing_eos_score=-1.0) == ""
+    assert "shaping.missing_eos=-1 is more than -2.10" in remark(missing_eos=-1.0)
+    assert remark() == remark(missing_eos=None) == remark(missing_eos=-2.5) == ""
+    assert remark(math.inf, missing_eos=-1.0) == ""

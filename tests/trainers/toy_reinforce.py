@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megarlhf.batch.rollouts import PolicyRows, Prompts
 from megarlhf.trainers.policy_config import PolicyConfig
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer, shaped_scores
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import advantage_metrics, policy_metrics, rollout_metrics
 from megarlhf.trainers.trainer import Learner
@@ -22,7 +22,7 @@ def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn
         logprobs, judgement = cast.actor.score(rollout), cast.panel.judge(rollout)
     with turn.clock("estimate"):
         mask, last = rollout.response_mask, rollout.lengths[:, None] - 2
-        advantages = shaped_scores(judgement.scores, rollout, cfg, cast)[:, None] * mask
+        advantages = cast.shaper.shape(judgement.scores, rollout)[:, None] * mask
         rewards = advantages.new_zeros(advantages.shape).scatter(1, last, advantages.gather(1, last))
         rows = PolicyRows(rollout, logprobs, advantages)
         metrics = {

@@ -1,0 +1,146 @@
+"""What a policy learns from: scores of whole responses, transformed in a fixed order, step by step."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megarlhf.batch.rollouts import Rollout
+from megarlhf.config import Config
+from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.ops.scores import group_moments, marked_down, normalised, overlong_penalty, shrunk
+
+
+class ShapingConfig(Config):
+    """In this order."""
+
+    clip: float | None = Field(default=None, gt=0)
+    """1. Scores are clipped to +- this, in reward; null clips nothing."""
+    normalise: Literal["none", "group", "batch", "running"] = "none"
+    """2. Their mean is taken off and they are divided by their standard deviation + 1e-6: those of the responses to one
+    prompt (`group`), of the iteration (`batch`), or of all iterations so far (`running`)."""
+    positive: float = Field(default=1.0, ge=0)
+    """3. Scores above 0 are multiplied by this,"""
+    negative: float = Field(default=1.0, ge=0)
+    """and those below 0 by this. Source of both: arXiv 2412.06000, which does not say how much."""
+    missing_eos: float | Literal["auto"] | None = "auto"
+    """4. Score of a response cut at the token limit. `auto`: the judges', but never more than a wrong response gets
+    (where every judge is known for that) nor than any that ended in the batch; null keeps the judges'.
+    Source: Huang et al. 2024 give -1, which is low only if wrong responses score higher."""
+    overlong_buffer: int = Field(default=0, ge=0)
+    """5. Last tokens before sampling.max_new_tokens over which a response loses up to overlong_penalty, linearly; 0: no
+    such loss. Source: DAPO, a fifth of the limit."""
+    overlong_penalty: float = Field(default=1.0, ge=0)
+    """Score that a response at the limit loses so."""
+
+    def check(self, group_size: int, limit: int) -> None:
+        """Raise ConfigError where a step means nothing for groups of this size and this limit of tokens."""
+        if self.normalise == "group" and group_size == 1:
+            raise ConfigError(
+                "shaping.normalise=group with group_size=1: one response less its own mean is 0; raise group_size, or "
+                "normalise over the batch."
+            )
+        if self.overlong_buffer > limit:
+            raise ConfigError(
+                f"shaping.overlong_buffer={self.overlong_buffer} is more than sampling.max_new_tokens={limit}; lower "
+                "it."
+            )
+
+
+@dataclass
+class RunningMoments:
+    """Of all scores so far. A part of the run's state."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of (score - mean)^2."""
+
+    @property
+    def std(self) -> float:
+        """Divided by the count."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+    def add(self, scores: Tensor) -> None:
+        """Take in the scores of one batch, the same on every rank.
+
+        Source:   Chan, Golub and LeVeque 1979: the batch's moments are joined, in fp64.
+        """
+        count, mean = len(scores), float(scores.double().mean())
+        squares = float((scores.double() - mean).square().sum())
+        total, gap = self.count + count, mean - self.mean
+        self.squares += squares + gap**2 * self.count * count / total
+        self.mean += gap * count / total
+        self.count = total
+
+    def state(self) -> dict[str, int]:
+        """Everything needed to go on from here; the 64 bits of a float as a whole number, which is what states keep."""
+        return {"count": self.count, "mean": _bits(self.mean), "squares": _bits(self.squares)}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`. Raises CheckpointError where it is of something else."""
+        floats = [_float(state[name]) for name in ("mean", "squares") if 0 <= state.get(name, -1) < 1 << 64]
+        if state.keys() != self.state().keys() or not all(map(math.isfinite, floats)) or len(floats) != 2:
+            raise CheckpointError(f"moments of scores are damaged ({dict(state)}); resume from another state.")
+        self.count, (self.mean, self.squares) = state["count"], floats
+
+
+def _bits(value: float) -> int:
+    return int.from_bytes(struct.pack("<d", value), "little")
+
+
+def _float(bits: int) -> float:
+    return struct.unpack("<d", bits.to_bytes(8, "little"))[0]
+
+
+@dataclass(frozen=True)
+class Shaper:
+    """Does what the settings say, and remembers what it must."""
+
+    cfg: ShapingConfig
+    group_size: int
+    limit: int
+    """Response tokens at most."""
+    wrong_score: float
+    """Mean score of wrong responses, as the judges give it; inf where nobody knows."""
+    moments: RunningMoments = field(default_factory=RunningMoments)
+
+    @property
+    def parts(self) -> dict[str, RunningMoments]:
+        """What survives a stop, by name."""
+        return {"scores": self.moments} if self.cfg.normalise == "running" else {}
+
+    def shape(self, scores: Tensor, rollout: Rollout) -> Tensor:
+        """What is learnt from scores [B] of the global batch, once an iteration. Returns [B]."""
+        cfg, wrong = self.cfg, scores.new_tensor([self.wrong_score])
+        if cfg.clip is not None:
+            scores = scores.clamp(-cfg.clip, cfg.clip)
+            wrong = torch.where(wrong.isinf(), wrong, wrong.clamp(-cfg.clip, cfg.clip))
+        scores, wrong = self._normalised(scores, wrong)
+        scores, wrong = (shrunk(each, positive=cfg.positive, negative=cfg.negative) for each in (scores, wrong))
+        # 0 times inf is no number: nobody knows, still.
+        scores = marked_down(scores, rollout.terminated, cfg.missing_eos, float(wrong.nan_to_num(nan=math.inf)))
+        if not cfg.overlong_buffer:
+            return scores
+        lost = overlong_penalty(rollout.response_lengths, limit=self.limit, buffer=cfg.overlong_buffer)
+        return scores + cfg.overlong_penalty * lost
+
+    def _normalised(self, scores: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+        match self.cfg.normalise:
+            case "none":
+                return scores, wrong
+            case "group":  # in which a wrong response can score anything
+                return normalised(scores, *group_moments(scores, self.group_size)), torch.full_like(wrong, math.inf)
+            case "batch":
+                mean, std = float(scores.mean()), float(scores.std(correction=0))
+            case "running":
+                self.moments.add(scores)
+                mean, std = self.moments.mean, self.moments.std
+        return normalised(scores, mean, std), normalised(wrong, mean, std)
