@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from megarlhf.config import describe, load_config
 from megarlhf.errors import ConfigError
+from megarlhf.judges.function import FunctionConfig
+from megarlhf.judges.texts import Opinion, Response
 from megarlhf.trainers.ppo import PPOConfig
 
 ANSWER = ("run_dir=run", "judges.answer.kind=rule", "judges.answer.rule=maths")
@@ -95,3 +98,24 @@ def test_the_short_form_is_a_judge_of_its_name() -> None:
     load_config(PPOConfig, None, ["run_dir=run", "reward.init=x", *ANSWER[1:], "judges.answer.weight=0"]).check_sizes()
     assert cfg.inits["critic"] == cfg.inits["reward"] == "x"
     assert (cfg.setting_of("reward"), cfg.setting_of("answer")) == ("reward.init", "judges.answer.init")
+
+
+def test_the_page_about_judges_is_true(tmp_path: Path) -> None:
+    """Its settings load, its table of kinds is whole, and its function gives what it says."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "judges.md").read_text(encoding="utf-8")
+    settings, function = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("yaml", "python"))
+    (tmp_path / "run.yaml").write_text(f"run_dir: run\n{settings}")
+    judges = load_config(PPOConfig, tmp_path / "run.yaml", []).judges
+    kinds = next(row.type for row in describe(PPOConfig) if row.name == "judges.NAME.kind").split(" | ")
+    assert sorted(judge.kind for judge in judges.values()) == sorted(kinds)
+    assert re.findall(r"^\| `(\w+)` \| [^|]*\| (?:a|the|`)", page, re.MULTILINE) == [
+        "model",
+        "rule",
+        "function",
+        "remote",
+    ]
+    (tmp_path / "my_reward.py").write_text(function)
+    own = FunctionConfig(kind="function", function=f"{tmp_path / 'my_reward.py'}:brief").scorer("page", 1)
+    assert own([Response("?", "The answer is 5.", "5", {}, 1, 6, True)]) == [
+        Opinion(1 - 0.016, {"right": 1.0, "length": -0.016}),
+    ]
