@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_scoring_and_estimation_agree(case):
     mask, labels = rollouts.response_mask, rollouts.tokens[:, 1:]
     logprobs, _ = token_logprob(case.logits.detach().flatten(0, 1), labels.flatten(), temperature=0.7)
     assert_same(logprobs.view_as(labels), report["logprobs"])
-    scores = marked_down(rollouts.scores, rollouts.terminated, settings.missing_eos_score)
+    scores = marked_down(rollouts.scores, rollouts.terminated, settings.missing_eos_score, math.inf)
     kl = kl_k1(report["logprobs"], report["ref_logprobs"])
     rewards = add_kl_penalty(scores, kl, mask, kl_coef=settings.kl_coef)
     assert_same(rewards, report["token_level_rewards"])

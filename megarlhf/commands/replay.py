@@ -18,6 +18,7 @@ from megarlhf.checkpoint.model_directory import load_weights
 from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.config import Config, load_config
 from megarlhf.errors import ConfigError, DataError
+from megarlhf.judges.function import FunctionConfig
 from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe import run_files
 from megarlhf.observe.terminal import Terminal
@@ -26,6 +27,7 @@ from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.runs.capsule import Note, read_batch, read_notes, tensors_of
 from megarlhf.trainers.find import is_own, module_of, trainer_named
+from megarlhf.trainers.policy_config import PolicyConfig
 from megarlhf.trainers.trainer import Trainer
 
 ALONE = (
@@ -61,7 +63,7 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
         )
     batch = joined(cfg.capsule, notes, learner.rows)
     mesh = start(ParallelLayout(), seed=0)  # nothing in a step is drawn
-    role, loss = _role(cfg.capsule, note, trainer, mesh)
+    role, loss = _role(cfg.capsule, note, trainer, mesh, named=bool(cfg.trainer))
     _check_ids(batch, role, cfg.capsule)
     with role.resident(*role.parts):
         origin = _load(role, cfg.capsule)
@@ -119,7 +121,15 @@ def _trainer(cfg: ReplayConfig, note: Note) -> Trainer[Any, Any, Any]:
     return trainer_named(cfg.trainer or note.trainer)
 
 
-def _role(capsule: Path, note: Note, trainer: Trainer[Any, Any, Any], mesh: Mesh) -> tuple[TrainableRole, Loss]:
+def functions(cfg: PolicyConfig) -> str:
+    """The judges that are functions of somebody's own, as settings; empty for none."""
+    own = {name: judge.function for name, judge in cfg.judges.items() if isinstance(judge, FunctionConfig)}
+    return ", ".join(f"judges.{name}.function={function}" for name, function in own.items())
+
+
+def _role(
+    capsule: Path, note: Note, trainer: Trainer[Any, Any, Any], mesh: Mesh, *, named: bool
+) -> tuple[TrainableRole, Loss]:
     # A directory of its own: the run's belongs to the run, and nothing is written.
     with TemporaryDirectory() as directory:
         file = Path(directory) / run_files.CONFIG
@@ -132,6 +142,11 @@ def _role(capsule: Path, note: Note, trainer: Trainer[Any, Any, Any], mesh: Mesh
                 f"capsule={capsule}: the settings in rank_{note.rank}.json are damaged ({cause.rstrip('.')}); name "
                 "another capsule."
             ) from None
+        if not named and isinstance(cfg, PolicyConfig) and (own := functions(cfg)):
+            raise DataError(
+                f"capsule={capsule}: its settings name {own}, which would be run; where you know that code, set "
+                f"trainer={note.trainer} too."
+            )
         role = trainer.models(cfg, trainer.prepare(cfg), mesh).learners[note.role]
     return role, trainer.learners[note.role].loss(role, cfg)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,24 @@ class Config(pydantic.BaseModel):
                 found[name] = mark
             elif isinstance(field.annotation, type) and issubclass(field.annotation, Config):
                 found |= {f"{name}.{inner}": mark for inner, mark in field.annotation.free_to_change().items()}
+            for kind in kinds_of(field.annotation).values():
+                found |= {f"{name}.*.{inner}": mark for inner, mark in kind.free_to_change().items()}
         return found
 
     def to_yaml(self) -> str:
         """Return every setting with its resolved value; reading it back gives an equal object."""
         return yaml12.render(self.model_dump(mode="json"))
+
+
+def kinds_of(annotation: Any) -> dict[str, type[Config]]:
+    """The settings classes that a mapping such as `dict[str, Annotated[A | B, Field(discriminator="kind")]]` takes, by
+    their kind; none for any other annotation."""
+    if typing.get_origin(annotation) is not dict:
+        return {}
+    _, value = typing.get_args(annotation)
+    union = typing.get_args(value)[0] if typing.get_origin(value) is typing.Annotated else value
+    classes = [each for each in typing.get_args(union) if isinstance(each, type) and issubclass(each, Config)]
+    return {typing.get_args(each.model_fields["kind"].annotation)[0]: each for each in classes}
 
 
 def _check(value: Any) -> None:

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megarlhf.config.base import Config
+from megarlhf.config.base import Config, kinds_of
 
 _WORDS = {int: "int", float: "float", bool: "true | false", str: "text", Path: "path", type(None): "null"}
 
@@ -57,20 +57,6 @@ def nested_config(annotation: Any) -> type[Config] | None:
         found = (nested_config(argument) for argument in typing.get_args(annotation))
         return next((cls for cls in found if cls is not None), None)
     return None
-
-
-def kinds_of(annotation: Any) -> dict[str, type[Config]]:
-    """The settings classes that a mapping such as `dict[str, Annotated[A | B, Field(discriminator="kind")]]` takes, by
-    their kind; none for any other annotation."""
-    if typing.get_origin(annotation) is not dict:
-        return {}
-    (union, *_) = typing.get_args(typing.get_args(annotation)[1]) or (None,)
-    classes = typing.get_args(union) or (union,)
-    return {
-        typing.get_args(each.model_fields["kind"].annotation)[0]: each
-        for each in classes
-        if isinstance(each, type) and issubclass(each, Config)
-    }
 
 
 def _rows(cls: type[Config], prefix: str, defaults: Config | None) -> Iterator[FieldHelp]:

@@ -12,8 +12,8 @@ import pydantic
 import yaml
 
 from megarlhf.config import yaml12
-from megarlhf.config.base import Config
-from megarlhf.config.describe import NAME, describe, kinds_of, nested_config
+from megarlhf.config.base import Config, kinds_of
+from megarlhf.config.describe import NAME, describe, nested_config
 from megarlhf.errors import ConfigError
 
 C = TypeVar("C", bound=Config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ def evaluate(
     """
     mesh = policy.mesh
     engine = RolloutEngine.of(policy, tokenizer, prompts.longest + sampling.max_new_tokens, rollout)
-    reader = Reader(prompts, tokenizer, mesh)
+    reader = Reader(prompts, tokenizer, mesh, patience_s=math.inf)
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []
     with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:

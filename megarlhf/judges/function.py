@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from megarlhf.data.prompts import PromptSet
+from megarlhf.data.rows import is_there
 from megarlhf.errors import ConfigError, JudgeError
-from megarlhf.judges.texts import Opinion, Response, Scorer, TextJudgeConfig
+from megarlhf.judges.texts import MOST, Opinion, Reader, Response, Scorer, TextJudgeConfig, is_score
 
 FORM = "def NAME(prompt, response, answer, columns) -> float, or a dict of parts by name"
 
@@ -29,40 +32,44 @@ class FunctionConfig(TextJudgeConfig):
 
     def check(self, name: str, prompts: PromptSet, source: str) -> None:
         """Raise ConfigError where the function cannot be had, or called so."""
-        _loaded(name, self.function)
+        _loaded(f"judges.{name}.function={self.function}", self.function)
 
-    def scorer(self, name: str, world: int) -> Scorer:
+    def scorer(self, name: str, reader: Reader) -> Scorer:
         """What calls the function."""
-        return partial(_judged, f"judges.{name}: {self.function}", _loaded(name, self.function))
+        found = _loaded(f"judges.{name}.function={self.function}", self.function)
+        return partial(_judged, f"judges.{name}: {self.function}", found)
+
+
+def _loaded(setting: str, function: str) -> Callable[..., Any]:
+    """The function. Raises ConfigError where there is none that takes what it is given."""
+    file, _, name = function.rpartition(":")
+    if not (file.endswith(".py") and name.isidentifier() and is_there(Path(file), Path.is_file)):
+        raise ConfigError(f"{setting}: no such file, or not of the form FILE.py:NAME; correct it.")
+    try:
+        module = _module(Path(file).resolve())
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{setting}: {file} raised {_said(error)} when it was run; mend it.") from error
+    found = vars(module).get(name)
+    if not callable(found):
+        raise ConfigError(f"{setting}: {file} defines no function {name}; write {FORM}.")
+    try:
+        inspect.signature(found).bind("", "", "", {})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{setting} cannot be called ({error}); write {FORM}.") from None
+    return found
 
 
 @cache
-def _loaded(judge: str, function: str) -> Callable[..., Any]:
-    """The function, its file run once a process.
-
-    Raises:   ConfigError where there is none that takes what it is given.
-    """
-    setting = f"judges.{judge}.function={function}"
-    file, _, name = function.rpartition(":")
-    path = Path(file)
-    if not (file.endswith(".py") and name.isidentifier() and path.is_file()):
-        raise ConfigError(f"{setting}: no such file, or not of the form FILE.py:NAME; correct it.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+def _module(path: Path) -> ModuleType:
+    """The user's file, run once a process, whatever is taken from it."""
+    name = f"own_judges_{hashlib.sha256(bytes(path)).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # of a .py file there is one
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{setting}: {path} raised {_said(error)} when it was run; mend it.") from error
-    found = vars(module).get(name)
-    if not callable(found):
-        raise ConfigError(f"{setting}: {path} defines no function {name}; write {FORM}.")
-    try:
-        inspect.signature(found).bind("", "", "", {})
-    except TypeError as error:
-        raise ConfigError(f"{setting} cannot be called ({error}); write {FORM}.") from None
-    return found
+    sys.modules[name] = module  # where dataclasses and pickle look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def _judged(what: str, function: Callable[..., Any], responses: Sequence[Response]) -> list[Opinion]:
@@ -73,18 +80,16 @@ def _opinion(what: str, function: Callable[..., Any], of: Response) -> Opinion:
     where = f"the response {_short(of.response)} to the prompt of row {of.row} ({_short(of.prompt)})"
     try:
         said = function(of.prompt, of.response, of.answer, dict(of.columns))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise JudgeError(f"{what} raised {_said(error)} for {where}; mend it.") from error
-    parts: dict[Any, Any] = dict(said) if isinstance(said, Mapping) else {"": said}  # type: ignore[reportUnknownArgumentType]
-    for value in parts.values():
-        # bool is a number to Python; NumPy's and torch's scalars are not
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise JudgeError(f"{what} returned {_short(said)} for {where}; return finite numbers.")
+    parts: dict[Any, Any] = dict(said) if isinstance(said, Mapping) else {"": said}  # pyright: ignore[reportUnknownArgumentType]
+    if not all(map(is_score, parts.values())) or not is_score(sum(parts.values())):
+        raise JudgeError(f"{what} returned {_short(said)} for {where}; return numbers of a size up to {MOST:g}.")
     named = {str(name): float(value) for name, value in parts.items() if name}
     return Opinion(float(sum(parts.values())), named)
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 

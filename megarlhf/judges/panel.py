@@ -70,7 +70,8 @@ class Panel:
             begun = time.perf_counter()
             verdict = verdicts[judge.name] = judge.judge(rollout)
             metrics |= _metrics_of(judge.name, verdict, time.perf_counter() - begun)
-            total = total + judge.weight * verdict.token_scores
+            if judge.weight:  # 0 times what is not finite is no number
+                total = total + judge.weight * verdict.token_scores
         return Judgement(total, verdicts, self._correct(rollout, verdicts), metrics)
 
     def _correct(self, rollout: Rollout, verdicts: Mapping[str, Verdict]) -> Sequence[bool | None]:

@@ -1,4 +1,4 @@
-"""A judge that is a rule: it gives one of two scores, by what a response says or how it looks."""
+"""A judge that is a rule: it gives one of two scores, by whether a response gives the answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from megarlhf.data.prompts import PromptSet
 from megarlhf.errors import DataError
-from megarlhf.judges.texts import Opinion, Response, Scorer, TextJudgeConfig
+from megarlhf.judges.texts import Opinion, Reader, Response, Scorer, TextJudgeConfig
 from megarlhf.judges.verifiers import Verifier, check_answers, check_verifier, verify
 
 
@@ -16,9 +16,9 @@ class RuleConfig(TextJudgeConfig):
     """A rule."""
 
     kind: Literal["rule"]
-    """`rule`: one of two scores, by what a response says or how it looks."""
+    """`rule`: one of two scores, by whether a response gives the answer."""
     rule: Verifier
-    """What decides, whether the response gives the answer: digit for digit as the built-in task has it (`arithmetic`),
+    """When a response gives the answer: digit for digit as the built-in task has it (`arithmetic`),
     as a number whatever stands around it (`gsm8k`), or as mathematics (`maths`)."""
     right: float = 1.0
     """Score where it holds."""
@@ -32,13 +32,13 @@ class RuleConfig(TextJudgeConfig):
 
     def check(self, name: str, prompts: PromptSet, source: str) -> None:
         """Raise where a prompt has no answer, or none can be right, or a package is missing."""
-        check_verifier(self.rule)
+        check_verifier(self.rule, f"judges.{name}.rule")
         if "" in prompts.answers:
             row = prompts.ids[list(prompts.answers).index("")] + 1
             raise DataError(f"{source}, row {row}: judges.{name} judges by the answer; fill the column 'answer'.")
-        check_answers(prompts.answers, self.rule, source)
+        check_answers(prompts.answers, self.rule, source, f"judges.{name}.rule")
 
-    def scorer(self, name: str, world: int) -> Scorer:
+    def scorer(self, name: str, reader: Reader) -> Scorer:
         """What judges responses."""
         return partial(_judged, self)
 

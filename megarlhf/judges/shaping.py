@@ -15,7 +15,7 @@ from torch import Tensor
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError, ConfigError
-from megarlhf.ops.scores import group_moments, marked_down, normalised, overlong_penalty, shrunk
+from megarlhf.ops.scores import EPS, group_moments, marked_down, normalised, overlong_penalty, shrunk
 
 
 class ShapingConfig(Config):
@@ -25,11 +25,12 @@ class ShapingConfig(Config):
     """1. Scores are clipped to +- this, in reward; null clips nothing."""
     normalise: Literal["none", "group", "batch", "running"] = "none"
     """2. Their mean is taken off and they are divided by their standard deviation + 1e-6: those of the responses to one
-    prompt (`group`), of the iteration (`batch`), or of all iterations so far (`running`)."""
+    prompt (`group`, divided by their number less one), of the iteration (`batch`), or of all iterations so far
+    (`running`)."""
     positive: float = Field(default=1.0, ge=0)
-    """3. Scores above 0 are multiplied by this,"""
+    """3. Scores above 0 are multiplied by this. Source: arXiv 2412.06000, which does not say how much."""
     negative: float = Field(default=1.0, ge=0)
-    """and those below 0 by this. Source of both: arXiv 2412.06000, which does not say how much."""
+    """Scores below 0 are multiplied by this, in the same step."""
     missing_eos: float | Literal["auto"] | None = "auto"
     """4. Score of a response cut at the token limit. `auto`: the judges', but never more than a wrong response gets
     (where every judge is known for that) nor than any that ended in the batch; null keeps the judges'.
@@ -69,10 +70,13 @@ class RunningMoments:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
     def add(self, scores: Tensor) -> None:
-        """Take in the scores of one batch, the same on every rank.
+        """Take in the finite scores of one batch, the same on every rank.
 
         Source:   Chan, Golub and LeVeque 1979: the batch's moments are joined, in fp64.
         """
+        scores = scores[scores.isfinite()]  # one that is not skips the step, and must not be remembered
+        if not len(scores):
+            return
         count, mean = len(scores), float(scores.double().mean())
         squares = float((scores.double() - mean).square().sum())
         total, gap = self.count + count, mean - self.mean
@@ -122,7 +126,7 @@ class Shaper:
         cfg, wrong = self.cfg, scores.new_tensor([self.wrong_score])
         if cfg.clip is not None:
             scores = scores.clamp(-cfg.clip, cfg.clip)
-            wrong = torch.where(wrong.isinf(), wrong, wrong.clamp(-cfg.clip, cfg.clip))
+            wrong = wrong.clamp(-cfg.clip, cfg.clip)  # one that nobody knows is then clip, which caps nothing
         scores, wrong = self._normalised(scores, wrong)
         scores, wrong = (shrunk(each, positive=cfg.positive, negative=cfg.negative) for each in (scores, wrong))
         # 0 times inf is no number: nobody knows, still.
@@ -139,8 +143,10 @@ class Shaper:
             case "group":  # in which a wrong response can score anything
                 return normalised(scores, *group_moments(scores, self.group_size)), torch.full_like(wrong, math.inf)
             case "batch":
-                mean, std = float(scores.mean()), float(scores.std(correction=0))
+                moments = RunningMoments()
             case "running":
-                self.moments.add(scores)
-                mean, std = self.moments.mean, self.moments.std
-        return normalised(scores, mean, std), normalised(wrong, mean, std)
+                moments = self.moments
+        moments.add(scores)
+        # Where scores have no spread, nothing can be said of one that is not among them.
+        known = wrong if moments.std > EPS else torch.full_like(wrong, math.inf)
+        return normalised(scores, moments.mean, moments.std), normalised(known, moments.mean, moments.std)

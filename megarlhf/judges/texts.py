@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import MegarlhfError
+from megarlhf.errors import JudgeError, MegarlhfError
 from megarlhf.judges.judge import UNKNOWN, JudgeConfig, Verdict, outcome
 from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.mesh import Mesh
 
 T = TypeVar("T")
+MOST = 1e12
+"""Of a score, as of any number in the settings."""
 
 
 class Response(NamedTuple):
@@ -33,10 +36,6 @@ class Response(NamedTuple):
     """The prompt's whole row."""
     row: int
     """Which row of the data that is, from 1."""
-    tokens: int
-    """Of the response, EOS included."""
-    terminated: bool
-    """Whether it ended with EOS."""
 
 
 class Opinion(NamedTuple):
@@ -69,8 +68,8 @@ class TextJudgeConfig(JudgeConfig):
         return world
 
     @abstractmethod
-    def scorer(self, name: str, world: int) -> Scorer:
-        """What judges responses, on one of `world` ranks."""
+    def scorer(self, name: str, reader: Reader) -> Scorer:
+        """What judges responses, on this rank."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ class Reader:
     prompts: PromptSet
     tokenizer: Tokenizer
     mesh: Mesh
+    patience_s: float
+    """Seconds that the other ranks wait for one that judges."""
 
     def spread(
         self, rollout: Rollout, judge: Callable[[Sequence[Response]], Sequence[T]], ranks: int | None = None
@@ -89,11 +90,14 @@ class Reader:
         Raises:   the MegarlhfError of the first rank that raised one, on every rank.
         """
         ranks, rank = ranks or self.mesh.size("world"), self.mesh.rank
-        own = torch.arange(rank, len(rollout) if rank < ranks else 0, ranks)
+        own = torch.arange(len(rollout))[rank::ranks] if rank < ranks else torch.arange(0)
         try:
             said: Sequence[T] | MegarlhfError = judge(self._responses(rollout.to("cpu").rows(own))) if len(own) else ()
         except MegarlhfError as error:
             said = error
+        except Exception as error:  # noqa: BLE001 (whatever it is, the others must hear of it, who wait)
+            trace = "".join(traceback.format_exception(error)).rstrip()
+            said = JudgeError(f"rank {rank} failed to judge its responses:\n{trace}")
         every = gather_objects(said, self.mesh, "world")
         for each in every:
             if isinstance(each, MegarlhfError):
@@ -110,8 +114,6 @@ class Reader:
                 answer=rollout.answers[index],
                 columns=columns[index],
                 row=int(rollout.prompt_ids[index]) + 1,
-                tokens=int(rollout.response_lengths[index]),
-                terminated=bool(rollout.terminated[index]),
             )
             for index in range(len(rollout))
         ]
@@ -126,8 +128,8 @@ class TextJudge:
     wrong_score: float
     scorer: Scorer
     reader: Reader
-    ranks: int | None = None
-    """How many ranks judge, the first ones; None for all."""
+    ranks: int
+    """How many ranks judge, the first ones."""
 
     def judge(self, rollout: Rollout) -> Verdict:
         """Judge every row, on one rank each. Collective."""
@@ -144,7 +146,12 @@ class TextJudge:
 def text_judge(name: str, cfg: TextJudgeConfig, reader: Reader) -> TextJudge:
     """Ready to judge, on this rank."""
     world = reader.mesh.size("world")
-    return TextJudge(name, cfg.weight, cfg.wrong_score, cfg.scorer(name, world), reader, cfg.ranks(world))
+    return TextJudge(name, cfg.weight, cfg.wrong_score, cfg.scorer(name, reader), reader, cfg.ranks(world))
+
+
+def is_score(value: object) -> bool:
+    """Whether it is a number that fp32 keeps, with room for sums and squares."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MOST <= value <= MOST
 
 
 def _names(said: Sequence[Opinion]) -> list[str]:

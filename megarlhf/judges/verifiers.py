@@ -20,12 +20,14 @@ AutoVerifier = Literal["auto", "arithmetic", "gsm8k", "maths"]
 """A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_SAID = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)|####", re.IGNORECASE)
+_SAID = re.compile(r"answer(?:\s+is\b\s*:?|\**\s*:)|####", re.IGNORECASE)
 """What an answer follows; GSM8K's solutions have four hashes."""
-_OF_A_UNIT = re.compile(r"([-+]?\$?[\d,]*\.?\d+)(?:\s+[a-z]+){1,3}", re.IGNORECASE)
-"""A number and what it counts, as in 18 dollars."""
-_NUMBER = re.compile(r"(?:(?<!\d)(?<!\d\s)-\s?)?(?:\\?\$)?\s?(-?(?:\d[\d,]*)?\.?\d+)")
+_OF_A_UNIT = re.compile(r"([-+]?\$?[\d,]*\.?\d+)(?:\s+[a-z]{2,}){1,3}", re.IGNORECASE)
+"""A number and what it counts, as in 18 dollars; a single letter may be a variable."""
+_NUMBER = re.compile(r"(?:(?<!\d)-(?=[\d.$\\]))?(?:\\?\$)?\s?(-?(?:\d[\d,]*)?\.?\d+)")
 """As in -$1,234.50, and the sign before or after the currency."""
+_MORE = re.compile(r"\s*(?:[/^]|:\d|e[+-]?\d|\\times|\\cdot|\*\s*\d)", re.IGNORECASE)
+"""What makes another number of the one before it."""
 _THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\})(?=\d{3})")
 """Their separators in LaTeX, which math-verify takes for the end of a number."""
 _LOOKED_AT = 512
@@ -59,7 +61,7 @@ def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> boo
     return said is not None and _equal(said, _counted(answer) if gold is None else gold)
 
 
-def check_answers(answers: Sequence[str], verifier: Verifier, source: str) -> str:
+def check_answers(answers: Sequence[str], verifier: Verifier, source: str, setting: str = "verifier") -> str:
     """What is to be said of answers that are right for no response, such as words where mathematics is compared.
 
     Up to 512 of them are looked at: a response that gives the very answer must be right.
@@ -71,8 +73,8 @@ def check_answers(answers: Sequence[str], verifier: Verifier, source: str) -> st
     unread = [answer for said, answer in zip(given, seen, strict=True) if not verify(said, answer, verifier)]
     if seen and len(unread) == len(seen):
         raise ConfigError(
-            f"verifier={verifier}: of {source} no answer can be right, for example {unread[0][-80:]!r}; choose another "
-            "verifier, or write answers as it reads them."
+            f"{setting}={verifier}: of {source} no answer can be right, for example {unread[0][-80:]!r}; choose "
+            "another, or write answers as it reads them."
         )
     example = f", for example {unread[0][-80:]!r}" if unread else ""
     return f"{len(unread):,} of {len(seen):,} answers can be right for no response{example}" if unread else ""
@@ -106,23 +108,31 @@ def _final_answer(response: str) -> str | None:
     boxes = list(_BOXED.finditer(response))
     if boxes:
         return _braced(response[boxes[-1].end() :])
-    said = list(_SAID.finditer(response))
-    return _counted(response[said[-1].end() :].strip(" *\n\t").partition("\n")[0].strip(" *.")) if said else None
+    said = [
+        response[found.end() :].strip(" *\n\t").partition("\n")[0].partition(". ")[0].strip(" *.")
+        for found in _SAID.finditer(response)
+    ]
+    # "I am sure that the answer is correct" gives none.
+    numbers = [text for text in said if re.search(r"[\d\\]", text)]
+    return _counted((numbers or said)[-1]) if said else None
 
 
 def _counted(text: str) -> str:
     """A number without what it counts; any other text as it is."""
-    found = _OF_A_UNIT.fullmatch(text.strip())
+    found = _OF_A_UNIT.fullmatch(text.strip()) if len(text) <= _LONGEST_ANSWER else None
     return found[1] if found else text
 
 
 def _number(final: str | None, text: str) -> Decimal | None:
     """The number that a final answer begins with, behind its last "=", or else the last of the whole text."""
     said = text[-_LONGEST_ANSWER:] if final is None else final[:_LONGEST_ANSWER].rpartition("=")[2]
+    said = _THOUSANDS.sub("", said.replace("\N{MINUS SIGN}", "-"))
     every = list(_NUMBER.finditer(said))
-    if not every:
+    if not every or (final is not None and re.search(r"\\[dt]?frac|\\sqrt", said)):
         return None
     found = every[-1 if final is None else 0]
+    if _MORE.match(said, found.end()) or said[: found.start()].endswith(("/", "^")):
+        return None
     value = Decimal(found[1].replace(",", ""))
     return -value if found[0].startswith("-") and not found[1].startswith("-") else value
 
@@ -137,10 +147,10 @@ def _braced(text: str) -> str | None:
     return None
 
 
-def check_verifier(verifier: Verifier) -> None:
+def check_verifier(verifier: Verifier, setting: str = "verifier") -> None:
     """Raise ConfigError where `verifier` needs a package that is not installed."""
     if verifier == "maths" and importlib.util.find_spec("math_verify") is None:
-        raise ConfigError("verifier=maths needs the package math-verify; pip install math-verify.")
+        raise ConfigError(f"{setting}=maths needs the package math-verify; pip install math-verify.")
 
 
 def _equal(said: str, answer: str) -> bool:

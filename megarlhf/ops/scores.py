@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -17,20 +16,21 @@ EPS = 1e-6
 def normalised(scores: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
     """(scores - mean) / (std + 1e-6): a set of equal scores becomes 0.
 
-    Shapes:   scores [B] fp32; mean and std numbers, or [B]. Returns [B].
+    Shapes:   scores [B] fp32; mean and std numbers, or fp64 [B]. Returns [B] fp32.
     """
-    return (scores - mean) / (std + EPS)
+    # In fp64: the mean of equal numbers can be a rounding away from them, which 1e-6 would make a score of.
+    return ((scores.double() - mean) / (std + EPS)).to(scores.dtype)
 
 
 def group_moments(scores: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (divided by group_size - 1) of the responses to each one's prompt.
 
-    Shapes:   scores [B] fp32, those to one prompt adjacent. Returns (mean, std) [B].
+    Shapes:   scores [B] fp32, those to one prompt adjacent. Returns (mean, std) [B] fp64.
     Raises:   ValueError if groups have one row, or do not divide B.
     """
     if group_size < 2 or len(scores) % group_size:
         raise ValueError(f"group_size: {group_size} for {len(scores)} scores; must be at least 2 and divide them.")
-    groups = scores.view(-1, group_size)
+    groups = scores.double().view(-1, group_size)
     mean, std = groups.mean(1), groups.std(1, correction=1)
     return mean.repeat_interleave(group_size), std.repeat_interleave(group_size)
 
@@ -45,7 +45,7 @@ def shrunk(scores: Tensor, *, positive: float, negative: float) -> Tensor:
 
 
 def marked_down(
-    scores: Tensor, terminated: Tensor, missing_eos: float | Literal["auto"] | None, wrong_score: float = math.inf
+    scores: Tensor, terminated: Tensor, missing_eos: float | Literal["auto"] | None, wrong_score: float
 ) -> Tensor:
     """Scores in which those of responses without EOS are lowered (None: not at all).
 

@@ -222,22 +222,26 @@ class Run:
         """Where everything beside the models is now."""
         return {name: dict(part.state()) for name, part in self._parts.items()}
 
-    def stop_unjudged(self, step: int, before: Mapping[str, Mapping[str, Number]], error: JudgeError) -> NoReturn:
-        """Save the state after `step` steps, of which the next could not be judged, and end.
+    def stop_unjudged(
+        self, step: int, before: Mapping[str, Mapping[str, Number]], metrics: Metrics, error: JudgeError
+    ) -> NoReturn:
+        """Save the state after `step` steps, which logged `metrics` last, when the next could not be judged; and end.
 
-        before: what `parts` said then. Raises: the error, with where the state is.
+        before: what `parts` said then. Raises: the error, with where the state is, or why there is none.
         """
         for name, part in self._parts.items():
             part.load_state(before[name])
-        if step > self._saved:
-            self.save(step, {})
-        self.states.finish()
         kept = f"the state after step {step} is in {self._cfg.states_dir}, and" if step else "no step was done, and"
+        try:
+            self.end_early(step, metrics)
+            self.states.finish()
+        except (OutputError, TrainingError) as failure:
+            raise TrainingError(f"{error}\nand the state after step {step} cannot be saved: {failure}") from error
         raise type(error)(f"{error}\n{kept} the same command goes on from there.") from error
 
     def end_early(self, step: int, metrics: Metrics) -> None:
         """Save the state after `step` steps, unless `step_ended` has."""
-        if not self._cfg.save_every or step % self._cfg.save_every:
+        if step > self._saved:
             self.save(step, metrics)
 
     def save(self, step: int, metrics: Metrics) -> None:
@@ -313,7 +317,7 @@ def run_steps(
             try:
                 metrics = step(index)
             except JudgeError as error:
-                run.stop_unjudged(index, before, error)
+                run.stop_unjudged(index, before, metrics, error)
             if writer is not None:
                 writer.log(metrics, index + 1)
             run.step_ended(index + 1, metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -165,14 +166,18 @@ class RunConfig(RanksConfig):
             ) from None
         if self.date is None:
             then["date"] = None  # it was pinned, and still is
-        marks = {name: _mark(name, self.free_to_change()) for name in now}
+        free = self.free_to_change()
+        # A mapping, such as judges, may have other names now.
+        pairs = {name: (then.get(name), now.get(name)) for name in {**then, **now}}
+        marks = {name: _mark(name, free) for name in pairs}
         silent = {name for name, mark in marks.items() if mark is not None and not mark.said}
-        return {name: (then[name], now[name]) for name in now if then[name] != now[name] and name not in silent}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in silent}
 
 
 def _mark(name: str, marks: Mapping[str, FreeToChange]) -> FreeToChange | None:
     """The mark of a setting by its dotted name: its own, or that of a group it is in."""
-    return next((mark for marked, mark in marks.items() if f"{name}.".startswith(f"{marked}.")), None)
+    # A name of the user's stands for any: judges.*.url.
+    return next((mark for marked, mark in marks.items() if fnmatchcase(f"{name}.", f"{marked}.*")), None)
 
 
 def spelled(changes: Mapping[str, tuple[Any, Any]]) -> str:
@@ -194,5 +199,7 @@ def _flat(cfg: RunConfig) -> dict[str, Any]:
 
 def _place(name: str, value: Any) -> Any:
     """A path of files that are there, however it is spelt; anything else as it is."""
-    is_path = name in PLACES and isinstance(value, str) and Path(value).exists()
-    return str(Path(value).resolve()) if is_path else value
+    if not isinstance(value, str) or name not in (*PLACES, "function"):
+        return value
+    file, colon, function = value.rpartition(":") if name == "function" else (value, "", "")
+    return f"{Path(file).resolve()}{colon}{function}" if file and Path(file).exists() else value

@@ -65,7 +65,7 @@ class PolicyConfig(RunConfig):
     reference: FrozenConfig = FrozenConfig()
     """The policy that the KL is measured to."""
     reward: FrozenConfig = FrozenConfig()
-    """The model that scores responses; short for a judge of that name: judges.reward.kind=model, .init=... ."""
+    """The model that scores responses; short for a judge: judges.reward.kind=model judges.reward.init=..."""
     judges: dict[str, JudgeSettings] = Field(default={})
     """What scores responses, by names of yours: each has a `kind` and a `weight`, and what its kind needs. The weighted
     scores are added; each is logged as judge/NAME_mean."""
@@ -168,7 +168,8 @@ class PolicyConfig(RunConfig):
     @property
     def logged(self) -> set[str]:
         """Metrics of every iteration in which all learners learn."""
-        return names_of("rollout", "policy")
+        judges = {f"judge/{name}_{quantity}" for name in self.panel for quantity in ("mean", "std")}
+        return names_of("rollout", "policy") | judges
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
@@ -243,7 +244,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     cfg.check_sizes()
     models = {role: _checked(role, init, cfg) for role, init in cfg.inits.items()}
     actor = models["actor"]
-    for judge in (models[name] for name in cfg.panel.keys() & models.keys()):
+    for judge in (models[name] for name in cfg.panel if name in models):
         if judge.description.head == "language" and judge.init not in PRESETS:
             raise CheckpointError(
                 f"{judge} is a language model, whose scores would be noise; train a reward model from it with megarlhf "
@@ -282,7 +283,7 @@ def _best_of(cfg: PolicyConfig, *, verified: bool) -> set[str]:
 
 def cut_score_remark(cfg: PolicyConfig, wrong: float) -> str:
     """Whether the score that was set for cut responses is above the mean score of wrong ones; empty where it is not."""
-    score = cfg.shaping.missing_eos
+    score = cfg.shaping.missing_eos if cfg.shaping.normalise == "none" else None  # which moves what wrong ones get
     if score is None or score == "auto" or score <= wrong:
         return ""
     return (

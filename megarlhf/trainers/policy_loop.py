@@ -116,7 +116,7 @@ def optimise(
 def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
     """Load the models one after another, each moved off the device before the next arrives. Collective."""
     logprobs = LabelLogprobs(cfg.sampling.temperature)
-    court = Court(inputs.models, Reader(inputs.prompts, inputs.tokenizer, mesh), cfg)
+    court = Court(inputs.models, Reader(inputs.prompts, inputs.tokenizer, mesh, cfg.timeout_s), cfg)
     actor = away(learner("actor", inputs.models["actor"], logprobs, cfg.actor.optim, cfg.actor_steps, cfg, mesh))
     panel = build_panel(cfg.panel, inputs.verifier, court)
     longest = inputs.prompts.longest + cfg.sampling.max_new_tokens

@@ -14,8 +14,8 @@ import pytest
 
 from megarlhf import cli
 from megarlhf.config import Config, describe, load_config
-from megarlhf.config.base import MOST_WHOLE
-from megarlhf.config.describe import NAME, kinds_of
+from megarlhf.config.base import MOST_WHOLE, kinds_of
+from megarlhf.config.describe import NAME
 from megarlhf.errors import ConfigError
 from megarlhf.trainers.policy_config import PolicyConfig
 from tests.helpers.hostile import within

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megarlhf.config import describe, load_config
+from megarlhf.config import describe, dump_config, load_config
 from megarlhf.errors import ConfigError
 from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.texts import Opinion, Response
 from megarlhf.trainers.ppo import PPOConfig
 
+RULE = ("kind", "rule", "weight", "right", "wrong")
 ANSWER = ("run_dir=run", "judges.answer.kind=rule", "judges.answer.rule=maths")
 
 
@@ -115,7 +118,44 @@ def test_the_page_about_judges_is_true(tmp_path: Path) -> None:
         "remote",
     ]
     (tmp_path / "my_reward.py").write_text(function)
-    own = FunctionConfig(kind="function", function=f"{tmp_path / 'my_reward.py'}:brief").scorer("page", 1)
-    assert own([Response("?", "The answer is 5.", "5", {}, 1, 6, True)]) == [
+    nobody: Any = None
+    own = FunctionConfig(kind="function", function=f"{tmp_path / 'my_reward.py'}:brief").scorer("page", nobody)
+    assert own([Response("?", "The answer is 5.", "5", {}, 1)]) == [
         Opinion(1 - 0.016, {"right": 1.0, "length": -0.016}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("now", "refused"),
+    [
+        (("judges.answer.weight=2",), {"judges.answer.weight"}),
+        (("judges.other.kind=rule", "judges.other.rule=maths"), {f"judges.other.{x}" for x in RULE}),
+        (("reward.init=x",), {"reward.init"}),
+        (("judges.house.url=http://there/", "judges.house.timeout_s=5"), set()),
+    ],
+)
+def test_a_run_goes_on_with_the_same_judges_wherever_a_service_is(
+    now: tuple[str, ...], refused: set[str], tmp_path: Path
+) -> None:
+    run = (f"run_dir={tmp_path}", *ANSWER[1:], "judges.house.kind=remote", "judges.house.url=http://here/")
+    dump_config(load_config(PPOConfig, None, run), tmp_path / "config.yaml")
+    assert load_config(PPOConfig, None, run).changes() == {}
+    with pytest.raises(ConfigError) if refused else nullcontext() as error:
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+        load_config(PPOConfig, None, [*run, *now]).check_run_dir()
+    for name in refused:
+        assert error is not None
+        assert name in str(error.value)
+    # And with one judge less, which is the other way round.
+    fewer = load_config(PPOConfig, None, [part for part in run if "house" not in part])
+    assert {"judges.house.kind", "judges.house.weight"} <= fewer.changes().keys()
+
+
+def test_a_function_is_the_same_however_its_file_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").touch()
+    run = ("run_dir=run", "judges.own.kind=function")
+    Path("run").mkdir()
+    dump_config(load_config(PPOConfig, None, [*run, "judges.own.function=own.py:one"]), Path("run/config.yaml"))
+    for spelt, changes in ((f"{tmp_path}/own.py:one", 0), ("./own.py:one", 0), ("own.py:two", 1)):
+        assert len(load_config(PPOConfig, None, [*run, f"judges.own.function={spelt}"]).changes()) == changes

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.panel import Court, build_panel
-from megarlhf.judges.texts import Reader
+from megarlhf.judges.texts import Reader, Response
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runtime.checks import Model
@@ -76,7 +74,9 @@ def judged(layout: ParallelLayout, folder: str, judges: dict[str, Any], verifier
     }
     prompts, rows = prompt_set()
     rollout = rollout_of(prompts, rows)
-    panel = build_panel(cfg.panel, verifier, Court(models, Reader(prompts, build_tiny_tokenizer(words()), mesh), cfg))
+    panel = build_panel(
+        cfg.panel, verifier, Court(models, Reader(prompts, build_tiny_tokenizer(words()), mesh, 60.0), cfg)
+    )
     said = panel.judge(rollout)
     return {
         "token_scores": said.token_scores,
@@ -141,6 +141,11 @@ def test_a_rule_says_what_wrong_responses_get() -> None:
 
 BAD = {
     "raise ValueError('no')": "own.py:own raised ValueError: no for the response 'The answer is 5.' to the prompt",
+    "return 10**400": "own.py:own returned 1000",
+    "return 1e31": "own.py:own returned 1e+31 for",
+    "return {'a': 1e12, 'b': 1e12}": "own.py:own returned {'a': 1000000000000.0",
+    "return True": "own.py:own returned True for",
+    "raise SystemExit": "own.py:own raised SystemExit: ",
     "return float('nan')": "own.py:own returned nan for the response 'The answer is 5.' to the prompt of row 1",
     "return {'a': 1, 'b': 'x'}": "own.py:own returned {'a': 1, 'b': 'x'} for",
     "return None": "own.py:own returned None for",
@@ -191,8 +196,25 @@ def test_a_function_that_cannot_be_had_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(written)
-    check: Callable[..., None] = FunctionConfig(kind="function", function=function).check
     with pytest.raises(ConfigError) as error:
-        check(f"mine{len(says)}", prompt_set()[0], "rows.jsonl")
+        FunctionConfig(kind="function", function=function).check("mine", prompt_set()[0], "rows.jsonl")
     assert says in str(error.value)
-    assert json.dumps(str(error.value))
+    assert str(error.value).startswith(f"judges.mine.function={function}")
+
+
+def test_a_file_is_run_once_whatever_is_taken_from_it(tmp_path: Path) -> None:
+    """And dataclasses work in it, which look for their module."""
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom pathlib import Path\n"
+        "with (Path(__file__).parent / 'runs').open('a') as file:\n    file.write('x')\n"
+        "@dataclass\nclass Part:\n    value: float = 2.0\n"
+        "def one(prompt, response, answer, columns): return Part().value\n"
+        "def two(prompt, response, answer, columns): return {'a': Part().value, 'b': 1}\n"
+    )
+    given, nobody = Response("?", "!", "", {}, 1), cast("Any", None)
+    for name, score in (("one", 2.0), ("two", 3.0)):
+        cfg = FunctionConfig(kind="function", function=f"{tmp_path / 'own.py'}:{name}")
+        cfg.check(name, prompt_set()[0], "")
+        (opinion,) = cfg.scorer(name, nobody)([given])
+        assert opinion.score == score
+    assert (tmp_path / "runs").read_text() == "x"

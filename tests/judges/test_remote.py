@@ -9,16 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
+from megarlhf.data.arithmetic import words
+from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, JudgeError, JudgeSilentError
 from megarlhf.judges import remote
 from megarlhf.judges.remote import RemoteConfig
-from megarlhf.judges.texts import Response
+from megarlhf.judges.texts import Reader, Response, text_judge
 from megarlhf.observe.writers import read_metrics
-from tests.judges.test_panel import prompt_set
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import start
+from tests.helpers.ranks import run_ranks
+from tests.judges.test_panel import RESPONSES, prompt_set, rollout_of
 from tests.test_cli_runs import megarlhf
 
 TOKEN = "a-secret-that-nobody-may-see"
@@ -37,6 +43,7 @@ class Service(ThreadingHTTPServer):
     def __init__(self, answer: Answer) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.asked, self.tokens, self.at_once, self.most = answer, [], [], 0, 0
+        self.headers: dict[str, str] = {}
         self.lock = threading.Lock()
 
     @property
@@ -63,7 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.at_once -= 1
         self.send_response(code)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Content-Length": str(len(body)), **self.server.headers}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -86,19 +94,30 @@ def serving(answer: Answer = lengths) -> Iterator[Service]:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE_S", 0.01)
 
 
 def responses(count: int) -> list[Response]:
     return [
-        Response(f"p{n}", "x" * n, "5", {"prompt": f"p{n}", "level": n, "odd": {1, 2}}, n + 1, n, True)
-        for n in range(count)
+        Response(f"p{n}", "x" * n, "5", {"prompt": f"p{n}", "level": n, "odd": {1, 2}}, n + 1) for n in range(count)
     ]
+
+
+class Alone:
+    """A mesh of one rank, as far as a service asks."""
+
+    def size(self, axis: str) -> int:
+        return 1
+
+
+def reader(patience_s: float = 60.0) -> Reader:
+    nobody: Any = None
+    return Reader(nobody, nobody, cast("Any", Alone()), patience_s)
 
 
 def judge(url: str, count: int = 5, **settings: Any) -> list[float]:
     cfg = RemoteConfig.model_validate({"kind": "remote", "url": url, "timeout_s": 5, "attempts": 3, **settings})
-    return [opinion.score for opinion in cfg.scorer("taste", 1)(responses(count))]
+    return [opinion.score for opinion in cfg.scorer("taste", reader())(responses(count))]
 
 
 def test_batches_are_asked_in_order_and_few_at_once() -> None:
@@ -130,10 +149,11 @@ def test_ranks_share_what_may_be_in_flight() -> None:
 
 def test_the_token_comes_from_the_environment_and_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = RemoteConfig(kind="remote", url="http://127.0.0.1:9/", token_variable="MY_TOKEN")
-    with pytest.raises(
-        ConfigError, match=r"judges\.taste\.token_variable=MY_TOKEN: that environment variable is empty"
-    ):
-        cfg.check("taste", prompt_set()[0], "")
+    for bad in ("", f"{TOKEN}\n", f" {TOKEN}", f"{TOKEN}\u00e9"):
+        monkeypatch.setenv("MY_TOKEN", bad)
+        with pytest.raises(ConfigError, match=r"judges\.taste\.token_variable=MY_TOKEN: that .* is empty, or") as none:
+            cfg.check("taste", prompt_set()[0], "")
+        assert TOKEN not in str(none.value)
     monkeypatch.setenv("MY_TOKEN", TOKEN)
     cfg.check("taste", prompt_set()[0], "")
     with serving() as service:
@@ -171,8 +191,12 @@ BAD: dict[str, tuple[Answer, str]] = {
     "no list": (lambda asked: (200, b'{"scores": 5}'), "gave 0 scores for 5 responses"),
     "too few": (lambda asked: (200, b'{"scores": [1, 2]}'), "gave 2 scores for 5 responses"),
     "too many": (lambda asked: (200, b'{"scores": [1, 2, 3, 4, 5, 6]}'), "gave 6 scores for 5 responses"),
-    "NaN": (lambda asked: (200, b'{"scores": [1, 2, NaN, 4, 5]}'), "gave nan for a score; all must be finite numbers"),
+    "NaN": (
+        lambda asked: (200, b'{"scores": [1, 2, NaN, 4, 5]}'),
+        "gave nan for a score; all must be numbers of a size up to 1e+12",
+    ),
     "infinite": (lambda asked: (200, b'{"scores": [1, 2, 1e999, 4, 5]}'), "gave inf for a score"),
+    "huge": (lambda asked: (200, b'{"scores": [1, 2, 1e31, 4, 5]}'), "gave 1e+31 for a score"),
     "a word": (lambda asked: (200, b'{"scores": [1, 2, "3", 4, 5]}'), "gave '3' for a score"),
     "true": (lambda asked: (200, b'{"scores": [1, 2, true, 4, 5]}'), "gave True for a score"),
     "null": (lambda asked: (200, b'{"scores": [1, 2, null, 4, 5]}'), "gave None for a score"),
@@ -221,8 +245,54 @@ def test_one_that_stays_silent_is_given_up(says: str) -> None:
         judge(service.url, timeout_s=0.3)
     assert f"{service.url} does not answer (" in str(error.value)
     assert says in str(error.value)
-    assert str(error.value).endswith("3 attempts of up to 0.3 s); see to the service.")
+    assert str(error.value).endswith("attempts: 3); see to the service.")
     assert len(service.asked) == 3
+
+
+def test_a_body_that_cannot_be_read_is_no_silence() -> None:
+    with serving(lengths) as service:
+        service.headers = {"Content-Encoding": "gzip"}
+        with pytest.raises(JudgeError, match=r"cannot be asked \(DecodingError\)") as error:
+            judge(service.url)
+    assert not isinstance(error.value, JudgeSilentError)
+
+
+def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    with serving() as service:
+        assert judge(service.url) == [0, 1, 2, 3, 4]
+
+
+def test_one_that_is_too_slow_for_the_other_ranks_is_given_up() -> None:
+    def slowly(asked: dict[str, Any]) -> tuple[int, bytes]:
+        time.sleep(0.3)
+        return lengths(asked)
+
+    with serving(slowly) as service:
+        cfg = RemoteConfig(kind="remote", url=service.url, batch=1, in_flight=1)
+        with pytest.raises(JudgeSilentError, match=r"has not judged a rank's responses in 0\.8 s, four fifths"):
+            cfg.scorer("taste", reader(1.0))(responses(20))
+        assert len(service.asked) <= 4
+
+
+def spread(url: str, rows: int) -> list[float]:
+    """What a rank hears of a service of which two requests may be under way."""
+    mesh = start(ParallelLayout(data=4), seed=1)
+    prompts, tokens = prompt_set()
+    own = Reader(prompts, build_tiny_tokenizer(words()), mesh, 60.0)
+    rollout = rollout_of(prompts, tokens).rows(torch.arange(rows))
+    return text_judge("taste", RemoteConfig(kind="remote", url=url, in_flight=2), own).judge(rollout).scores.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_no_more_ranks_ask_than_may_and_each_row_once(rows: int) -> None:
+    """With fewer rows than ranks too."""
+    with serving() as service:
+        for said in run_ranks(spread, 4, service.url, rows):
+            assert said == [len(text) for text in RESPONSES[:rows]]
+        assert len(service.asked) == min(rows, 2)
+        assert sum(len(asked["responses"]) for asked in service.asked) == rows
 
 
 def test_nobody_listening_is_silence() -> None:
@@ -234,7 +304,7 @@ def test_nobody_listening_is_silence() -> None:
 
 def ppo(url: str, run: str) -> list[str]:
     return [
-        *("ppo", f"run_dir={run}", "layout.data=2", "actor.init=tiny-xs", "critic.init=tiny-xs", "seed=4"),
+        *("ppo", f"run_dir={run}", "actor.init=tiny-xs", "critic.init=tiny-xs", "seed=4"),
         *("prompts.source=arithmetic", "prompts.template=plain", "prompts.arithmetic.rows=16", "rollout_batch=8"),
         *(
             "global_batch=8",
@@ -256,18 +326,18 @@ def test_a_run_whose_judge_falls_silent_saves_and_goes_on_bit_for_bit(tmp_path: 
 
     def answer(asked: dict[str, Any]) -> tuple[int, bytes]:
         taken.append(asked)
-        return (500, b"") if down.is_set() and len(taken) > 2 * 3 else lengths(asked)
+        return (500, b"") if down.is_set() and len(taken) > 3 else lengths(asked)
 
     with serving(answer) as service:
         done = megarlhf(*ppo(service.url, "whole"), directory=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert len(taken) == 2 * 4
+        assert len(taken) == 4
         taken.clear()
         down.set()
         done = megarlhf(*ppo(service.url, "broken"), directory=tmp_path)
         assert done.returncode == 75, done.stderr
         said = done.stderr.splitlines()
-        assert f"judges.taste: {service.url} does not answer (_BusyError: status 500; 1 attempts" in said[-2]
+        assert f"judges.taste: {service.url} does not answer (status 500; attempts: 1); see to the service." in said[-2]
         assert said[-1] == "the state after step 3 is in broken/checkpoints, and the same command goes on from there."
         # And once more, to no avail: nothing is lost, nor saved twice.
         done = megarlhf(*ppo(service.url, "broken"), directory=tmp_path)

@@ -107,7 +107,7 @@ def test_auto_moves_with_the_scores() -> None:
         moved = marked_down(scores * scale + offset, terminated, "auto", wrong * scale + offset)
         torch.testing.assert_close(moved, given * scale + offset, rtol=0, atol=1e-5)
     # Nothing ended and nothing is known: there is nothing to hold them against.
-    assert torch.equal(marked_down(scores, torch.zeros(64).bool(), "auto"), scores)
+    assert torch.equal(marked_down(scores, torch.zeros(64).bool(), "auto", math.inf), scores)
 
 
 def test_running_moments_are_those_of_all_scores_and_survive_a_stop() -> None:
@@ -135,6 +135,32 @@ def test_running_moments_are_those_of_all_scores_and_survive_a_stop() -> None:
     for bad in ({"position": 1}, {**good, "mean": 2**64}, {**good, "squares": 0x7FF0 << 48}, {"count": 1, "mean": 0}):
         with pytest.raises(CheckpointError, match="moments of scores are damaged"):
             running.moments.load_state(bad)
+
+
+@pytest.mark.parametrize("score", [0.1, 11.0000019, 99.99, -3e7])
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 12])
+def test_equal_scores_become_nothing(score: float, size: int) -> None:
+    """Their mean is a rounding away from them in fp32, and 1e-6 would make much of that."""
+    for normalise in ("group", "batch", "running"):
+        assert shaped([score] * size, group_size=size, normalise=normalise).abs().max() < 1e-6
+
+
+def test_where_scores_have_no_spread_a_cut_response_gets_what_those_that_ended_get() -> None:
+    """Not the million that a wrong score would be away from them."""
+    for normalise in ("group", "batch", "running"):
+        given = shaped([1.0] * 4, cut=2, group_size=4, wrong_score=0.0, normalise=normalise, missing_eos="auto")
+        assert given.tolist() == [0.0] * 4
+
+
+def test_nobody_knows_what_wrong_responses_get_still_when_good_ones_are_worth_nothing() -> None:
+    assert shaped([1.0, 2.0], cut=1, positive=0.0, missing_eos="auto").tolist() == [0.0, 0.0]
+
+
+def test_a_score_that_is_not_finite_is_not_remembered() -> None:
+    moments = RunningMoments()
+    for batch in ([1.0, math.nan, 3.0], [math.inf], [5.0]):
+        moments.add(torch.tensor(batch))
+    assert (moments.count, moments.mean, moments.squares) == (3, 3.0, pytest.approx(8.0))
 
 
 def test_bounds_of_the_formulas() -> None:

@@ -94,7 +94,7 @@ def test_heads(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert_matches(
         refused(PPO, "reward.init=speaker"), "reward.init=speaker is a language model, .*; train a reward model"
     )
-    assert_matches(refused(PPO, "reward.init=''"), "reward.init is empty; name a model directory")
+    assert_matches(refused(PPO, "reward.init=''"), "no judge: nothing would score .*; set reward.init")
     assert_matches(refused(REWARD, "model=''"), "model is empty; name a model directory")
 
 
