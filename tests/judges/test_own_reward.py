@@ -1,4 +1,4 @@
-"""A reward of one's own and no reward model, through the command line and on two ranks."""
+"""A reward of one's own and no reward model, through the command line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from megarlhf.config import load_config
+from megarlhf.errors import ConfigError
 from megarlhf.observe.page import curves
 from megarlhf.observe.writers import read_metrics
+from megarlhf.trainers.ppo import TRAINER, PPOConfig
 from tests.test_cli_runs import megarlhf
 
 PPO = (
-    *("ppo", "run_dir=run", "layout.data=2", "actor.init=tiny-xs", "critic.init=tiny-xs", "tokenizer=arithmetic"),
+    *("ppo", "run_dir=run", "actor.init=tiny-xs", "critic.init=tiny-xs", "tokenizer=arithmetic"),
     *("prompts.source=arithmetic", "prompts.template=plain", "prompts.arithmetic.rows=16", "rollout_batch=8"),
     *("global_batch=8", "micro_batch=4", "iterations=2", "ppo_epochs=1", "sampling.max_new_tokens=6", "samples=3"),
     *("judges.answer.kind=rule", "judges.answer.rule=arithmetic", "judges.answer.weight=2"),
@@ -56,7 +59,25 @@ def test_samples_show_what_each_judge_said(place: Path) -> None:
         assert row["score"] == pytest.approx(2 * row["scores"]["answer"] + row["scores"]["brief"], abs=1e-6)
 
 
-def test_ppo_without_a_model_judge_says_what_its_critic_needs(place: Path) -> None:
-    done = megarlhf(*(part for part in PPO if not part.startswith("critic")), "run_dir=other", directory=place)
-    assert done.returncode == 2
-    assert done.stderr.startswith("critic.init is empty")
+def test_ppo_without_a_model_judge_says_what_its_critic_needs(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError, match=r"critic\.init is empty"):
+        TRAINER.prepare(load_config(PPOConfig, None, [*PPO[1:], "run_dir=other", "critic.init=''"]))
+
+
+def test_a_function_that_fails_loses_nothing_of_the_run(place: Path) -> None:
+    """At the first response of the second iteration; the first would not have been saved yet."""
+    (place / "failing.py").write_text(
+        "CALLS = []\n"
+        "def brief(prompt, response, answer, columns):\n"
+        "    CALLS.append(response)\n"
+        "    return 1 / (9 - len(CALLS))\n"
+    )
+    done = megarlhf(*PPO, "run_dir=failing", "judges.brief.function=failing.py:brief", directory=place)
+    assert done.returncode == 1, done.stderr
+    first, last = done.stderr.splitlines()[-2:]
+    assert first.startswith(
+        "judges.brief: failing.py:brief raised ZeroDivisionError: division by zero for the response"
+    )
+    assert last == "the state after step 1 is in failing/checkpoints, and the same command goes on from there."
+    assert (place / "failing" / "checkpoints" / "latest").read_text().strip() == "step_00000001"
