@@ -15,9 +15,8 @@ from pydantic import Field
 
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.prompts import PromptSet, load_prompts
-from megarlhf.data.rows import DataConfig, load_rows
+from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import printable
 from megarlhf.models.readings import LabelLogprobs
@@ -70,8 +69,6 @@ class GenerateInputs:
     data: DataConfig
     """Without a source for `prompt`."""
     prompts: PromptSet
-    said: Sequence[Any]
-    """The prompts as the data has them, text or conversations, by row of the data."""
 
 
 def prepare(cfg: GenerateConfig) -> GenerateInputs:
@@ -86,15 +83,12 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
     if cfg.prompt:
         data = cfg.prompts.model_copy(update={"template": chosen_template(cfg.prompts.template, speaker)})
         tokens = tokenizer.taking(data.control_tokens).encode_prompt(cfg.prompt, data.rendering)
-        prompts, said = (
-            PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0, columns=[{"prompt": cfg.prompt}]),
-            [cfg.prompt],
-        )
+        prompts = PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0, columns=[{"prompt": cfg.prompt}])
     else:
         data = chosen_data(cfg.prompts, "prompts", speaker)
-        prompts, said = load_prompts(data, tokenizer), [row.columns["prompt"] for row in load_rows(data, prompt_rows)]
+        prompts = load_prompts(data, tokenizer)
     check_room(prompts.longest, cfg.sampling.max_new_tokens, model.spec, "model")
-    return GenerateInputs(model, tokenizer, data, prompts, said)
+    return GenerateInputs(model, tokenizer, data, prompts)
 
 
 def main(cfg: GenerateConfig, argv: Sequence[str]) -> int:
@@ -148,10 +142,11 @@ def rows_of(rollout: Rollout, inputs: GenerateInputs) -> Iterator[dict[str, Any]
     logprobs = rollout.sampler_logprobs.double().sum(1).tolist()
     # EOS ends a response and is no part of its text.
     ends = (rollout.lengths - rollout.terminated.long()).tolist()
+    columns = inputs.prompts.columns_in(rollout.prompt_ids)
     for row in range(len(rollout)):
         start, terminated = int(rollout.prompt_lengths[row]), bool(rollout.terminated[row])
         yield {
-            "prompt": inputs.said[int(rollout.prompt_ids[row])],
+            "prompt": columns[row]["prompt"],
             "response": inputs.tokenizer.decode(rollout.tokens[row, start : ends[row]].tolist()),
             "logprob": logprobs[row],
             "tokens": int(rollout.lengths[row]) - start,

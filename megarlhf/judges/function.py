@@ -30,9 +30,10 @@ class FunctionConfig(TextJudgeConfig):
     it, the text of the response, the expected answer or "", and all columns of the prompt's row. It returns a number,
     or a dict of numbers by name, which are added. It runs on every rank, as you."""
 
-    def check(self, name: str, prompts: PromptSet, source: str) -> None:
-        """Raise ConfigError where the function cannot be had, or called so."""
+    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+        """Nothing. Raises ConfigError where the function cannot be had, or called so."""
         _loaded(f"judges.{name}.function={self.function}", self.function)
+        return ""
 
     def scorer(self, name: str, reader: Reader) -> Scorer:
         """What calls the function."""

@@ -54,8 +54,8 @@ class RemoteConfig(TextJudgeConfig):
     token_variable: Annotated[str, FreeToChange()] = ""
     """Environment variable that holds a bearer token; empty sends none. The token itself is never written down."""
 
-    def check(self, name: str, prompts: PromptSet, source: str) -> None:
-        """Raise ConfigError where the address is none, or the token is not there. Nobody is asked yet."""
+    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+        """Nothing, and nobody is asked yet. Raises ConfigError where the address is none, or the token is not there."""
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL:
@@ -70,6 +70,7 @@ class RemoteConfig(TextJudgeConfig):
                 f"judges.{name}.token_variable={self.token_variable}: that environment variable is empty, or has "
                 "spaces, line ends or letters outside of ASCII; set it to the token alone."
             )
+        return ""
 
     def ranks(self, world: int) -> int:
         """So many that together they keep to `in_flight`."""

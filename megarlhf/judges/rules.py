@@ -30,13 +30,16 @@ class RuleConfig(TextJudgeConfig):
         """What is set for it."""
         return self.wrong
 
-    def check(self, name: str, prompts: PromptSet, source: str) -> None:
-        """Raise where a prompt has no answer, or none can be right, or a package is missing."""
+    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+        """How many answers can be right for no response.
+
+        Raises:   a MegarlhfError where a prompt has no answer, or none can be right, or a package is missing.
+        """
         check_verifier(self.rule, f"judges.{name}.rule")
         if "" in prompts.answers:
             row = prompts.ids[list(prompts.answers).index("")] + 1
             raise DataError(f"{source}, row {row}: judges.{name} judges by the answer; fill the column 'answer'.")
-        check_answers(prompts.answers, self.rule, source, f"judges.{name}.rule")
+        return check_answers(prompts.answers, self.rule, source, f"judges.{name}.rule")
 
     def scorer(self, name: str, reader: Reader) -> Scorer:
         """What judges responses."""

@@ -60,8 +60,11 @@ class TextJudgeConfig(JudgeConfig):
         return UNKNOWN
 
     @abstractmethod
-    def check(self, name: str, prompts: PromptSet, source: str) -> None:
-        """Raise a MegarlhfError, before any model is built, where it could not judge responses to these prompts."""
+    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+        """What is to be said, before any model is built, of how it can judge these prompts; "" for nothing.
+
+        Raises:   a MegarlhfError where it cannot.
+        """
 
     def ranks(self, world: int) -> int:
         """How many of all ranks judge; the first ones."""

@@ -257,14 +257,14 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     for role, model in models.items():
         check_tokenizer(tokenizer, model.description.spec, role)
         check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
-    for name, judge in cfg.panel.items():
-        if isinstance(judge, TextJudgeConfig):
-            judge.check(name, prompts, data.source)
+    texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}
+    doubts = [judge.check(name, prompts, data.source) for name, judge in texts.items()]
     rules: list[Verifier] = [judge.rule for judge in cfg.panel.values() if isinstance(judge, RuleConfig)]
     verifier = rules[0] if rules and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
     cfg.check_best(_best_of(cfg, verified=verifier is not None))
-    doubts = "" if verifier is None else check_answers(prompts.answers, verifier, data.source)
-    inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, doubts)
+    if verifier is not None and verifier not in rules:
+        doubts.append(check_answers(prompts.answers, verifier, data.source))
+    inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, "; ".join(filter(None, doubts)))
     for model in inputs.distinct[1:]:
         check_same_tokenizer(tokenizer, str(actor), model)
     return inputs

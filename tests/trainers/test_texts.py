@@ -18,7 +18,7 @@ from megarlhf.commands.evaluate import EvalConfig
 from megarlhf.commands.generate import GenerateConfig
 from megarlhf.config import load_config
 from megarlhf.data.tokenizer import LLAMA3_CHAT_TEMPLATE
-from megarlhf.errors import ConfigError
+from megarlhf.errors import ConfigError, DataError
 from megarlhf.observe.provenance import write_provenance
 from megarlhf.parallel import mesh
 from megarlhf.runtime.checks import Model
@@ -92,6 +92,24 @@ def test_only_the_built_in_task_has_a_verifier_by_default(tmp_path: Path, monkey
     assert prepared("verifier=none").verifier is None
     assert prepared(own).verifier is None
     assert prepared(own, "verifier=arithmetic").verifier == "arithmetic"
+
+
+def test_the_first_rule_verifies_and_what_its_answers_lack_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = ("judges.a.kind=rule", "judges.a.rule=gsm8k")
+    found = prepared(prompts_file(["5", "five"]), *first, "judges.b.kind=rule", "judges.b.rule=arithmetic")
+    assert found.verifier == "gsm8k"
+    one = "1 of 2 answers can be right for no response, for example 'five'"
+    assert found.doubts == f"{one}; {one}"
+    assert prepared(prompts_file(["5", "6"]), *first, "verifier=none").verifier is None
+    with pytest.raises(
+        DataError, match=r"own\.jsonl, row 2: judges\.a judges by the answer; fill the column 'answer'\."
+    ):
+        prepared(prompts_file(["5", None]), *first)
+    with pytest.raises(ConfigError, match=r"^judges\.a\.rule=gsm8k: of own\.jsonl no answer can be right"):
+        prepared(prompts_file(["five", "six"]), *first)
 
 
 def test_eval_of_ones_own_prompts_needs_a_verifier(refused: Refused) -> None:
