@@ -16,6 +16,7 @@ from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.rewards import add_kl_penalty
 from megarlhf.ops.scores import marked_down
 from megarlhf.ops.value_loss import clipped_value_loss
+from megarlhf_kernels import Clip
 from megarlhf_kernels.token_logprob import token_logprob
 from tests.helpers.by_hand import load_by_hand
 
@@ -100,7 +101,9 @@ def test_losses_away_from_the_first_pass_agree_in_value_and_gradient(case):
     new = (report["logprobs"] + 0.3 * noise).requires_grad_()
     arguments, count = (new, report["logprobs"], report["whitened_advantages"]), mask.sum()
     loss, clip_fraction = by_hand.policy_loss(*arguments, mask, settings.clip_range)
-    total, metrics = clipped_policy_loss(*(x[mask] for x in arguments), clip_range=settings.clip_range)
+    total, metrics = clipped_policy_loss(
+        *(x[mask] for x in arguments), clip=Clip(settings.clip_range, settings.clip_range)
+    )
     assert_same(total / count, loss)
     assert_same(metrics["clip_fraction"] / count, clip_fraction)
     assert clip_fraction > 0.1
@@ -125,7 +128,7 @@ def test_one_step_through_the_ops_gives_its_gradients_and_weights(case):
     new_logprobs = token_logprob(logits, labels.flatten(), temperature=settings.temperature)[0].view_as(labels)
     mask = rollouts.response_mask
     old, advantages = report["logprobs"][mask], report["whitened_advantages"][mask]
-    total, _ = clipped_policy_loss(new_logprobs[mask], old, advantages, clip_range=0.2)
+    total, _ = clipped_policy_loss(new_logprobs[mask], old, advantages, clip=Clip(0.2, 0.2))
     (total / mask.sum()).backward()
     gradients = {name: parameter.grad for name, parameter in actor.named_parameters() if parameter.grad is not None}
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()

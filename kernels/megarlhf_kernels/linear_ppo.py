@@ -1,7 +1,7 @@
 """PPO's policy loss straight from hidden states, with three matrix products and without an [N, V] tensor.
 
-    loss = sum_i max(-A_i r_i, -A_i clip(r_i, 1 - clip_range, 1 + clip_range)) - entropy_coef H_i + kl_coef k2_i
-    r_i = exp(logprob_i - old_i)     k2_i = (logprob_i - ref_i)^2 / 2     z = hidden weight^T / temperature
+    loss = sum_i w_i (max(-A_i r_i, -A_i clip(r_i, 1 - low, 1 + high)) - entropy_coef H_i + kl_coef k_i)
+    r_i = exp(logprob_i - old_i)     k_i: `kl_loss` to the reference     z = hidden weight^T / temperature
 
 What a token's log-prob is worth to the loss is known as soon as the log-prob is, since the sum's divisor is applied
 elsewhere. So each chunk of logits goes all the way: statistics, merge over ranks, loss, gradient in place, gradients of
@@ -9,14 +9,14 @@ hidden and weight. Backward has nothing left to do. Taking per-token gradients f
 costs a fourth product, for the logits must be computed again.
 
 Memory:   one chunk of logits (100 MiB on a CPU, 2 GiB on a GPU), the gradients, a few numbers a token.
-Source:   Schulman et al. 2017, eq. 7; log-ratios are clamped as in `policy_value_loss`. Loss inside the chunk: Hsu et
+Source:   Schulman et al. 2017, eq. 7, or CISPO's loss; both as in `policy_value_loss`. Loss inside the chunk: Hsu et
           al. 2024 (Liger), there with small chunks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -26,11 +26,26 @@ from megarlhf_kernels._checks import check, check_positive
 from megarlhf_kernels._projection import Projection, check_weight_grad, project
 from megarlhf_kernels._shards import Shard
 from megarlhf_kernels.dispatch import Impl
-from megarlhf_kernels.policy_value_loss import clipped_policy_loss
+from megarlhf_kernels.policy_value_loss import MAX_LOG_RATIO, Clip, clipped_policy_loss, clipped_weight_loss, k3
 from megarlhf_kernels.token_logprob import Softmax
 
 METRICS = ("clip_fraction", "approx_kl", "ratio", "entropy")
 """What `linear_ppo` says besides, as sums over tokens: those of `policy_value_loss`, and the entropy."""
+
+
+Estimator = Literal["k1", "k2", "k3"]
+Surrogate = Literal["clip", "cispo"]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What the policy is kept near by a term of the loss."""
+
+    ref_logprobs: Tensor
+    """[N], in nats."""
+    coef: float
+    """Cost of a nat."""
+    estimator: Estimator
 
 
 @dataclass(frozen=True)
@@ -40,29 +55,64 @@ class PolicyTerms:
     logprobs: Tensor
     """When the rollout was made, in nats."""
     advantages: Tensor
-    clip_range: float
+    clip: Clip
+    surrogate: Surrogate = "clip"
+    """`clip`: max(-A r, -A clip(r)); `cispo`: -A clip(r) logprob, the clipped ratio held constant."""
+    weights: Tensor | None = None
+    """Of each token in the whole loss, not negative; None: 1."""
     temperature: float = 1.0
     entropy_coef: float = 0.0
     """Reward of a nat of entropy."""
-    kl_coef: float = 0.0
-    """Cost of a nat of k2, whose gradient is that of KL(policy || reference) while the policy makes the rollouts."""
-    ref_logprobs: Tensor | None = None
-    """The reference's, in nats; needed with `kl_coef`."""
+    anchor: Anchor | None = None
 
     def loss(self, new_logprobs: Tensor, entropy: Tensor, rows: slice, *, impl: Impl) -> tuple[Tensor, Tensor]:
-        """The sum over `rows`, whose log-probs and entropy [n] are given; and what `METRICS` names, summed alike."""
-        every = torch.ones_like(new_logprobs, dtype=torch.bool)
+        """The sum over `rows`, whose log-probs and entropy [n] are given; and what `METRICS` names, unweighted."""
         old, advantages = self.logprobs[rows], self.advantages[rows]
-        total, _, seen = clipped_policy_loss(
-            new_logprobs, old, advantages, every, clip_range=self.clip_range, impl=impl
-        )
+        weights = None if self.weights is None else self.weights[rows]
+        if weights is not None:
+            # A weight that is not negative goes into the maximum as it is: w max(-A r, ...) = max(-(w A) r, ...).
+            advantages = weights * advantages
+        if self.surrogate == "cispo":
+            total, seen = clipped_weight_loss(new_logprobs, old, advantages, clip=self.clip)
+        else:
+            every = torch.ones_like(new_logprobs, dtype=torch.bool)
+            total, _, seen = clipped_policy_loss(new_logprobs, old, advantages, every, clip=self.clip, impl=impl)
         seen["entropy"] = entropy.detach().sum(dtype=torch.float64)
         metrics = torch.stack([seen[name].double() for name in METRICS])
         if self.entropy_coef:
-            total = total - self.entropy_coef * entropy.sum()
-        if self.ref_logprobs is not None:
-            total = total + 0.5 * self.kl_coef * ((new_logprobs - self.ref_logprobs[rows]) ** 2).sum()
+            total = total - self.entropy_coef * _summed(entropy, weights)
+        if self.anchor is not None:
+            ref = self.anchor.ref_logprobs[rows]
+            kl = kl_loss(new_logprobs, old, ref, self.anchor.estimator)
+            total = total + self.anchor.coef * _summed(kl, weights)
         return total, metrics
+
+
+def kl_loss(new_logprobs: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
+    """Of each token, a term whose mean gradient is that of KL(policy || reference), whoever sampled the token.
+
+        k1: r x        k2: sg[r] x^2 / 2        k3: r (e^-x - 1 + x)        x = new - ref     r = e^(new - old)
+
+    Without r the gradients of k1 and k3 are 0 and that of the other KL, even on the policy's own rollouts, and that of
+    k2 is wrong after the first step. The gradients of k2 and k3 are the same in every token, r x; that of k1 is r more,
+    whose mean is 0.
+
+    Shapes:   all [n]; differentiable in new_logprobs. Units: nats. r is clamped as in `policy_value_loss`.
+    Source:   arXiv 2506.09477, 2512.21852; k3 with r: DeepSeek-V3.2 (2512.02556).
+    """
+    ratio = (new_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    gap = new_logprobs - ref_logprobs
+    match estimator:
+        case "k1":
+            return ratio * gap
+        case "k2":
+            return 0.5 * ratio.detach() * gap**2
+        case "k3":
+            return ratio * k3(-gap)
+
+
+def _summed(x: Tensor, weights: Tensor | None) -> Tensor:
+    return x.sum() if weights is None else (weights * x).sum()
 
 
 def definition(hidden: Tensor, weight: Tensor, labels: Tensor, terms: PolicyTerms) -> Tensor:
@@ -70,12 +120,18 @@ def definition(hidden: Tensor, weight: Tensor, labels: Tensor, terms: PolicyTerm
     distribution = torch.log_softmax(hidden @ weight.t() / terms.temperature, dim=1)
     logprobs = distribution.gather(1, labels[:, None])[:, 0]
     ratio = (logprobs - terms.logprobs).exp()
-    clipped = ratio.clamp(1 - terms.clip_range, 1 + terms.clip_range)
-    loss = torch.maximum(-terms.advantages * ratio, -terms.advantages * clipped)
+    clipped = ratio.clamp(1 - terms.clip.low, 1 + terms.clip.high)
+    if terms.surrogate == "cispo":
+        loss = -terms.advantages * clipped.detach() * logprobs
+    else:
+        loss = torch.maximum(-terms.advantages * ratio, -terms.advantages * clipped)
+        loss = torch.where(terms.advantages < 0, loss.clamp(max=-terms.clip.dual * terms.advantages), loss)
     loss = loss + terms.entropy_coef * (distribution.exp() * distribution).sum(1)
-    if terms.ref_logprobs is not None:
-        loss = loss + 0.5 * terms.kl_coef * (logprobs - terms.ref_logprobs) ** 2
-    return loss.sum()
+    if terms.anchor is not None:
+        gap = logprobs - terms.anchor.ref_logprobs
+        each = {"k1": ratio * gap, "k2": ratio.detach() * gap**2 / 2, "k3": ratio * (torch.exp(-gap) - 1 + gap)}
+        loss = loss + terms.anchor.coef * each[terms.anchor.estimator]
+    return (loss if terms.weights is None else loss * terms.weights).sum()
 
 
 def linear_ppo(
@@ -110,13 +166,13 @@ def linear_ppo(
 
 
 def _check_terms(terms: PolicyTerms, hidden: Tensor, projection: Projection) -> None:
-    per_token = {"logprobs": terms.logprobs, "advantages": terms.advantages, "ref_logprobs": terms.ref_logprobs}
+    per_token = {"logprobs": terms.logprobs, "advantages": terms.advantages, "weights": terms.weights}
+    per_token |= {"ref_logprobs": terms.anchor and terms.anchor.ref_logprobs}
     for name, tensor in per_token.items():
         if tensor is not None:
             check(name, tensor, (hidden.shape[0],), (projection.dtype,), hidden)
-    check_positive("clip_range", terms.clip_range)
-    if terms.kl_coef and terms.ref_logprobs is None:
-        raise ValueError(f"kl_coef: {terms.kl_coef} needs ref_logprobs; pass them, or kl_coef=0.")
+    check_positive("clip.low", terms.clip.low)
+    check_positive("clip.high", terms.clip.high)
 
 
 class _LinearPPO(torch.autograd.Function):

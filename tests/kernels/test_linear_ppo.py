@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megarlhf.ops.policy_loss import clipped_policy_loss
-from megarlhf_kernels import PolicyTerms, _projection, linear_logprob, linear_ppo
+from megarlhf_kernels import Anchor, Clip, PolicyTerms, _projection, linear_logprob, linear_ppo
 from megarlhf_kernels.dispatch import Impl
-from megarlhf_kernels.linear_ppo import METRICS, definition
+from megarlhf_kernels.linear_ppo import METRICS, Estimator, definition
 from tests.helpers.ranks import run_ranks
 from tests.kernels.linear_cases import Case, a_case, leaves, shard_of, worst
 
@@ -28,19 +30,40 @@ def some_terms(case: Case, *, full: bool, temperature: float = 0.6) -> PolicyTer
     count = len(case.labels)
     old, _ = linear_logprob(case.hidden, case.weight, case.labels, temperature=temperature)
     noise = torch.randn(3, count, generator=generator)
-    terms = PolicyTerms(old + noise[0], noise[1], clip_range=0.2, temperature=temperature)
-    return replace(terms, entropy_coef=0.3, kl_coef=0.2, ref_logprobs=old + noise[2]) if full else terms
+    terms = PolicyTerms(old + noise[0], noise[1], clip=Clip(0.2, 0.2), temperature=temperature)
+    weights = torch.rand(count, generator=generator)
+    anchor = Anchor(old + noise[2], 0.2, "k2")
+    return replace(terms, entropy_coef=0.3, anchor=anchor, weights=weights) if full else terms
 
 
-def to_double(terms: PolicyTerms) -> PolicyTerms:
-    tensors = {name: x.double() for name, x in vars(terms).items() if isinstance(x, torch.Tensor)}
-    return replace(terms, **tensors)
+OTHERS = [
+    {"surrogate": "cispo", "clip": Clip(1.0, 0.3)},
+    {"surrogate": "cispo", "estimator": "k3"},
+    {"clip": Clip(0.1, 0.4, 1.3), "estimator": "k1"},
+    {"clip": Clip(0.3, 0.2, 3.0), "estimator": "k3"},
+]
+"""What else a loss can be, beside `some_terms`."""
+
+
+def other_terms(case: Case, *, estimator: Estimator = "k2", **changes: Any) -> PolicyTerms:
+    terms = some_terms(case, full=True)
+    assert terms.anchor is not None
+    return replace(terms, anchor=replace(terms.anchor, estimator=estimator), **changes)
+
+
+def of_each(terms: PolicyTerms, change: Callable[[torch.Tensor], torch.Tensor]) -> PolicyTerms:
+    """The terms with every tensor changed."""
+    tensors = {name: change(x) for name, x in vars(terms).items() if isinstance(x, torch.Tensor)}
+    anchor = terms.anchor and replace(terms.anchor, ref_logprobs=change(terms.anchor.ref_logprobs))
+    return replace(terms, **tensors, anchor=anchor)
 
 
 def exact(case: Case, terms: PolicyTerms, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """Loss and its gradients by the definition."""
     hidden, weight = leaves(case, dtype)
-    loss = definition(hidden, weight, case.labels, to_double(terms) if dtype == torch.float64 else terms)
+    loss = definition(
+        hidden, weight, case.labels, of_each(terms, torch.Tensor.double) if dtype == torch.float64 else terms
+    )
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
 
@@ -61,12 +84,24 @@ def test_value_and_gradients_match_fp64_as_well_as_plain_torch_does(count, vocab
     assert worst(ours(case, terms, impl=impl), expected) <= 2 * plain + 1e-5
 
 
+@pytest.mark.parametrize("changes", OTHERS)
+def test_so_do_those_of_other_losses(changes, impl, monkeypatch):
+    monkeypatch.setattr(_projection, "CPU_ELEMENTS", 8 * 50)
+    case = a_case(33, 50, scale=2.0)
+    terms = other_terms(case, **changes)
+    expected = exact(case, terms)
+    plain = worst(exact(case, terms, torch.float32), expected)
+    assert worst(ours(case, terms, impl=impl), expected) <= 2 * plain + 1e-5
+
+
 def test_equals_logits_to_log_softmax_to_the_composed_loss(impl):
     case = a_case(24, 50)
     terms = some_terms(case, full=False)
     hidden, weight = leaves(case, torch.float64)
     logprobs = torch.log_softmax(hidden @ weight.t() / 0.6, dim=1).gather(1, case.labels[:, None]).t()
-    loss, metrics = clipped_policy_loss(logprobs[0], terms.logprobs.double(), terms.advantages.double(), clip_range=0.2)
+    loss, metrics = clipped_policy_loss(
+        logprobs[0], terms.logprobs.double(), terms.advantages.double(), clip=Clip(0.2, 0.2)
+    )
     assert 0.25 < metrics["clip_fraction"] / 24 < 0.8
     expected = [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
     assert worst(ours(case, terms, impl=impl), expected) < 1e-4
@@ -80,7 +115,7 @@ def test_micro_batches_and_a_loss_scale_add_up_to_the_whole(impl):
     weight_grad = torch.zeros_like(weight)
     total = 0.0
     for rows in torch.arange(29).split(8):
-        part = replace(terms, **{name: x[rows] for name, x in vars(terms).items() if isinstance(x, torch.Tensor)})
+        part = of_each(terms, lambda x, rows=rows: x[rows])
         loss, *_ = linear_ppo(
             hidden[rows], weight, case.labels[rows], part, loss_scale=0.125, weight_grad=weight_grad, impl=impl
         )
@@ -104,7 +139,7 @@ def test_the_first_pass_has_ratio_one_bit_for_bit(impl, monkeypatch):
     monkeypatch.setattr(_projection, "CPU_ELEMENTS", 8 * 60)
     case = a_case(30, 60)
     old, entropy = linear_logprob(case.hidden, case.weight, case.labels, temperature=0.6, impl=impl)
-    terms = PolicyTerms(old, case.d_logprobs, clip_range=0.2, temperature=0.6)
+    terms = PolicyTerms(old, case.d_logprobs, clip=Clip(0.2, 0.2), temperature=0.6)
     loss, metrics, logprobs, same = linear_ppo(case.hidden, case.weight, case.labels, terms, impl=impl)
     assert torch.equal(logprobs, old)
     assert torch.equal(same, entropy)
@@ -117,7 +152,7 @@ def test_metrics_are_those_of_the_clipped_loss(impl, monkeypatch):
     case = a_case(30, 60)
     terms = some_terms(case, full=True)
     _, metrics, logprobs, entropy = linear_ppo(case.hidden, case.weight, case.labels, terms, impl=impl)
-    _, seen = clipped_policy_loss(logprobs, terms.logprobs, terms.advantages, clip_range=0.2)
+    _, seen = clipped_policy_loss(logprobs, terms.logprobs, terms.weights * terms.advantages, clip=Clip(0.2, 0.2))
     expected = [*(float(seen[name]) for name in METRICS[:-1]), float(entropy.double().sum())]
     assert metrics.tolist() == pytest.approx(expected, rel=1e-6)
     assert 0.2 < metrics[0] / 30 < 0.8
@@ -127,7 +162,7 @@ def test_ratios_that_overflow_stay_finite(impl):
     case = a_case(4, 9)
     old, _ = linear_logprob(case.hidden, case.weight, case.labels)
     old[:3] = torch.tensor([-1e4, 1e4, -200.0])
-    terms = PolicyTerms(old, torch.tensor([1.0, 1.0, -1.0, 1.0]), clip_range=0.2)
+    terms = PolicyTerms(old, torch.tensor([1.0, 1.0, -1.0, 1.0]), clip=Clip(0.2, 0.2))
     loss, d_hidden, d_weight = ours(case, terms, impl=impl)
     assert torch.isfinite(loss)
     assert torch.isfinite(d_weight).all()
@@ -158,9 +193,10 @@ def test_errors_name_the_argument(impl):
     for match, bad in [
         (r"logprobs: got shape \[3\]; must be \[4\]", replace(terms, logprobs=terms.logprobs[:3])),
         (r"advantages: got torch.float64; must be torch.float32", replace(terms, advantages=terms.advantages.double())),
-        (r"ref_logprobs: is on meta", replace(terms, ref_logprobs=terms.logprobs.to("meta"))),
-        (r"clip_range: 0; must be positive", replace(terms, clip_range=0)),
-        (r"kl_coef: 0\.2 needs ref_logprobs", replace(terms, ref_logprobs=None)),
+        (r"ref_logprobs: is on meta", replace(terms, anchor=Anchor(terms.logprobs.to("meta"), 0.2, "k2"))),
+        (r"weights: got shape \[3\]; must be \[4\]", replace(terms, weights=terms.logprobs[:3])),
+        (r"clip.low: 0; must be positive", replace(terms, clip=Clip(0, 0.2))),
+        (r"clip.high: -1; must be positive", replace(terms, clip=Clip(0.2, -1))),
         (r"temperature: -1\.0; must be positive", replace(terms, temperature=-1.0)),
     ]:
         with pytest.raises(ValueError, match=match):

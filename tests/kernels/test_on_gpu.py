@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megarlhf_kernels import (
+    Clip,
     Discount,
     PolicyTerms,
     Shaping,
@@ -82,14 +83,14 @@ def test_linear_logprob() -> None:
 def test_linear_ppo() -> None:
     at, hidden, weight = labels(), draw(ROWS, HIDDEN, seed=1), draw(VOCAB, HIDDEN, seed=2, scale=0.1)
     old, _ = linear_logprob(hidden, weight, at)
-    terms = PolicyTerms(old + draw(ROWS, seed=3), draw(ROWS, seed=4), clip_range=0.2, entropy_coef=0.1)
+    terms = PolicyTerms(old + draw(ROWS, seed=3), draw(ROWS, seed=4), clip=Clip(0.2, 0.2), entropy_coef=0.1)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     loss, *_ = linear_ppo(h, w, at, terms, impl="triton")
     got = [loss.detach(), *torch.autograd.grad(loss, (h, w))]
 
     def by_definition(dtype: torch.dtype) -> list[Tensor]:
         h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
-        tensors = PolicyTerms(terms.logprobs.to(dtype), terms.advantages.to(dtype), clip_range=0.2, entropy_coef=0.1)
+        tensors = PolicyTerms(terms.logprobs.to(dtype), terms.advantages.to(dtype), clip=terms.clip, entropy_coef=0.1)
         total = exact_ppo(h, w, at, tensors)
         return [total.detach(), *torch.autograd.grad(total, (h, w))]
 
@@ -139,5 +140,5 @@ def test_losses_and_estimates_equal_their_references() -> None:
 
 def _policy(tokens: list[Tensor], mask: Tensor, impl) -> list[Tensor]:
     new = tokens[0].clone().requires_grad_()
-    total, count, metrics = clipped_policy_loss(new, tokens[1], tokens[2], mask, clip_range=0.2, impl=impl)
+    total, count, metrics = clipped_policy_loss(new, tokens[1], tokens[2], mask, clip=Clip(0.2, 0.2), impl=impl)
     return [total.detach(), count, *metrics.values(), *torch.autograd.grad(total, new)]

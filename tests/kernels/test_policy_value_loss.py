@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 
-from megarlhf_kernels.policy_value_loss import BLOCK, clipped_policy_loss, clipped_value_loss
+from megarlhf_kernels.policy_value_loss import BLOCK, Clip, clipped_policy_loss, clipped_value_loss, clipped_weight_loss
 
 IMPLS = ["reference", "triton"]
-LOSSES = [("policy", impl) for impl in IMPLS] + [("value", impl) for impl in IMPLS]
+LOSSES = [(loss, impl) for loss in ("policy", "dual", "value") for impl in IMPLS]
+CLIPS = {"policy": Clip(0.2, 0.2), "dual": Clip(0.1, 0.4, 1.2)}
+"""The second has two bounds, and one for what a bad token may cost."""
 UPSTREAM = -1.7
 
 
@@ -28,8 +30,8 @@ def run(loss: str, *case, impl):
     """[loss, count, metrics...] and the gradient for an upstream gradient that is neither 1 nor positive."""
     new, old, third, mask = case
     leaf = new.detach().clone().requires_grad_()
-    if loss == "policy":
-        total, count, metrics = clipped_policy_loss(leaf, old, third, mask, clip_range=0.2, impl=impl)
+    if loss in CLIPS:
+        total, count, metrics = clipped_policy_loss(leaf, old, third, mask, clip=CLIPS[loss], impl=impl)
     else:
         total, count, metrics = clipped_value_loss(leaf, old, third, mask, value_clip_range=0.2, impl=impl)
     (gradient,) = torch.autograd.grad(UPSTREAM * total, leaf)
@@ -42,11 +44,14 @@ def oracle(loss: str, new, old, third, mask):
     """The same in fp64, as the papers write it."""
     leaf = new.double().requires_grad_()
     a, b, c = leaf[mask], old.double()[mask], third.double()[mask]
-    if loss == "policy":
+    if loss in CLIPS:
         ratio = (a - b).exp()
-        first, second = -c * ratio, -c * ratio.clamp(0.8, 1.2)
-        metrics = [(second > first).sum(), (ratio - 1 - (a - b)).sum(), ratio.sum()]
-        total = torch.maximum(first, second).sum()
+        low, high, dual = CLIPS[loss]
+        first, second = -c * ratio, -c * ratio.clamp(1 - low, 1 + high)
+        worst = torch.maximum(first, second)
+        bad = (c < 0) & (worst > -dual * c)
+        metrics = [((second > first) | bad).sum(), (ratio - 1 - (a - b)).sum(), ratio.sum()]
+        total = torch.where(bad, -dual * c, worst).sum()
     else:
         first, second = (a - c) ** 2, (b + (a - b).clamp(-0.2, 0.2) - c) ** 2
         metrics = [(second > first + 1e-12).sum(), first.sum()]
@@ -134,11 +139,11 @@ def test_nothing_to_learn_from_is_zero(shape, loss, impl):
     assert gradient.abs().sum() == 0.0
 
 
-@pytest.mark.parametrize("loss", ["policy", "value"])
+@pytest.mark.parametrize("loss", ["policy", "dual", "value"])
 def test_gradcheck(loss):
     new, old, third, mask = (x.double() if x.is_floating_point() else x for x in a_case(4, 5))
     function, keyword = {
-        "policy": (clipped_policy_loss, {"clip_range": 0.2}),
+        **{name: (clipped_policy_loss, {"clip": clip}) for name, clip in CLIPS.items()},
         "value": (clipped_value_loss, {"value_clip_range": 0.2}),
     }[loss]
     assert torch.autograd.gradcheck(lambda x: function(x, old, third, mask, **keyword)[0], new.requires_grad_())
@@ -162,7 +167,7 @@ def test_only_the_first_argument_gets_a_gradient(loss, impl):
     sums, _ = run(loss, new, old.requires_grad_(), third.requires_grad_(), mask, impl=impl)
     assert torch.equal(sums, without)
     function, keyword = {
-        "policy": (clipped_policy_loss, {"clip_range": 0.2}),
+        **{name: (clipped_policy_loss, {"clip": clip}) for name, clip in CLIPS.items()},
         "value": (clipped_value_loss, {"value_clip_range": 0.2}),
     }[loss]
     assert not function(new, old, third, mask, **keyword, impl=impl)[0].requires_grad
@@ -178,8 +183,35 @@ def test_errors_name_the_argument():
         r"mask: got torch.float32; must be torch.bool": (new, old, third, mask.float()),
     }.items():
         with pytest.raises(ValueError, match=message):
-            clipped_policy_loss(*arguments, clip_range=0.2)
+            clipped_policy_loss(*arguments, clip=Clip(0.2, 0.2))
     with pytest.raises(ValueError, match=r"returns: got shape \[3, 6\]; must be \[4, 6\]"):
         clipped_value_loss(new, old, third[1:], mask, value_clip_range=0.2)
     with pytest.raises(ValueError, match=r"new_values: got torch.float64"):
         clipped_value_loss(new.double(), old, third, mask, value_clip_range=0.2, impl="triton")
+
+
+def test_the_dual_clip_is_for_negative_advantages_alone():
+    """Ye et al. 2020, eq. 5: a bad token that became likelier costs at most `dual` times its advantage."""
+    new, advantages, every = torch.full((2,), 2.0), torch.tensor([1.0, -1.0]), torch.ones(2).bool()
+    for dual, costs in ((math.inf, math.e**2), (3.0, 3.0)):
+        leaf = new.clone().requires_grad_()
+        clip = Clip(0.2, 10.0, dual)
+        total, _, metrics = clipped_policy_loss(leaf, torch.zeros(2), advantages, every, clip=clip)
+        total.backward()
+        assert total.item() == pytest.approx(costs - math.e**2, rel=1e-6)
+        assert leaf.grad.tolist() == pytest.approx([-(math.e**2), 0.0 if dual == 3.0 else math.e**2], rel=1e-6)
+        assert metrics["clip_fraction"].item() == (dual == 3.0)
+
+
+def test_the_weight_of_cispo_is_clipped_and_held():
+    new = torch.tensor([-1.0, -2.0, -0.5, -0.1], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-1.0, -1.0, -1.5, -9.0], dtype=torch.float64)
+    advantages = torch.tensor([2.0, -1.0, 1.0, -3.0], dtype=torch.float64)
+    total, metrics = clipped_weight_loss(new, old, advantages, clip=Clip(1.0, 0.5))
+    total.backward()
+    weights = [1.0, math.exp(-1.0), 1.5, 1.5]  # no lower bound, and an upper one that holds whatever the advantage is
+    expected = [-a * w for a, w in zip(advantages.tolist(), weights, strict=True)]
+    assert new.grad.tolist() == pytest.approx(expected, rel=1e-12)
+    assert total.item() == pytest.approx(sum(g * x for g, x in zip(expected, new.tolist(), strict=True)), rel=1e-12)
+    assert metrics["clip_fraction"].item() == 2
+    assert metrics["ratio"].item() == pytest.approx(1 + math.exp(-1) + math.e + math.exp(8.9), rel=1e-12)

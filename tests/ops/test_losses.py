@@ -10,6 +10,7 @@ import torch
 from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
 from megarlhf.ops.value_loss import clipped_value_loss
+from megarlhf_kernels import Clip
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def case():
 def test_policy_loss_matches_a_loop_in_value_and_gradient(case):
     old, noise, advantages = case
     new = (old + 0.3 * noise).requires_grad_()
-    total, metrics = clipped_policy_loss(new, old, advantages, clip_range=0.2)
+    total, metrics = clipped_policy_loss(new, old, advantages, clip=Clip(0.2, 0.2))
     (gradient,) = torch.autograd.grad(1.7 * total, new)
     loss, clipped, kl, ratios, slope = 0.0, 0, 0.0, 0.0, torch.zeros(25)
     for at in range(25):
@@ -43,7 +44,7 @@ def test_policy_loss_matches_a_loop_in_value_and_gradient(case):
 def test_first_pass_is_ratio_one_and_plain_policy_gradient(case):
     logprobs, _, advantages = case
     new = logprobs.clone().requires_grad_()
-    total, metrics = clipped_policy_loss(new, logprobs, advantages, clip_range=0.2)
+    total, metrics = clipped_policy_loss(new, logprobs, advantages, clip=Clip(0.2, 0.2))
     (gradient,) = torch.autograd.grad(total, new)
     assert metrics["ratio"].item() == 25
     assert metrics["clip_fraction"].item() == 0
@@ -55,7 +56,7 @@ def test_first_pass_is_ratio_one_and_plain_policy_gradient(case):
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_far_policies_stay_finite(log_ratio, advantage):
     new = torch.tensor([log_ratio], requires_grad=True)
-    total, metrics = clipped_policy_loss(new, torch.zeros(1), torch.tensor([advantage]), clip_range=0.2)
+    total, metrics = clipped_policy_loss(new, torch.zeros(1), torch.tensor([advantage]), clip=Clip(0.2, 0.2))
     (gradient,) = torch.autograd.grad(total, new)
     assert torch.isfinite(torch.stack([total.detach(), gradient.sum(), *metrics.values()])).all()
     expected = max(-advantage * math.exp(math.copysign(20, log_ratio)), -advantage * (1.2 if log_ratio > 0 else 0.8))
@@ -84,9 +85,10 @@ def test_value_loss_matches_a_loop_in_value_and_gradient(case):
 def test_micro_batches_add_up(case):
     """Sums of parts are those of the whole: what lets one place divide."""
     parts = [slice(0, 3), slice(3, 4), slice(4, 25)]
-    for loss, keyword in ((clipped_policy_loss, "clip_range"), (clipped_value_loss, "value_clip_range")):
-        whole = loss(*case, **{keyword: 0.2})
-        split = [loss(*(x[p] for x in case), **{keyword: 0.2}) for p in parts]
+    both = ((clipped_policy_loss, {"clip": Clip(0.2, 0.3, 3.0)}), (clipped_value_loss, {"value_clip_range": 0.2}))
+    for loss, keyword in both:
+        whole = loss(*case, **keyword)
+        split = [loss(*(x[p] for x in case), **keyword) for p in parts]
         assert sum(part[0].item() for part in split) == pytest.approx(whole[0].item(), rel=1e-6)
         for name, value in whole[1].items():
             assert sum(part[1][name].item() for part in split) == pytest.approx(value.item(), rel=1e-5)
@@ -140,7 +142,7 @@ def test_pointwise_loss_matches_a_loop_and_its_gradient():
 def test_empty_batches_sum_to_zero():
     none = torch.zeros(0)
     for total, metrics in (
-        clipped_policy_loss(none, none, none, clip_range=0.2),
+        clipped_policy_loss(none, none, none, clip=Clip(0.2, 0.2)),
         clipped_value_loss(none, none, none, value_clip_range=0.2),
         bradley_terry_loss(none, none, none),
         pointwise_loss(none, none, none),
@@ -151,7 +153,7 @@ def test_empty_batches_sum_to_zero():
 def test_errors_name_the_tensors(case):
     first, second, third = case
     with pytest.raises(ValueError, match=r"advantages: got .*\[24\]"):
-        clipped_policy_loss(first, second, third[1:], clip_range=0.2)
+        clipped_policy_loss(first, second, third[1:], clip=Clip(0.2, 0.2))
     with pytest.raises(ValueError, match=r"returns: got .*\[24\]"):
         clipped_value_loss(first, second, third[1:], value_clip_range=0.2)
     with pytest.raises(ValueError, match=r"chosen_scores \[25\], rejected_scores \[24\], weight \[25\]"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megarlhf_kernels import (
+    Clip,
     Discount,
     Shaping,
     clipped_policy_loss,
@@ -106,7 +107,9 @@ def policy_value_loss_cases(maker: Maker) -> Iterator[Case]:
 
     def ours(impl: Impl) -> Run:
         def run(x: Inputs) -> Outputs:
-            policy, *_ = clipped_policy_loss(x["new"], x["old"], x["advantages"], x["mask"], clip_range=CLIP, impl=impl)
+            policy, *_ = clipped_policy_loss(
+                x["new"], x["old"], x["advantages"], x["mask"], clip=Clip(CLIP, CLIP), impl=impl
+            )
             value, *_ = clipped_value_loss(
                 x["new_values"], x["values"], x["returns"], x["mask"], value_clip_range=VALUE_CLIP, impl=impl
             )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megarlhf_kernels import PolicyTerms, full_kl, linear_logprob, linear_ppo, token_logprob
+from megarlhf_kernels import Anchor, Clip, PolicyTerms, full_kl, linear_logprob, linear_ppo, token_logprob
 from megarlhf_kernels.dispatch import Impl
 from megarlhf_kernels.full_kl import definition as kl_definition
 from megarlhf_kernels.token_logprob import definition as logprob_definition
@@ -143,7 +143,8 @@ def _from_logits(x: Inputs) -> Outputs:
 
 
 def _terms(x: Inputs) -> PolicyTerms:
-    return PolicyTerms(x["old"], x["advantages"], CLIP, 1.0, ENTROPY_COEF, KL_COEF, x["ref"])
+    anchor = Anchor(x["ref"], KL_COEF, "k2")
+    return PolicyTerms(x["old"], x["advantages"], Clip(CLIP, CLIP), entropy_coef=ENTROPY_COEF, anchor=anchor)
 
 
 def _surrogate(x: Inputs, logprobs: Tensor) -> Tensor:
@@ -153,7 +154,8 @@ def _surrogate(x: Inputs, logprobs: Tensor) -> Tensor:
 
 def _loss(x: Inputs, outputs: Outputs) -> Outputs:
     logprobs = outputs["logprobs"].to(x["old"].dtype)
-    loss = _surrogate(x, logprobs) + 0.5 * KL_COEF * ((logprobs - x["ref"]) ** 2).sum()
+    ratio = (logprobs - x["old"]).exp().detach()
+    loss = _surrogate(x, logprobs) + 0.5 * KL_COEF * (ratio * (logprobs - x["ref"]) ** 2).sum()
     if "entropy" in outputs:
         return {"loss": loss - ENTROPY_COEF * outputs["entropy"].sum()}
     return {"loss_without_entropy": loss}
