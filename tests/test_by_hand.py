@@ -12,13 +12,13 @@ from torch import Tensor
 from megarlhf.ops.advantages import gae
 from megarlhf.ops.kl import kl_k1
 from megarlhf.ops.masked import masked_whiten
-from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.rewards import add_kl_penalty
 from megarlhf.ops.scores import marked_down
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf_kernels import Clip
 from megarlhf_kernels.token_logprob import token_logprob
 from tests.helpers.by_hand import load_by_hand
+from tests.helpers.losses import clipped_policy_loss
 
 by_hand = load_by_hand()
 

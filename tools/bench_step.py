@@ -186,7 +186,7 @@ def _phases(
     equal = torch.full((sizes.rows,), sizes.new_tokens, device=mesh.device)
     draws = torch.Generator().manual_seed(3)
     ragged = torch.randint(SHORTEST, sizes.new_tokens + 1, (sizes.rows,), generator=draws).to(mesh.device)
-    turn = Turn(0, cfg.seed, Clock(mesh.device), StepGuard(cfg.run_dir, 0, mesh))
+    turn = Turn(0, cfg.seed, Clock(mesh.device), StepGuard(cfg.run_dir, 0, mesh), lambda _: prompts)
 
     def roll_out(response_lengths: Tensor) -> Any:
         engine.response_lengths = response_lengths
@@ -210,7 +210,7 @@ def _phases(
     iteration_flops = forward + sum(flops.values()) + 3 * (forward + body)
 
     def update(role: TrainableRole, loss: Loss) -> Phase:
-        run = partial(optimise, role, loss, rows[role.name], turn, epochs=cfg.ppo_epochs, global_batch=cfg.global_batch)
+        run = partial(optimise, role, loss, rows[role.name], turn, cfg)
         return Phase(f"update_{role.name}", run, {"train": 1}, positions, 3 * flops[role])
 
     phases = [

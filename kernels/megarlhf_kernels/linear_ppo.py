@@ -29,7 +29,7 @@ from megarlhf_kernels.dispatch import Impl
 from megarlhf_kernels.policy_value_loss import MAX_LOG_RATIO, Clip, clipped_policy_loss, clipped_weight_loss, k3
 from megarlhf_kernels.token_logprob import Softmax
 
-METRICS = ("clip_fraction", "approx_kl", "ratio", "entropy")
+METRICS: tuple[str, ...] = ("clip_fraction", "approx_kl", "ratio", "entropy")
 """What `linear_ppo` says besides, as sums over tokens: those of `policy_value_loss`, and the entropy."""
 
 
@@ -39,10 +39,11 @@ Surrogate = Literal["clip", "cispo"]
 
 @dataclass(frozen=True)
 class Anchor:
-    """What the policy is kept near by a term of the loss."""
+    """What the policy is kept near by a term of the loss: tensors [N] fp32, in nats."""
 
+    logprobs: Tensor
+    """When the rollout was made."""
     ref_logprobs: Tensor
-    """[N], in nats."""
     coef: float
     """Cost of a nat."""
     estimator: Estimator
@@ -82,9 +83,9 @@ class PolicyTerms:
         if self.entropy_coef:
             total = total - self.entropy_coef * _summed(entropy, weights)
         if self.anchor is not None:
-            ref = self.anchor.ref_logprobs[rows]
-            kl = kl_loss(new_logprobs, old, ref, self.anchor.estimator)
-            total = total + self.anchor.coef * _summed(kl, weights)
+            anchor = self.anchor
+            kl = kl_loss(new_logprobs, anchor.logprobs[rows], anchor.ref_logprobs[rows], anchor.estimator)
+            total = total + anchor.coef * _summed(kl, weights)
         return total, metrics
 
 
@@ -129,7 +130,8 @@ def definition(hidden: Tensor, weight: Tensor, labels: Tensor, terms: PolicyTerm
     loss = loss + terms.entropy_coef * (distribution.exp() * distribution).sum(1)
     if terms.anchor is not None:
         gap = logprobs - terms.anchor.ref_logprobs
-        each = {"k1": ratio * gap, "k2": ratio.detach() * gap**2 / 2, "k3": ratio * (torch.exp(-gap) - 1 + gap)}
+        moved = (logprobs - terms.anchor.logprobs).exp()
+        each = {"k1": moved * gap, "k2": moved.detach() * gap**2 / 2, "k3": moved * (torch.exp(-gap) - 1 + gap)}
         loss = loss + terms.anchor.coef * each[terms.anchor.estimator]
     return (loss if terms.weights is None else loss * terms.weights).sum()
 
@@ -167,7 +169,8 @@ def linear_ppo(
 
 def _check_terms(terms: PolicyTerms, hidden: Tensor, projection: Projection) -> None:
     per_token = {"logprobs": terms.logprobs, "advantages": terms.advantages, "weights": terms.weights}
-    per_token |= {"ref_logprobs": terms.anchor and terms.anchor.ref_logprobs}
+    if terms.anchor is not None:
+        per_token |= {"anchor.logprobs": terms.anchor.logprobs, "anchor.ref_logprobs": terms.anchor.ref_logprobs}
     for name, tensor in per_token.items():
         if tensor is not None:
             check(name, tensor, (hidden.shape[0],), (projection.dtype,), hidden)

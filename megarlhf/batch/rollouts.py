@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
@@ -113,6 +113,21 @@ class PolicyRows(LearnerRows):
     logprobs: TokenNumbers
     """When the rollout was made, in nats."""
     advantages: TokenNumbers
+
+    @classmethod
+    def random(cls, rollout: Rollout, generator: torch.Generator) -> Self:
+        """Rows of a rollout with normal random numbers, equal in every layout: what a loss is checked on."""
+        shape, device = rollout.sampler_logprobs.shape, rollout.tokens.device
+        numbers = (torch.randn(shape, generator=generator).to(device) for _ in fields(cls)[1:])
+        return cls(rollout, *numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class Anchored(PolicyRows):
+    """And what it is kept near by a term of its loss."""
+
+    ref_logprobs: TokenNumbers
+    """The reference's, in nats; the policy's own where nothing keeps it near another."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,14 +28,14 @@ from megarlhf.errors import ConfigError, TrainingError
 from megarlhf.gates.cheap import (
     PROMPTS,
     TOKENS,
+    Lesson,
     first_pass_gate,
     fresh_rollout,
     gate_prompts,
     offload_gate,
+    probe_rows,
     reference_gate,
     sampler_gate,
-    scored,
-    unscored,
 )
 from megarlhf.gates.deep import (
     Measured,
@@ -187,8 +187,7 @@ def one_rank(trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs) ->
         return f"one rank would need {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
     with alone(seed=cfg.seed) as mesh:
         probe = build_probe(cfg, inputs, mesh)
-        loss = trainer.learners["actor"].loss(probe, cfg)
-        measured = measure(probe, _fixed(cfg, inputs, mesh), loss, seed=cfg.seed)
+        measured = measure(probe, _fixed(cfg, inputs, mesh), _lesson(trainer, probe, cfg), seed=cfg.seed)
     del probe
     _free(device)
     return measured
@@ -199,6 +198,11 @@ def build_probe(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Trainabl
     reading = LabelLogprobs(cfg.sampling.temperature)
     optim = cfg.actor.optim.model_copy(update={"distributed": False})
     return learner("probe", inputs.models["actor"], reading, optim, cfg.actor_steps, cfg, mesh)
+
+
+def _lesson(trainer: PolicyTrainer, actor: TrainableRole, cfg: PolicyConfig) -> Lesson:
+    learner = trainer.learners["actor"]
+    return Lesson(learner.rows, learner.loss(actor, cfg))
 
 
 def _fixed(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Rollout:
@@ -224,15 +228,15 @@ def examine(
         return
 
     cast = trainer.models(cfg, inputs, mesh)
-    actor, loss, seed = cast.actor, trainer.learners["actor"].loss(cast.actor, cfg), cfg.seed
+    actor, lesson, seed = cast.actor, _lesson(trainer, cast.actor, cfg), cfg.seed
     yield offload_gate(cast.every)
     yield hugging_face_gate(actor, cfg.actor.init)
     prompts = gate_prompts(inputs.prompts, mesh)
     rollout = fresh_rollout(cast, prompts, cfg.sampling, seed=seed)
     yield sampler_gate(actor, rollout)
-    yield first_pass_gate(actor, rollout, loss, seed=seed)
+    yield first_pass_gate(actor, rollout, lesson, seed=seed)
     yield reference_gate(cast, rollout, reference_is_actor=cfg.reference_init == cfg.actor.init)
-    yield micro_batch_gate(actor, rollout, loss, seed=seed)
+    yield micro_batch_gate(actor, rollout, lesson, seed=seed)
     with _shared_directory(cfg.run_dir, mesh) as directory:
         yield save_load_gate(actor, inputs.tokenizer, directory / "model")
 
@@ -242,13 +246,13 @@ def examine_probe(
 ) -> list[Gate]:
     """What is seen on a model that was never away from the device, and that may be trained."""
     probe = build_probe(cfg, inputs, mesh)
-    loss, fixed = trainer.learners["actor"].loss(probe, cfg), _fixed(cfg, inputs, mesh)
+    lesson, fixed = _lesson(trainer, probe, cfg), _fixed(cfg, inputs, mesh)
     if isinstance(alternative, str):
         layout = [skip("layout", alternative)]
     else:
-        layout = layout_gates(probe, measure(probe, fixed, loss, seed=cfg.seed), alternative)
+        layout = layout_gates(probe, measure(probe, fixed, lesson, seed=cfg.seed), alternative)
     # A step gives the optimiser moments to lose.
-    probe.update(scored(probe, unscored(fixed, cfg.seed)), loss)
+    probe.update(probe_rows(probe, fixed, lesson, seed=cfg.seed), lesson.loss)
     return [*layout, replace(offload_gate([probe]), name=PROBE_OFFLOAD)]
 
 

@@ -37,7 +37,11 @@ class Loader(Iterator[Tensor]):
 
     def __next__(self) -> Tensor:
         """The next global batch."""
-        parts, wanted = [], self.batch
+        return self.take(self.batch)
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` rows, whatever the batch: int64 [count]."""
+        parts, wanted = [], count
         while wanted:
             epoch, start = divmod(self._position, self.rows)
             if epoch != self._epoch:

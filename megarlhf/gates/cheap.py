@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +33,26 @@ CHUNK = 2**22
 """Numbers that are fingerprinted at once; bounds the memory that it takes."""
 
 
+class Lesson(NamedTuple):
+    """What the actor learns from, and how."""
+
+    rows: type[PolicyRows]
+    loss: Loss
+    """Over such rows. It reports `ratio`, `clip_fraction` and `approx_kl`."""
+
+
 def cheap_gates(
-    cast: PolicyModels, prompts: Prompts, loss: Loss, sampling: SamplingConfig, *, seed: int, reference_is_actor: bool
+    cast: PolicyModels,
+    prompts: Prompts,
+    lesson: Lesson,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    reference_is_actor: bool,
 ) -> list[Gate]:
     """What a run measures before its first step: seconds, and no trace in weights, optimiser state or random numbers.
 
-    prompts: those of `gate_prompts`; loss: the actor's; reference_is_actor: both have the same weights now.
+    prompts: those of `gate_prompts`; reference_is_actor: both have the same weights now.
     Memory:   one role is resident at a time, as in training. Ranks: collective over the mesh; equal on every rank.
     """
     actor, device = cast.actor, cast.actor.mesh.device
@@ -49,7 +64,7 @@ def cheap_gates(
         return [
             offload,
             sampler_gate(actor, rollout),
-            first_pass_gate(actor, rollout, loss, seed=seed),
+            first_pass_gate(actor, rollout, lesson, seed=seed),
             reference_gate(cast, rollout, reference_is_actor=reference_is_actor),
         ]
 
@@ -78,13 +93,10 @@ def sampler_gate(actor: TrainableRole, rollout: Rollout) -> Gate:
     )
 
 
-def first_pass_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed: int) -> Gate:
-    """On rows that were just scored the ratio is 1, nothing is clipped and the policy has not moved.
-
-    loss: reports `ratio`, `clip_fraction` and `approx_kl`.
-    """
-    batch = scored(actor, unscored(rollout, seed))
-    with gradients(actor, batch, loss, actor.settings.micro_batch) as means:
+def first_pass_gate(actor: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> Gate:
+    """On rows that were just scored the ratio is 1, nothing is clipped and the policy has not moved."""
+    batch = probe_rows(actor, rollout, lesson, seed=seed)
+    with gradients(actor, batch, lesson.loss, actor.settings.micro_batch) as means:
         told = means.metrics
     return Gate(
         "first pass",
@@ -99,6 +111,8 @@ def first_pass_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed:
 def reference_gate(cast: PolicyModels, rollout: Rollout, *, reference_is_actor: bool) -> Gate:
     """A reference with the actor's weights has the actor's log-probs, so the KL penalty starts at 0."""
     name = "reference"
+    if cast.reference is None:
+        return skip(name, "nothing keeps the policy near a reference, so there is none")
     if not reference_is_actor:
         return skip(name, "the reference and the actor have different weights")
     gap = (cast.actor.score(rollout) - cast.reference.score(rollout))[rollout.response_mask]
@@ -158,16 +172,10 @@ def fingerprint(tensor: Tensor) -> int | None:
     return total % 2**64
 
 
-def unscored(rollout: Rollout, seed: int) -> PolicyRows:
-    """`rollout` with random advantages, the same for every layout; log-probs are 0 until `scored`."""
-    zeros = torch.zeros_like(rollout.sampler_logprobs)
-    advantages = torch.randn(zeros.shape, generator=generator(seed, "gates", "advantages")).to(zeros.device)
-    return PolicyRows(rollout, zeros, advantages)
-
-
-def scored(role: TrainableRole, batch: PolicyRows) -> PolicyRows:
-    """`batch` with the log-probs that the role gives it now."""
-    return replace(batch, logprobs=role.score(batch.rollout))
+def probe_rows(role: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> PolicyRows:
+    """Rows of a rollout with the log-probs that the role gives it now, and random numbers else. Collective."""
+    random = lesson.rows.random(rollout, generator(seed, "gates", "rows"))
+    return replace(random, logprobs=role.score(rollout))
 
 
 @contextmanager

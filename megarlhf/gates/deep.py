@@ -15,13 +15,13 @@ from megarlhf.checkpoint.hf_names import source_of
 from megarlhf.checkpoint.hf_verify import ROWS, TOKENS, hf_logits
 from megarlhf.checkpoint.model_directory import MODEL, load_model, save_model
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.gates.cheap import fingerprint, gradients, scored, unscored
+from megarlhf.gates.cheap import Lesson, fingerprint, gradients, probe_rows
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.spec import PRESETS
 from megarlhf.parallel.collectives import all_reduce, broadcast
 from megarlhf.parallel.gradients import main_grad
-from megarlhf.parallel.micro_batches import Loss, States
+from megarlhf.parallel.micro_batches import States
 from megarlhf.parallel.pipeline import forward_only
 from megarlhf.parallel.rng import generator
 
@@ -84,14 +84,14 @@ def logit_gap(role: Role, tokens: Tensor, logits: Tensor) -> float:
     return worst(gaps, role.mesh)
 
 
-def micro_batch_gate(actor: TrainableRole, rollout: Rollout, loss: Loss, *, seed: int) -> Gate:
+def micro_batch_gate(actor: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> Gate:
     """The gradient does not depend on how rows are cut into micro-batches. The weights are left as they were."""
-    batch = scored(actor, unscored(rollout, seed))
+    batch = probe_rows(actor, rollout, lesson, seed=seed)
     usual = min(actor.settings.micro_batch, len(batch))
     other = usual // 2 if usual > 1 else 2
-    with gradients(actor, batch, loss, usual):
+    with gradients(actor, batch, lesson.loss, usual):
         before = [gradient.to("cpu", copy=True) for _, gradient in _gradient_tensors(actor)]  # it may be large
-    with gradients(actor, batch, loss, other):
+    with gradients(actor, batch, lesson.loss, other):
         gaps = [
             relative(float((gradient.cpu() - old).norm()), float(old.norm()))
             for (_, gradient), old in zip(_gradient_tensors(actor), before, strict=True)
@@ -140,13 +140,13 @@ class Measured:
     """L2 norm of each whole gradient, by the Hugging Face names of what the tensor is made of."""
 
 
-def measure(role: TrainableRole, rollout: Rollout, loss: Loss, *, seed: int) -> Measured:
+def measure(role: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> Measured:
     """Score and differentiate `rollout`, which every rank holds whole. The weights are left as they were.
 
     role: prepared with `distributed=False`, so that every data rank has the whole gradient.
     """
-    batch = scored(role, unscored(rollout, seed))
-    with gradients(role, batch, loss, role.settings.micro_batch):
+    batch = probe_rows(role, rollout, lesson, seed=seed)
+    with gradients(role, batch, lesson.loss, role.settings.micro_batch):
         norms = _gradient_norms(role)
     return Measured(batch.logprobs.cpu(), norms)
 

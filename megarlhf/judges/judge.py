@@ -38,6 +38,33 @@ class Verdict:
         """[B] fp32."""
         return self.token_scores.sum(1)
 
+    def rows(self, chosen: Sequence[int]) -> Verdict:
+        """Of the chosen rows."""
+        return Verdict(
+            self.token_scores[torch.tensor(chosen, device=self.token_scores.device)],
+            {name: values[torch.tensor(chosen)] for name, values in self.parts.items()},
+            [self.correct[row] for row in chosen] if self.correct else (),
+        )
+
+
+def joined_verdicts(parts: Sequence[Verdict]) -> Verdict:
+    """What one judge says of several batches, as of one; a part of a score that it did not name counts as 0."""
+    names = sorted({name for part in parts for name in part.parts})
+    return Verdict(
+        padded_cat([part.token_scores for part in parts]),
+        {
+            name: torch.cat([part.parts.get(name, torch.zeros(len(part.token_scores))) for part in parts])
+            for name in names
+        },
+        [right for part in parts for right in part.correct],
+    )
+
+
+def padded_cat(parts: Sequence[Tensor]) -> Tensor:
+    """[sum of B, largest T]: numbers of tokens [B, T] of several batches, 0 beyond a batch's own T."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts])
+
 
 class Judge(Protocol):
     """A source of scores. A new one is a file beside this, and a name in the union of judges/__init__.py."""

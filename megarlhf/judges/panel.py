@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.judges import JudgeSettings
-from megarlhf.judges.judge import UNKNOWN, Judge, Verdict
+from megarlhf.judges.judge import UNKNOWN, Judge, Verdict, joined_verdicts, padded_cat
 from megarlhf.judges.reward_model import ModelJudge, ModelJudgeConfig, model_judge
 from megarlhf.judges.rules import RuleConfig
 from megarlhf.judges.texts import Reader, text_judge
@@ -39,6 +39,25 @@ class Judgement:
     def scores(self) -> Tensor:
         """[B] fp32."""
         return self.token_scores.sum(1)
+
+    def rows(self, chosen: Sequence[int]) -> Judgement:
+        """Of the chosen rows; the metrics stay those of all."""
+        return Judgement(
+            self.token_scores[torch.tensor(chosen, device=self.token_scores.device)],
+            {name: verdict.rows(chosen) for name, verdict in self.verdicts.items()},
+            [self.correct[row] for row in chosen],
+            self.metrics,
+        )
+
+
+def joined(parts: Sequence[Judgement]) -> Judgement:
+    """Of the rows of several batches, in order, that one panel judged."""
+    verdicts = {name: joined_verdicts([part.verdicts[name] for part in parts]) for name in parts[0].verdicts}
+    metrics: Metrics = {}
+    for name, verdict in verdicts.items():
+        metrics |= _metrics_of(name, verdict, sum(part.metrics[f"time/judge_{name}_s"] for part in parts))
+    correct = [right for part in parts for right in part.correct]
+    return Judgement(padded_cat([part.token_scores for part in parts]), verdicts, correct, metrics)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from megarlhf.batch.rollouts import Rollout
+from megarlhf.checkpoint.number_bits import bits_of, float_of
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.ops.scores import EPS, group_moments, marked_down, normalised, overlong_penalty, shrunk
@@ -35,11 +35,15 @@ class ShapingConfig(Config):
     """4. Score of a response cut at the token limit. `auto`: the judges', but never more than a wrong response gets
     (where every judge is known for that) nor than any that ended in the batch; null keeps the judges'.
     Source: Huang et al. 2024 give -1, which is low only if wrong responses score higher."""
-    overlong_buffer: int = Field(default=0, ge=0)
+    overlong_buffer: Annotated[int, Field(ge=0)] | Literal["fifth"] = 0
     """5. Last tokens before sampling.max_new_tokens over which a response loses up to overlong_penalty, linearly; 0: no
-    such loss. Source: DAPO, a fifth of the limit."""
+    such loss; `fifth`: a fifth of the limit. Source: DAPO, 4,096 of 20,480."""
     overlong_penalty: float = Field(default=1.0, ge=0)
     """Score that a response at the limit loses so."""
+
+    def overlong_tokens(self, limit: int) -> int:
+        """The buffer in tokens, at least one of a fifth."""
+        return max(1, limit // 5) if self.overlong_buffer == "fifth" else self.overlong_buffer
 
     def check(self, group_size: int, limit: int) -> None:
         """Raise ConfigError where a step means nothing for groups of this size and this limit of tokens."""
@@ -48,7 +52,7 @@ class ShapingConfig(Config):
                 "shaping.normalise=group with group_size=1: one response less its own mean is 0; raise group_size, or "
                 "normalise over the batch."
             )
-        if self.overlong_buffer > limit:
+        if self.overlong_tokens(limit) > limit:
             raise ConfigError(
                 f"shaping.overlong_buffer={self.overlong_buffer} is more than sampling.max_new_tokens={limit}; lower "
                 "it."
@@ -85,23 +89,15 @@ class RunningMoments:
         self.count = total
 
     def state(self) -> dict[str, int]:
-        """Everything needed to go on from here; the 64 bits of a float as a whole number, which is what states keep."""
-        return {"count": self.count, "mean": _bits(self.mean), "squares": _bits(self.squares)}
+        """Everything needed to go on from here."""
+        return {"count": self.count, "mean": bits_of(self.mean), "squares": bits_of(self.squares)}
 
     def load_state(self, state: Mapping[str, int]) -> None:
         """Go on from `state`. Raises CheckpointError where it is of something else."""
-        floats = [_float(state[name]) for name in ("mean", "squares") if 0 <= state.get(name, -1) < 1 << 64]
-        if state.keys() != self.state().keys() or not all(map(math.isfinite, floats)) or len(floats) != 2:
+        floats = [float_of(state.get(name, -1)) for name in ("mean", "squares")]
+        if state.keys() != self.state().keys() or not all(map(math.isfinite, floats)):
             raise CheckpointError(f"moments of scores are damaged ({dict(state)}); resume from another state.")
         self.count, (self.mean, self.squares) = state["count"], floats
-
-
-def _bits(value: float) -> int:
-    return int.from_bytes(struct.pack("<d", value), "little")
-
-
-def _float(bits: int) -> float:
-    return struct.unpack("<d", bits.to_bytes(8, "little"))[0]
 
 
 @dataclass(frozen=True)
@@ -131,9 +127,10 @@ class Shaper:
         scores, wrong = (shrunk(each, positive=cfg.positive, negative=cfg.negative) for each in (scores, wrong))
         # 0 times inf is no number: nobody knows, still.
         scores = marked_down(scores, rollout.terminated, cfg.missing_eos, float(wrong.nan_to_num(nan=math.inf)))
-        if not cfg.overlong_buffer:
+        buffer = cfg.overlong_tokens(self.limit)
+        if not buffer:
             return scores
-        lost = overlong_penalty(rollout.response_lengths, limit=self.limit, buffer=cfg.overlong_buffer)
+        lost = overlong_penalty(rollout.response_lengths, limit=self.limit, buffer=buffer)
         return scores + cfg.overlong_penalty * lost
 
     def _normalised(self, scores: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:

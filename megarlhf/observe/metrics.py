@@ -53,7 +53,31 @@ _ROLLOUT = {
     "rollout/sampler_gap_mean": Metric(
         "nats", "|sampler_logprobs - logprobs|", "mean over the response tokens of the iteration"
     ),
+    "rollout/token_mult_prob_error": Metric(
+        "1", "exp(|logprobs - sampler_logprobs|): 1 where both agree", "mean over the response tokens of the iteration"
+    ),
     "rollout/tokens": Metric("tokens", "response tokens", "sum over the rollouts of the iteration"),
+}
+
+_SAMPLER = {
+    "sampler/changed_fraction": Metric(
+        "fraction", "[sampler_correction changed or dropped the token's weight]", "mean over the response tokens"
+    ),
+    "sampler/effective_sample_fraction": Metric(
+        "fraction", "(sum w)^2 / (N sum w^2) of the weights w of sampler_correction", "response tokens"
+    ),
+}
+
+_GROUP = {
+    "group/equal_fraction": Metric("fraction", "[all scores of the group are equal]", "mean over the groups drawn"),
+    "group/score_std_mean": Metric("reward", "sqrt(mean((score - mean)^2)) in a group", "mean over the groups drawn"),
+}
+
+_DRAWS = {
+    "draws/count": Metric("draws", "times that prompts were rolled out", "sum over the iteration"),
+    "draws/kept_fraction": Metric("fraction", "[scores of the group differ]", "mean over the groups drawn"),
+    "draws/filled_groups": Metric("groups", "groups of equal scores that fill the batch", "sum over the iteration"),
+    "draws/discarded_tokens": Metric("tokens", "response tokens that nothing is learnt from", "sum over the iteration"),
 }
 
 _KL = {
@@ -63,18 +87,21 @@ _KL = {
     "kl/reference_exact": Metric(
         "nats", "sum over t and v of p(v) (log p(v) - log ref_p(v)), every exact_kl_every iterations", _ROLLOUTS
     ),
-    "kl/penalty_mean": Metric("reward", "kl_coef * sum over t of k1", _ROLLOUTS),
+    "kl/penalty_mean": Metric("reward", "kl_coef * sum over t of kl_estimator, else k1", _ROLLOUTS),
     "kl/coef": Metric("reward/nat", "kl_coef in force", _LAST),
 }
 
 _POLICY = {
     "policy/loss": Metric(
-        "1", "max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range)) - entropy_coef * entropy", _TOKENS
+        "1",
+        "max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range_high)) - entropy_coef * entropy, at most "
+        "-dual_clip * A where A < 0; cispo: -A * clip(ratio) * new_logprobs; + kl_coef * the KL in the loss",
+        "as loss_mean says, over the global batch; mean over the optimiser steps of the iteration",
     ),
     "policy/clip_fraction": Metric("fraction", "[the clipped branch is the larger]", _TOKENS),
     "policy/approx_kl": Metric("nats", "(ratio - 1) - log_ratio, the k3 estimate of KL(old || new)", _TOKENS),
     "policy/entropy_mean": Metric("nats", "entropy of the temperature-scaled next-token distribution", _TOKENS),
-    "policy/ratio_mean": Metric("1", "exp(new_logprobs - logprobs)", _TOKENS),
+    "policy/ratio_mean": Metric("1", "exp(new_logprobs - logprobs); gspo: of the response", _TOKENS),
     "policy/first_ratio_gap": Metric("1", "|ratio - 1| of the mean ratio in the first optimiser step", _TOKENS_ONCE),
     "policy/first_clip_fraction": Metric("fraction", "policy/clip_fraction of the first optimiser step", "as there"),
     "policy/advantage_std": Metric("1", "standard deviation of the advantages before whitening", "response tokens"),
@@ -187,6 +214,9 @@ _JUDGING = Metric("s", "wall time in which the judge was waited for", "rank 0")
 
 GLOSSARY: dict[str, Metric] = {
     **_ROLLOUT,
+    **_SAMPLER,
+    **_GROUP,
+    **_DRAWS,
     **_KL,
     **_POLICY,
     **_VALUE,

@@ -1,27 +1,25 @@
-"""The clipped surrogate of PPO, and its kin."""
+"""What the policy losses of algorithms have beside the kernel's: the ratio of whole responses."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from megarlhf_kernels import Clip, policy_value_loss
 
+def sequence_logprobs(new_logprobs: Tensor, logprobs: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Old log-probs from which each token's ratio is that of its response, with the gradient that belongs to it.
 
-def clipped_policy_loss(
-    new_logprobs: Tensor, logprobs: Tensor, advantages: Tensor, *, clip: Clip
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Summed over tokens; differentiable in `new_logprobs`.
+        s = exp(mean over t of (new_t - old_t))        returned: new_t - log s, so that exp(new_t - returned_t) = s
 
-        loss_t = max(-A_t ratio_t, -A_t clip(ratio_t, 1 - low, 1 + high)), at most -dual A_t where A_t < 0
+    The surrogate's gradient is then A s d new_t in each token, and a mean over the tokens of a response makes it that
+    of A s, GSPO's ratio.
 
-    Shapes:   new_logprobs, logprobs, advantages [n] fp32. Returns scalars (sum, metrics).
-    Units:    metrics are sums over the same tokens: `clip_fraction` (tokens whose gradient the clip removed),
-              `approx_kl` (k3 of KL(old || new), nats), `ratio`.
-    Raises:   ValueError if shapes differ.
-    Source:   Schulman et al. 2017, eq. 7; dual clip: Ye et al. 2020, eq. 5. Differs: |new - old| is clamped to 20
-              before exp, without gradient beyond.
+    Shapes:   new_logprobs, logprobs [n] fp32, without gradient; row [n] int64: whose token each is, of `rows`.
+              Returns [n].
+    Source:   GSPO (arXiv 2507.18071), eq. 6 and 14.
     """
-    every = torch.ones_like(new_logprobs, dtype=torch.bool)
-    total, _, metrics = policy_value_loss.clipped_policy_loss(new_logprobs, logprobs, advantages, every, clip=clip)
-    return total, metrics
+    gap = (new_logprobs - logprobs).double()
+    sums = torch.zeros(2, rows, dtype=torch.float64, device=gap.device)
+    sums.index_add_(1, row, torch.stack([gap, torch.ones_like(gap)]))
+    mean = sums[0] / sums[1].clamp(min=1)
+    return new_logprobs - mean[row].to(new_logprobs.dtype)

@@ -13,17 +13,17 @@ EPS = 1e-6
 """Added to a standard deviation that is divided by. Source: verl, slime, ROLL."""
 
 
-def normalised(scores: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
-    """(scores - mean) / (std + 1e-6): a set of equal scores becomes 0.
+def normalised(scores: Tensor, mean: Tensor | float, std: Tensor | float, *, eps: float = EPS) -> Tensor:
+    """(scores - mean) / (std + eps): a set of equal scores becomes 0.
 
     Shapes:   scores [B] fp32; mean and std numbers, or fp64 [B]. Returns [B] fp32.
     """
     # In fp64: the mean of equal numbers can be a rounding away from them, which 1e-6 would make a score of.
-    return ((scores.double() - mean) / (std + EPS)).to(scores.dtype)
+    return ((scores.double() - mean) / (std + eps)).to(scores.dtype)
 
 
-def group_moments(scores: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (divided by group_size - 1) of the responses to each one's prompt.
+def group_moments(scores: Tensor, group_size: int, *, correction: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (divided by group_size - correction) of the responses to each one's prompt.
 
     Shapes:   scores [B] fp32, those to one prompt adjacent. Returns (mean, std) [B] fp64.
     Raises:   ValueError if groups have one row, or do not divide B.
@@ -31,7 +31,7 @@ def group_moments(scores: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     if group_size < 2 or len(scores) % group_size:
         raise ValueError(f"group_size: {group_size} for {len(scores)} scores; must be at least 2 and divide them.")
     groups = scores.double().view(-1, group_size)
-    mean, std = groups.mean(1), groups.std(1, correction=1)
+    mean, std = groups.mean(1), groups.std(1, correction=correction)
     return mean.repeat_interleave(group_size), std.repeat_interleave(group_size)
 
 

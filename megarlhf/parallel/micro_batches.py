@@ -47,13 +47,16 @@ class States:
 
 @dataclass(frozen=True)
 class LossSums:
-    """A loss over some states: sums, to be divided once by the count over the whole batch."""
+    """A loss over some states: sums, to be divided once by the counts over the whole batch."""
 
     total: Tensor
     """The loss, with its gradient."""
     count: int
+    """What the loss is divided by, summed over the batch: tokens, or rows."""
     metrics: dict[str, Tensor]
-    """Sums of numbers that share the count, without gradient."""
+    """Sums over the states, without gradient."""
+    metric_count: int
+    """What those are divided by, summed over the batch."""
 
 
 class Loss(Protocol[RowsT_contra]):

@@ -119,11 +119,11 @@ def _means(losses: Sequence[LossSums], mesh: Mesh) -> LossMeans:
     if mesh.pipeline_rank == last:
         names = ["loss", *losses[0].metrics]
         rows = [torch.stack([x.double() for x in (each.total, *each.metrics.values())]) for each in losses]
-        count = rows[0].new_tensor([sum(each.count for each in losses)])
-        everything = torch.cat([torch.stack(rows).sum(0), count])
+        counts = rows[0].new_tensor([sum(each.count for each in losses), sum(each.metric_count for each in losses)])
+        everything = torch.cat([torch.stack(rows).sum(0), counts])
         told = cast(list[float], all_reduce(everything, mesh, "data").tolist())  # pyright: ignore[reportUnknownMemberType]
-        sums = dict(zip([*names, "count"], told, strict=True))
+        sums = dict(zip([*names, "count", "metric_count"], told, strict=True))
     sums = broadcast_object(sums, mesh, "pipeline", source=last)
-    total = int(sums.pop("count"))
-    means = {name: value / max(total, 1) for name, value in sums.items()}
-    return LossMeans(loss=means.pop("loss"), count=total, metrics=means)
+    count, metric_count = int(sums.pop("count")), int(sums.pop("metric_count"))
+    loss = sums.pop("loss") / max(count, 1)
+    return LossMeans(loss, count, {name: value / max(metric_count, 1) for name, value in sums.items()})

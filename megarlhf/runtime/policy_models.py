@@ -16,12 +16,13 @@ class PolicyModels:
     actor: TrainableRole
     sampler: RolloutEngine
     """Draws from the actor's own weights."""
-    reference: FrozenRole
+    reference: FrozenRole | None
+    """None where nothing asks for one."""
 
     @property
     def every(self) -> tuple[Role, ...]:
         """All models."""
-        return (self.actor, self.reference)
+        return (self.actor, *([] if self.reference is None else [self.reference]))
 
     @property
     def learners(self) -> Mapping[str, TrainableRole]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ from megarlhf.runtime.checks import (
     resolve_tokenizer,
 )
 from megarlhf.runtime.texts import chosen_data
+from megarlhf.trainers.correction import SamplerCorrectionConfig
+from megarlhf.trainers.kl_coefficient import KLCoefficient
+from megarlhf_kernels import Clip
 
 
 class LearnerConfig(Config):
@@ -63,7 +67,7 @@ class PolicyConfig(RunConfig):
     actor: LearnerConfig = LearnerConfig()
     """The policy; `actor.init` is usually the SFT model."""
     reference: FrozenConfig = FrozenConfig()
-    """The policy that the KL is measured to."""
+    """The policy that the KL is measured to. Without a KL there is none, unless `reference.init` names it."""
     reward: FrozenConfig = FrozenConfig()
     """The model that scores responses; short for a judge: judges.reward.kind=model judges.reward.init=..."""
     judges: dict[str, JudgeSettings] = Field(default={})
@@ -85,8 +89,21 @@ class PolicyConfig(RunConfig):
     """Responses per prompt; an iteration takes rollout_batch / group_size prompts."""
     global_batch: int = Field(default=512, ge=1)
     """Rollouts per optimiser step, over all data ranks; must divide rollout_batch."""
+    batch_unit: Literal["rollouts", "prompts"] = "rollouts"
+    """What rollout_batch and global_batch count: rollouts, or prompts of group_size rollouts each. With `rollouts` a
+    larger group means fewer prompts at the same cost, with `prompts` the same prompts at a higher one."""
     clip_range: float = Field(default=0.2, gt=0)
-    """The ratio is clipped to 1 +- this. Source: Schulman et al. 2017."""
+    """The ratio is clipped from 1 - this, and to 1 + this. Source: Schulman et al. 2017."""
+    clip_range_high: float | None = Field(default=None, gt=0)
+    """The ratio is clipped to 1 + this; null: as from below. Source: DAPO."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Where the advantage is negative, the loss is at most this times its size; null: whatever the ratio is.
+    Source: Ye et al. 2020, who use 3."""
+    loss_mean: Literal["token", "sequence", "constant"] = "token"
+    """What the loss is a mean over, in the global batch of a step: its response tokens; its rollouts, of which each is
+    the mean over its own tokens; or its rollouts, each its sum over sampling.max_new_tokens."""
+    sampler_correction: SamplerCorrectionConfig = SamplerCorrectionConfig()
+    """How a gap between sampler and trainer is made up for."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Reward of a nat of entropy a token, in the policy loss. Source: 0 in Huang et al. 2024."""
     policy_loss: Annotated[Literal["fused", "composed"], FreeToChange()] = "fused"
@@ -120,19 +137,45 @@ class PolicyConfig(RunConfig):
         return Choice("policy loss", how[self.policy_loss], f"policy_loss={self.policy_loss}")
 
     @property
-    def prompts_per_iteration(self) -> int:
-        """Distinct prompts of one iteration."""
-        return self.rollout_batch // self.group_size
+    def clip(self) -> Clip:
+        """How far a ratio may go."""
+        high = self.clip_range if self.clip_range_high is None else self.clip_range_high
+        return Clip(self.clip_range, high, math.inf if self.dual_clip is None else self.dual_clip)
 
     @property
-    def epochs(self) -> int:
-        """Passes over an iteration's rollouts."""
+    def rollouts_per_iteration(self) -> int:
+        """Over all data ranks."""
+        return self.rollout_batch * (self.group_size if self.batch_unit == "prompts" else 1)
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Of the optimiser, over all data ranks."""
+        return self.global_batch * (self.group_size if self.batch_unit == "prompts" else 1)
+
+    @property
+    def prompts_per_iteration(self) -> int:
+        """Distinct prompts of one iteration."""
+        return self.rollouts_per_iteration // self.group_size
+
+    @property
+    def passes(self) -> int:
+        """Over an iteration's rollouts."""
         return 1
 
     @property
     def steps_per_iteration(self) -> int:
         """Optimiser steps of each learner in one iteration."""
-        return self.epochs * (self.rollout_batch // self.global_batch)
+        return self.passes * (self.rollout_batch // self.global_batch)
+
+    @property
+    def kl_coefficient(self) -> KLCoefficient:
+        """What a nat of distance to the reference costs, from the start."""
+        return KLCoefficient(0.0)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the distance to a reference is asked for."""
+        return bool(self.reference.init)
 
     @property
     def first_iteration(self) -> int:
@@ -159,7 +202,8 @@ class PolicyConfig(RunConfig):
     def inits(self) -> dict[str, str]:
         """Where the model of each role starts."""
         judges = {name: judge.init for name, judge in self.panel.items() if isinstance(judge, ModelJudgeConfig)}
-        return {"actor": self.actor.init, **judges, "reference": self.reference_init}
+        reference = {"reference": self.reference_init} if self.needs_reference else {}
+        return {"actor": self.actor.init, **judges, **reference}
 
     def setting_of(self, role: str) -> str:
         """The setting that says where the model of a role starts."""
@@ -182,12 +226,15 @@ class PolicyConfig(RunConfig):
         usual = type(self).model_fields["kl_bound"].default
         if "kl/reference_mean" not in self.logged and self.kl_bound not in (None, usual):
             raise ConfigError(f"kl_bound={self.kl_bound:g}: nothing logs kl/reference_mean here; set kl_bound=null.")
-        for name, part in (("group_size", self.group_size), ("global_batch", self.global_batch)):
+        parts = {"group_size": self.group_size} if self.batch_unit == "rollouts" else {}
+        for name, part in {**parts, "global_batch": self.global_batch}.items():
             if self.rollout_batch % part:
                 raise ConfigError(
                     f"rollout_batch={self.rollout_batch} is not divisible by {name}={part}; change one of them."
                 )
-        check_batch("global_batch", self.global_batch, self.layout, self.micro_batch)
+        rollouts = "global_batch" if self.batch_unit == "rollouts" else "global_batch * group_size"
+        check_batch(rollouts, self.rollouts_per_step, self.layout, self.micro_batch)
+        self.sampler_correction.check()
         self._check_judges()
         self.shaping.check(self.group_size, self.sampling.max_new_tokens)
         self.actor.optim.check(self.actor_steps, "actor.optim")

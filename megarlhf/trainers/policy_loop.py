@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, Rollout
 from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
-from megarlhf.gates.cheap import cheap_gates, gate_prompts
+from megarlhf.gates.cheap import Lesson, cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
 from megarlhf.judges.panel import Court, Judgement, Panel, build_panel
 from megarlhf.judges.shaping import Shaper
@@ -41,6 +41,7 @@ from megarlhf.runtime.roles import (
 )
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day
+from megarlhf.trainers.kl_coefficient import KLCoefficient
 from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, cut_score_remark, prepare
 from megarlhf.trainers.policy_metrics import accuracy_metric, sample_rows
 from megarlhf.trainers.trainer import Learner, Trainer
@@ -58,6 +59,8 @@ class Cast(PolicyModels):
     """Who says what responses are worth."""
     shaper: Shaper
     """What makes of that what is learnt from."""
+    kl: KLCoefficient
+    """What a nat of distance to the reference costs."""
 
     @property
     def every(self) -> tuple[Role, ...]:
@@ -78,10 +81,12 @@ class Turn:
     run_seed: int
     clock: Clock
     guard: StepGuard
+    more: Callable[[int], Prompts]
+    """So many prompts more, those that come next, where an iteration draws more than once. Equal on every rank."""
 
-    def seed(self, purpose: str) -> int:
-        """Of what is drawn in this iteration for `purpose`."""
-        return derive_seed(self.run_seed, purpose, self.number)
+    def seed(self, purpose: str, *which: int) -> int:
+        """Of what is drawn in this iteration for `purpose`; `which` of several, where there are."""
+        return derive_seed(self.run_seed, purpose, self.number, *which)
 
     def due(self, every: int) -> bool:
         """Whether what is done every so many iterations is done in this one, as in the first; 0 is never."""
@@ -97,17 +102,15 @@ class Iteration:
     metrics: Metrics
 
 
-def optimise(
-    role: TrainableRole, loss: Loss, rows: LearnerRows, turn: Turn, *, epochs: int, global_batch: int
-) -> list[Update]:
-    """`epochs` passes over the rows in mini-batches of `global_batch`, the same for every learner of the iteration."""
+def optimise(role: TrainableRole, loss: Loss, rows: LearnerRows, turn: Turn, cfg: PolicyConfig) -> list[Update]:
+    """The settings' passes over the rows in their mini-batches, the same for every learner of the iteration."""
     updates: list[Update] = []
     # On the host, where its rows are cut without waiting for the device, and take none of its memory.
     waiting = rows.to("cpu")
     with role.resident(*role.parts):
-        for epoch in range(epochs):
+        for epoch in range(cfg.passes):
             order = generator(turn.run_seed, "mini_batches", turn.number, epoch)
-            for batch in waiting.mini_batches(global_batch, order):
+            for batch in waiting.mini_batches(cfg.rollouts_per_step, order):
                 updates.append(role.update(batch, loss))
                 turn.guard.check(role, updates[-1], turn.number)
     return updates
@@ -120,12 +123,15 @@ def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
     actor = away(learner("actor", inputs.models["actor"], logprobs, cfg.actor.optim, cfg.actor_steps, cfg, mesh))
     panel = build_panel(cfg.panel, inputs.verifier, court)
     longest = inputs.prompts.longest + cfg.sampling.max_new_tokens
+    model = inputs.models.get("reference")
+    reference = None if model is None else away(frozen("reference", model, logprobs, cfg, mesh))
     return Cast(
         actor=actor,
         sampler=RolloutEngine.of(actor, inputs.tokenizer, longest, cfg.rollout),
-        reference=away(frozen("reference", inputs.models["reference"], logprobs, cfg, mesh)),
+        reference=reference,
         panel=panel,
         shaper=Shaper(cfg.shaping, cfg.group_size, cfg.sampling.max_new_tokens, panel.wrong_score),
+        kl=cfg.kl_coefficient,
     )
 
 
@@ -138,17 +144,19 @@ def policy_trainer(
 ) -> Trainer[Cfg, PolicyInputs, CastT]:
     """What a module of an algorithm exports as TRAINER: its settings, its page, and who learns what.
 
-    models: `build_cast`, or what adds to it. learners: by role, the actor's among them, who learns from PolicyRows by a
-    loss that reports ratio, clip_fraction, approx_kl and entropy: gates measure it, and `policy_metrics` logs it.
+    models: `build_cast`, or what adds to it. learners: by role, the actor's among them, who learns from PolicyRows, or
+    what derives from them, by a loss that reports ratio, clip_fraction, approx_kl and entropy: gates measure it, and
+    `policy_metrics` logs it.
     Raises:   ValueError where the actor learns from other rows.
     """
-    if learners["actor"].rows is not PolicyRows:
+    if not issubclass(learners["actor"].rows, PolicyRows):
         raise ValueError(f"the actor learns from {learners['actor'].rows.__name__}; gates need it to be PolicyRows.")
 
     def train(cfg: Cfg, inputs: PolicyInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
         check_one_day(inputs.tokenizer, mesh)
         cast = models(cfg, inputs, mesh)
-        return _train(cast, partial(iteration, cast), learners["actor"].loss(cast.actor, cfg), cfg, inputs, argv)
+        lesson = Lesson(learners["actor"].rows, learners["actor"].loss(cast.actor, cfg))
+        return _train(cast, partial(iteration, cast), lesson, cfg, inputs, argv)
 
     return Trainer(
         config=config,
@@ -164,21 +172,21 @@ def policy_trainer(
 def _train(
     cast: Cast,
     iteration: Callable[[Prompts, Cfg, Turn], Iteration],
-    loss: Loss,
+    lesson: Lesson,
     cfg: Cfg,
     inputs: PolicyInputs,
     argv: Sequence[str],
 ) -> Metrics:
-    """Run every iteration and save the actor; `loss` is the actor's, for the gates."""
+    """Run every iteration and save the actor; `lesson` is the actor's, for the gates."""
     mesh = cast.actor.mesh
     _say_start(cast, cfg, inputs, mesh)
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
-    run = Run(cfg, cast.learners, {"prompts": loader, **cast.shaper.parts}, guard, mesh)
+    run = Run(cfg, cast.learners, {"prompts": loader, **cast.shaper.parts, **cast.kl.parts}, guard, mesh)
     clock, watch = Clock(mesh.device, mesh.trail, mesh.work), Watch(cfg)
 
     def step(number: int, writer: RunWriter | None) -> Metrics:
-        turn = Turn(number, cfg.seed, clock, guard)
+        turn = Turn(number, cfg.seed, clock, guard, more=lambda count: inputs.prompts.batch(loader.take(count)))
         done = iteration(inputs.prompts.batch(next(loader)), cfg, turn)
         timed = clock.metrics()  # without what follows, which is for the reader
         if writer is not None and turn.due(cfg.samples_every):
@@ -195,7 +203,7 @@ def _train(
         if cfg.gates == "on":
             prompts = gate_prompts(inputs.prompts, mesh)
             same = cfg.reference_init == cfg.actor.init and first <= cfg.first_iteration
-            check_gates(cheap_gates(cast, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
+            check_gates(cheap_gates(cast, prompts, lesson, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
         metrics = run_steps(
@@ -229,7 +237,7 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
     actor, *others = inputs.distinct
     say([*remarks(sets, inputs.tokenizer, actor, others), ends(inputs.tokenizer)], mesh)
     say([verifier_remark(inputs.verifier, inputs.prompts), *filter(None, [inputs.doubts])], mesh)
-    each = f"{cfg.rollout_batch:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
+    each = f"{cfg.rollouts_per_iteration:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
     say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
     print_remark(cut_score_remark(cfg, cast.panel.wrong_score), mesh)
 

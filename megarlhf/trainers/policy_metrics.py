@@ -14,11 +14,12 @@ from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.judges.panel import Judgement
 from megarlhf.models.exact_kl import exact_kl
-from megarlhf.models.role import Update
+from megarlhf.models.role import Role, Update
 from megarlhf.observe.metrics import Metrics
-from megarlhf.ops.kl import kl_k1, kl_k3
+from megarlhf.ops.kl import kl_estimate, kl_k1, kl_k3
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
-from megarlhf.runtime.policy_models import PolicyModels
+from megarlhf.ops.sampler_correction import token_mult_prob_error
+from megarlhf_kernels.linear_ppo import Estimator
 
 
 def rollout_metrics(rollout: Rollout, logprobs: Tensor, scores: Tensor, token_level_rewards: Tensor) -> Metrics:
@@ -29,10 +30,7 @@ def rollout_metrics(rollout: Rollout, logprobs: Tensor, scores: Tensor, token_le
     mask, lengths = rollout.response_mask, rollout.response_lengths.float()
     gap = (rollout.sampler_logprobs - logprobs).abs()
     return {
-        "rollout/score_mean": float(scores.mean()),
-        "rollout/score_std": float(scores.std(correction=0)),
-        "rollout/score_min": float(scores.min()),
-        "rollout/score_max": float(scores.max()),
+        **score_metrics(scores),
         "rollout/reward_mean": float(masked_sum(token_level_rewards, mask)) / len(rollout),
         "rollout/response_length_mean": float(lengths.mean()),
         "rollout/response_length_max": float(lengths.max()),
@@ -40,26 +38,39 @@ def rollout_metrics(rollout: Rollout, logprobs: Tensor, scores: Tensor, token_le
         "rollout/truncated_fraction": float((~rollout.terminated).float().mean()),
         "rollout/sampler_gap_max": float(gap.masked_fill(~mask, 0.0).max()),
         "rollout/sampler_gap_mean": float(masked_mean(gap, mask)),
+        "rollout/token_mult_prob_error": float(token_mult_prob_error(logprobs, rollout.sampler_logprobs, mask)),
         "rollout/tokens": float(mask.sum()),
     }
 
 
-def reference_metrics(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Metrics:
-    """How far the policy is from its reference, [B, T] each, and what a penalty of `kl_coef` a nat takes for it."""
+def score_metrics(scores: Tensor) -> Metrics:
+    """Of scores [B], before any penalty."""
+    return {
+        "rollout/score_mean": float(scores.mean()),
+        "rollout/score_std": float(scores.std(correction=0)),
+        "rollout/score_min": float(scores.min()),
+        "rollout/score_max": float(scores.max()),
+    }
+
+
+def reference_metrics(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float, estimator: Estimator = "k1"
+) -> Metrics:
+    """How far the policy is from its reference, [B, T] each, and what `kl_coef` a nat of the estimator takes for it."""
     kl, rows = kl_k1(logprobs, ref_logprobs), len(mask)
     mean = float(masked_sum(kl, mask)) / rows
     return {
         "kl/reference_mean": mean,
         "kl/reference_k3_mean": float(masked_sum(kl_k3(logprobs, ref_logprobs), mask)) / rows,
         "kl/reference_per_token": float(masked_mean(kl, mask)),
-        "kl/penalty_mean": kl_coef * mean,
+        "kl/penalty_mean": kl_coef * float(masked_sum(kl_estimate(logprobs, ref_logprobs, estimator), mask)) / rows,
         "kl/coef": kl_coef,
     }
 
 
-def exact_reference_metrics(cast: PolicyModels, rollout: Rollout, temperature: float) -> Metrics:
-    """The same distance over the whole vocabulary. Collective: a forward pass of actor and reference."""
-    kl = exact_kl(cast.actor, cast.reference, rollout, temperature=temperature)
+def exact_metrics(actor: Role, reference: Role, rollout: Rollout, temperature: float) -> Metrics:
+    """The same distance over the whole vocabulary. Collective: a forward pass of both."""
+    kl = exact_kl(actor, reference, rollout, temperature=temperature)
     return {"kl/reference_exact": float(masked_sum(kl, rollout.response_mask)) / len(rollout)}
 
 

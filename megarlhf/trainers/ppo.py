@@ -7,29 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 from torch import Tensor
 
 from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout, ValueRows
-from megarlhf.config.base import FreeToChange
 from megarlhf.errors import ConfigError
 from megarlhf.judges.reward_model import ModelJudgeConfig
-from megarlhf.models.role import Role, TrainableRole
+from megarlhf.models.role import FrozenRole, Role, TrainableRole
 from megarlhf.observe.metrics import names_of
 from megarlhf.ops.advantages import Advantages, shaped_gae
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runtime.roles import away, learner
-from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyInputs
+from megarlhf.trainers.anchored import AnchoredConfig
+from megarlhf.trainers.policy_config import LearnerConfig, PolicyInputs
 from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import (
     advantage_metrics,
     critic_metrics,
-    exact_reference_metrics,
+    exact_metrics,
     policy_metrics,
     reference_metrics,
     rollout_metrics,
@@ -39,7 +39,7 @@ from megarlhf.trainers.trainer import Learner
 from megarlhf_kernels.rewards_gae import Discount, Shaping
 
 
-class PPOConfig(PolicyConfig):
+class PPOConfig(AnchoredConfig):
     """`megarlhf ppo`: actor, critic, reference and reward model on the same ranks."""
 
     critic: LearnerConfig = LearnerConfig()
@@ -48,11 +48,6 @@ class PPOConfig(PolicyConfig):
     """Passes over an iteration's rollouts. Source: 4 in Huang et al. 2024."""
     value_warmup_iterations: int = Field(default=0, ge=0)
     """First iterations in which only the critic learns; the actor's own warm-up is actor.optim.warmup_steps."""
-    kl_coef: float = Field(default=0.05, ge=0)
-    """Weight of the KL to the reference in the reward, per nat. Source: Huang et al. 2024."""
-    exact_kl_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
-    """Iterations between two measurements of the KL to the reference over the whole vocabulary, `kl/reference_exact`: a
-    forward pass of either model more. 0 measures none."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token. Source: Huang et al. 2024."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
@@ -62,9 +57,14 @@ class PPOConfig(PolicyConfig):
     Source: 0.2 in Huang et al. 2024."""
 
     @property
-    def epochs(self) -> int:
-        """Passes over an iteration's rollouts."""
+    def passes(self) -> int:
+        """Over an iteration's rollouts."""
         return self.ppo_epochs
+
+    @property
+    def needs_reference(self) -> bool:
+        """Always: the distance is logged, whatever it costs."""
+        return True
 
     @property
     def first_iteration(self) -> int:
@@ -85,8 +85,7 @@ class PPOConfig(PolicyConfig):
     @property
     def logged(self) -> set[str]:
         """Metrics of every iteration in which both models learn."""
-        sometimes = {"kl/reference_exact"} if self.exact_kl_every != 1 else set()
-        return (super().logged | names_of("kl", "value")) - sometimes
+        return super().logged | names_of("value")
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
@@ -104,6 +103,7 @@ class PPOCast(Cast):
     """With a critic, which learns too."""
 
     critic: TrainableRole
+    reference: FrozenRole
 
     @property
     def every(self) -> tuple[Role, ...]:
@@ -153,35 +153,39 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
             scores=judgement.scores,
         )
         temperature = cfg.sampling.temperature
-        exact = exact_reference_metrics(cast, rollout, temperature) if turn.due(cfg.exact_kl_every) else {}
+        exact = exact_metrics(cast.actor, cast.reference, rollout, temperature) if turn.due(cfg.exact_kl_every) else {}
 
     # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
     with turn.clock("estimate"):
-        estimate = estimated(scored, cast.shaper.shape(scored.scores, rollout), cfg)
+        kl_coef = cast.kl.value
+        estimate = estimated(scored, cast.shaper.shape(scored.scores, rollout), cfg, kl_coef=kl_coef)
+        advantages, corrected = cfg.sampler_correction.correct(estimate.whitened, scored.logprobs, rollout)
+        distance = reference_metrics(scored.logprobs, scored.ref_logprobs, rollout.response_mask, kl_coef=kl_coef)
+        cast.kl.observe(distance["kl/reference_mean"], len(rollout))
         metrics = {
             **judgement.metrics,
             **rollout_metrics(rollout, scored.logprobs, scored.scores, estimate.token_level_rewards),
-            **reference_metrics(scored.logprobs, scored.ref_logprobs, rollout.response_mask, kl_coef=cfg.kl_coef),
+            **distance,
             **exact,
+            **corrected,
             **advantage_metrics(estimate.advantages, rollout.response_mask),
             **value_metrics(scored.values, estimate.returns, rollout.response_mask),
         }
-        lessons = PolicyRows(rollout, scored.logprobs, estimate.whitened)
+        lessons = PolicyRows(rollout, scored.logprobs, advantages)
         targets = ValueRows(rollout, scored.values, estimate.returns)
 
     # 4. Optimise. Each learner sees the same mini-batches; one of them is resident at a time.
     with turn.clock("optimise"):
-        passes = {"epochs": cfg.epochs, "global_batch": cfg.global_batch}
         actor = []
         if turn.number >= cfg.value_warmup_iterations:
-            actor = optimise(cast.actor, policy_loss(cast.actor, cfg), lessons, turn, **passes)
-        critic = optimise(cast.critic, value_loss(cast.critic, cfg), targets, turn, **passes)
+            actor = optimise(cast.actor, policy_loss(cast.actor, cfg), lessons, turn, cfg)
+        critic = optimise(cast.critic, value_loss(cast.critic, cfg), targets, turn, cfg)
 
     learnt = {**policy_metrics(actor), **critic_metrics(critic)}
     return PPOIteration(rollout, judgement, {**metrics, **learnt}, scored, estimate)
 
 
-def estimated(scored: Scored, shaped: Tensor, cfg: PPOConfig) -> Advantages:
+def estimated(scored: Scored, shaped: Tensor, cfg: PPOConfig, *, kl_coef: float) -> Advantages:
     """Token-level rewards, advantages and returns of the global batch; `shaped`: its scores [B] to learn from."""
     rollout = scored.rollout
     return shaped_gae(
@@ -189,7 +193,7 @@ def estimated(scored: Scored, shaped: Tensor, cfg: PPOConfig) -> Advantages:
         scored.values,
         rollout.response_mask,
         rollout.terminated,
-        Shaping(scored.ref_logprobs, shaped, cfg.kl_coef),
+        Shaping(scored.ref_logprobs, shaped, kl_coef),
         Discount(cfg.gamma, cfg.gae_lambda),
     )
 
@@ -204,7 +208,7 @@ def value_loss(critic: TrainableRole, cfg: PPOConfig) -> Loss[ValueRows]:
             states.of(rows.returns),
             value_clip_range=cfg.value_clip_range,
         )
-        return LossSums(total, states.count, metrics)
+        return LossSums(total, states.count, metrics, states.count)
 
     return loss
 
@@ -214,7 +218,7 @@ def models(cfg: PPOConfig, inputs: PolicyInputs, mesh: Mesh) -> PPOCast:
     others = build_cast(cfg, inputs, mesh)
     values = inputs.models["critic"].description.values()
     critic = away(learner("critic", inputs.models["critic"], values, cfg.critic.optim, cfg.critic_steps, cfg, mesh))
-    return PPOCast(**vars(others), critic=critic)
+    return PPOCast(**vars(others), critic=critic)  # reference among them: PPOConfig needs one
 
 
 TRAINER = policy_trainer(

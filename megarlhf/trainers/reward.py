@@ -129,7 +129,7 @@ def judgement_loss(role: TrainableRole, cfg: RewardConfig) -> Loss[Couples]:
             total = total + pointwise
             metrics["reward/pointwise_loss"] = pointwise.detach() / cfg.pointwise_weight
             metrics["reward/accuracy"] = seen["accuracy"] / cfg.pointwise_weight
-        return LossSums(total, len(rows), metrics)
+        return LossSums(total, len(rows), metrics, len(rows))
 
     return loss
 

@@ -135,7 +135,7 @@ def next_token_loss(role: TrainableRole) -> Loss[TokenBatch]:
 
     def loss(states: States, rows: TokenBatch) -> LossSums:
         logprobs = role.reading(role.model, states, rows)
-        return LossSums(-logprobs.sum(dtype=torch.float64), states.count, {})
+        return LossSums(-logprobs.sum(dtype=torch.float64), states.count, {}, states.count)
 
     return loss
 

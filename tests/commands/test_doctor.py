@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from megarlhf.batch.rollouts import PolicyRows
 from megarlhf.checkpoint import model_directory as sharded
 from megarlhf.commands import doctor
 from megarlhf.errors import TrainingError
-from megarlhf.gates.cheap import cheap_gates, fingerprint, gate_prompts, state_of
+from megarlhf.gates.cheap import Lesson, cheap_gates, fingerprint, gate_prompts, state_of
 from megarlhf.gates.gate import Gate, bounds_of, check_gates, skip
 from megarlhf.models import transformer
 from megarlhf.models.attention import CausalAttention, rope_frequencies
@@ -264,16 +265,16 @@ def first_iteration(layout: ParallelLayout, folder: str, gated: bool) -> dict[st
         return [*prints, torch.get_rng_state().tolist(), troupe.resident_bytes()]
 
     before, gates, late = state(), [], []
-    loss = policy_loss(troupe.actor, cfg)
+    lesson = Lesson(PolicyRows, policy_loss(troupe.actor, cfg))
     if gated:
-        gates = cheap_gates(troupe, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
+        gates = cheap_gates(troupe, prompts, lesson, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
     unchanged = state() == before
     metrics = iterate(troupe, prompts, cfg, 1).metrics
     counted = {name: value for name, value in metrics.items() if name.split("/")[0] not in MACHINE}
     if gated:
         with pytest.MonkeyPatch.context() as patch:
             lose_a_tensor(patch)
-            late = cheap_gates(troupe, prompts, loss, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
+            late = cheap_gates(troupe, prompts, lesson, cfg.sampling, seed=cfg.seed, reference_is_actor=False)
     return {"gates": gates, "unchanged": unchanged, "metrics": counted, "late": late}
 
 

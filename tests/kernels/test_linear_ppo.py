@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf_kernels import Anchor, Clip, PolicyTerms, _projection, linear_logprob, linear_ppo
 from megarlhf_kernels.dispatch import Impl
 from megarlhf_kernels.linear_ppo import METRICS, Estimator, definition
+from tests.helpers.losses import clipped_policy_loss
 from tests.helpers.ranks import run_ranks
 from tests.kernels.linear_cases import Case, a_case, leaves, shard_of, worst
 
@@ -32,7 +32,7 @@ def some_terms(case: Case, *, full: bool, temperature: float = 0.6) -> PolicyTer
     noise = torch.randn(3, count, generator=generator)
     terms = PolicyTerms(old + noise[0], noise[1], clip=Clip(0.2, 0.2), temperature=temperature)
     weights = torch.rand(count, generator=generator)
-    anchor = Anchor(old + noise[2], 0.2, "k2")
+    anchor = Anchor(old - noise[0] / 3, old + noise[2], 0.2, "k2")
     return replace(terms, entropy_coef=0.3, anchor=anchor, weights=weights) if full else terms
 
 
@@ -54,8 +54,12 @@ def other_terms(case: Case, *, estimator: Estimator = "k2", **changes: Any) -> P
 def of_each(terms: PolicyTerms, change: Callable[[torch.Tensor], torch.Tensor]) -> PolicyTerms:
     """The terms with every tensor changed."""
     tensors = {name: change(x) for name, x in vars(terms).items() if isinstance(x, torch.Tensor)}
-    anchor = terms.anchor and replace(terms.anchor, ref_logprobs=change(terms.anchor.ref_logprobs))
-    return replace(terms, **tensors, anchor=anchor)
+    if terms.anchor is not None:
+        anchor = replace(
+            terms.anchor, logprobs=change(terms.anchor.logprobs), ref_logprobs=change(terms.anchor.ref_logprobs)
+        )
+        terms = replace(terms, anchor=anchor)
+    return replace(terms, **tensors)
 
 
 def exact(case: Case, terms: PolicyTerms, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -152,6 +156,7 @@ def test_metrics_are_those_of_the_clipped_loss(impl, monkeypatch):
     case = a_case(30, 60)
     terms = some_terms(case, full=True)
     _, metrics, logprobs, entropy = linear_ppo(case.hidden, case.weight, case.labels, terms, impl=impl)
+    assert terms.weights is not None
     _, seen = clipped_policy_loss(logprobs, terms.logprobs, terms.weights * terms.advantages, clip=Clip(0.2, 0.2))
     expected = [*(float(seen[name]) for name in METRICS[:-1]), float(entropy.double().sum())]
     assert metrics.tolist() == pytest.approx(expected, rel=1e-6)
@@ -190,10 +195,12 @@ def test_empty_batch(impl):
 def test_errors_name_the_argument(impl):
     case = a_case(4, 9)
     terms = some_terms(case, full=True)
+    far = terms.logprobs.to("meta")
     for match, bad in [
         (r"logprobs: got shape \[3\]; must be \[4\]", replace(terms, logprobs=terms.logprobs[:3])),
         (r"advantages: got torch.float64; must be torch.float32", replace(terms, advantages=terms.advantages.double())),
-        (r"ref_logprobs: is on meta", replace(terms, anchor=Anchor(terms.logprobs.to("meta"), 0.2, "k2"))),
+        (r"anchor.ref_logprobs: is on meta", replace(terms, anchor=Anchor(terms.logprobs, far, 0.2, "k2"))),
+        (r"anchor.logprobs: is on meta", replace(terms, anchor=Anchor(far, terms.logprobs, 0.2, "k2"))),
         (r"weights: got shape \[3\]; must be \[4\]", replace(terms, weights=terms.logprobs[:3])),
         (r"clip.low: 0; must be positive", replace(terms, clip=Clip(0, 0.2))),
         (r"clip.high: -1; must be positive", replace(terms, clip=Clip(0.2, -1))),

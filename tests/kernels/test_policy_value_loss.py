@@ -199,6 +199,7 @@ def test_the_dual_clip_is_for_negative_advantages_alone():
         total, _, metrics = clipped_policy_loss(leaf, torch.zeros(2), advantages, every, clip=clip)
         total.backward()
         assert total.item() == pytest.approx(costs - math.e**2, rel=1e-6)
+        assert leaf.grad is not None
         assert leaf.grad.tolist() == pytest.approx([-(math.e**2), 0.0 if dual == 3.0 else math.e**2], rel=1e-6)
         assert metrics["clip_fraction"].item() == (dual == 3.0)
 
@@ -211,6 +212,7 @@ def test_the_weight_of_cispo_is_clipped_and_held():
     total.backward()
     weights = [1.0, math.exp(-1.0), 1.5, 1.5]  # no lower bound, and an upper one that holds whatever the advantage is
     expected = [-a * w for a, w in zip(advantages.tolist(), weights, strict=True)]
+    assert new.grad is not None
     assert new.grad.tolist() == pytest.approx(expected, rel=1e-12)
     assert total.item() == pytest.approx(sum(g * x for g, x in zip(expected, new.tolist(), strict=True)), rel=1e-12)
     assert metrics["clip_fraction"].item() == 2

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from megarlhf.ops.policy_loss import clipped_policy_loss
 from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf_kernels import Clip
+from tests.helpers.losses import clipped_policy_loss
 
 
 @pytest.fixture

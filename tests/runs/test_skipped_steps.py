@@ -28,7 +28,7 @@ from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.sft import next_token_loss
 from tests.helpers.models import language_model, learner, name_of, ragged_rollout, settings
 from tests.helpers.ranks import run_ranks
-from tests.trainers.worlds import ppo_config
+from tests.trainers.worlds import no_more, ppo_config
 
 LAYOUTS = [
     (ParallelLayout(data=2), False),
@@ -128,8 +128,8 @@ def give_up(layout: ParallelLayout, directory: str, run_dir: str) -> dict[str, A
     guard = StepGuard(cfg.run_dir, 2, mesh)
     torch.manual_seed(40 + mesh.rank)
     try:
-        turn = Turn(7, cfg.seed, Clock(mesh.device), guard)
-        optimise(role, policy_loss(role, cfg), rows, turn, epochs=cfg.ppo_epochs, global_batch=cfg.global_batch)
+        turn = Turn(7, cfg.seed, Clock(mesh.device), guard, no_more)
+        optimise(role, policy_loss(role, cfg), rows, turn, cfg)
         message = "no error"
     except TrainingError as error:
         message = str(error)

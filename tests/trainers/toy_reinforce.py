@@ -31,7 +31,7 @@ def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn
         }
     with turn.clock("optimise"):
         loss = policy_loss(cast.actor, cfg)
-        steps = optimise(cast.actor, loss, rows, turn, epochs=1, global_batch=cfg.global_batch)
+        steps = optimise(cast.actor, loss, rows, turn, cfg)
     return Iteration(rollout, judgement, {**metrics, **policy_metrics(steps)})
 
 

@@ -63,9 +63,15 @@ class Canned(RolloutEngine):
         return self._answer
 
 
+def no_more(count: int) -> Prompts:
+    """What an iteration that draws once must not ask for."""
+    raise AssertionError(f"{count} prompts more")
+
+
 def iterate(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, iteration: int = 0) -> PPOIteration:
     """One PPO iteration that allows no skipped step, and what its clock says."""
     mesh = cast.actor.mesh
-    turn = Turn(iteration, cfg.seed, Clock(mesh.device, mesh.trail, mesh.work), StepGuard(cfg.run_dir, 0, mesh))
+    clock, guard = Clock(mesh.device, mesh.trail, mesh.work), StepGuard(cfg.run_dir, 0, mesh)
+    turn = Turn(iteration, cfg.seed, clock, guard, no_more)
     done = ppo_iteration(cast, prompts, cfg, turn)
     return replace(done, metrics={**done.metrics, **turn.clock.metrics()})

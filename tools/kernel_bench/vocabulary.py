@@ -143,7 +143,7 @@ def _from_logits(x: Inputs) -> Outputs:
 
 
 def _terms(x: Inputs) -> PolicyTerms:
-    anchor = Anchor(x["ref"], KL_COEF, "k2")
+    anchor = Anchor(x["old"], x["ref"], KL_COEF, "k2")
     return PolicyTerms(x["old"], x["advantages"], Clip(CLIP, CLIP), entropy_coef=ENTROPY_COEF, anchor=anchor)
 
 

@@ -1,0 +1,66 @@
+"""RLOO: REINFORCE whose baseline is what the other responses to the same prompt score.
+
+    A_i = r_i - mean of the others' r = n / (n - 1) (r_i - mean(r))      r: score - kl_coef sum over t of k1
+
+Source: Ahmadian et al. 2024 (arXiv 2402.14740).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megarlhf.batch.rollouts import Prompts
+from megarlhf.ops.group_advantages import leave_one_out, to_tokens
+from megarlhf.trainers.critic_free import (
+    LEARNERS,
+    CriticFreeConfig,
+    critic_free_loss,
+    estimate_metrics,
+    lessons,
+    score,
+    token_level_rewards,
+)
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
+from megarlhf.trainers.policy_metrics import policy_metrics
+from megarlhf_kernels.linear_ppo import Estimator
+
+
+class RLOOConfig(CriticFreeConfig):
+    """`megarlhf rloo`: actor, judges and a reference; no critic."""
+
+    group_size: int = Field(default=4, ge=1)
+    """Responses per prompt; an iteration takes rollout_batch / group_size prompts. Source: 2 and 4 in RLOO."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """Cost of the KL to the reference, per nat; 0 needs no reference. Source: TRL, and Huang et al. 2024."""
+    kl_in: Literal["loss", "reward"] = "reward"
+    """Where the KL is paid: in the reward that advantages are made of. Source: RLOO, eq. 3."""
+    kl_estimator: Estimator = "k1"
+    """k1, k2 or k3 of a token. In the reward only k1 has the KL's gradient."""
+
+
+def rloo_iteration(cast: Cast, prompts: Prompts, cfg: RLOOConfig, turn: Turn) -> Iteration:
+    """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""
+    # 1. Roll out, a group of responses to each prompt.
+    with turn.clock("rollout"):
+        rollout = cast.sampler.generate(prompts, cfg.sampling, seed=turn.seed("rollout"), group_size=cfg.group_size)
+
+    # 2. Score. Forward only, one model resident at a time.
+    with turn.clock("score"):
+        scored = score(cast, rollout, cast.panel.judge(rollout))
+
+    # 3. Estimate. A response against the others.
+    with turn.clock("estimate"):
+        rewards = token_level_rewards(scored, cast, cfg)
+        advantages = to_tokens(leave_one_out(rewards.sum(1), cfg.group_size), rollout.response_mask)
+        rows, corrected = lessons(scored, advantages, cfg)
+        metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg, turn), **corrected}
+
+    # 4. Optimise.
+    with turn.clock("optimise"):
+        updates = optimise(cast.actor, critic_free_loss(cast.actor, cfg), rows, turn, cfg)
+    return Iteration(rollout, scored.judgement, {**metrics, **policy_metrics(updates)})
+
+
+TRAINER = policy_trainer(RLOOConfig, rloo_iteration, models=build_cast, learners=LEARNERS)
