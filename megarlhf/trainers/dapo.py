@@ -50,7 +50,7 @@ class DAPOConfig(GRPOConfig):
 
 
 def dapo_iteration(cast: Cast, prompts: Prompts, cfg: DAPOConfig, turn: Turn) -> Iteration:
-    """Roll out until the batch is full, score, estimate, optimise: once. Collective: prompts are equal on every rank."""
+    """Roll out until the batch is full, score, estimate, optimise: once. Collective, of equal prompts."""
     # 1. Roll out and judge, again and again: which groups are of use is known when they are judged.
     filled = fill(cast, prompts, turn, cfg)
     rollout = filled.rollout

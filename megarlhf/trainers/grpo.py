@@ -1,6 +1,6 @@
 """GRPO: a response is as good as it scores above the others to its prompt, over their standard deviation.
 
-    A_i = (r_i - mean(r)) / (std(r) + eps), at every token      loss: clipped surrogate + kl_coef KL(policy || reference)
+    A_i = (r_i - mean(r)) / (std(r) + eps), at every token     loss: clipped surrogate + kl_coef KL(policy || reference)
 
 Source: Shao et al. 2024 (arXiv 2402.03300).
 """
