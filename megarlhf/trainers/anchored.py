@@ -50,6 +50,7 @@ class AnchoredConfig(PolicyConfig):
                 f"kl_target_per_response={self.kl_target_per_response:g} with kl_coef=0: it is multiplied, and stays "
                 "0; set kl_coef to where it shall start."
             )
-        if self.kl_target_per_response is None and "kl_horizon" in self.model_fields_set:
+        usual = type(self).model_fields["kl_horizon"].default
+        if self.kl_target_per_response is None and self.kl_horizon != usual:
             raise ConfigError(f"kl_horizon={self.kl_horizon} is of a target; set kl_target_per_response too.")
         super().check_sizes()

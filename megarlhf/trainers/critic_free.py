@@ -101,12 +101,18 @@ class Scored:
     """The actor's, recomputed by the trainer's forward."""
     ref_logprobs: Tensor | None
     """None where there is no reference."""
+    exact: Metrics
+    """The distance to it over the whole vocabulary, in iterations in which it is measured."""
 
 
-def score(cast: Cast, rollout: Rollout, judgement: Judgement) -> Scored:
+def score(cast: Cast, rollout: Rollout, judgement: Judgement, cfg: CriticFreeConfig, turn: Turn) -> Scored:
     """Ask the actor and, where there is one, the reference. Collective; one model is resident at a time."""
-    ref_logprobs = None if cast.reference is None else cast.reference.score(rollout)
-    return Scored(rollout, judgement, cast.actor.score(rollout), ref_logprobs)
+    logprobs, reference = cast.actor.score(rollout), cast.reference
+    if reference is None:
+        return Scored(rollout, judgement, logprobs, None, {})
+    due, temperature = turn.due(cfg.exact_kl_every), cfg.sampling.temperature
+    exact = exact_metrics(cast.actor, reference, rollout, temperature) if due else {}
+    return Scored(rollout, judgement, logprobs, reference.score(rollout), exact)
 
 
 def token_level_rewards(scored: Scored, cast: Cast, cfg: CriticFreeConfig) -> Tensor:
@@ -124,9 +130,7 @@ def lessons(scored: Scored, advantages: Tensor, cfg: CriticFreeConfig) -> tuple[
     return Anchored(scored.rollout, scored.logprobs, corrected, ref), metrics
 
 
-def estimate_metrics(
-    cast: Cast, scored: Scored, rewards: Tensor, advantages: Tensor, cfg: CriticFreeConfig, turn: Turn
-) -> Metrics:
+def estimate_metrics(cast: Cast, scored: Scored, rewards: Tensor, advantages: Tensor, cfg: CriticFreeConfig) -> Metrics:
     """Of an iteration's rollouts, their rewards and advantages [B, T]; the KL's coefficient takes in their distance."""
     rollout, scores = scored.rollout, scored.judgement.scores
     metrics = {
@@ -134,15 +138,14 @@ def estimate_metrics(
         **rollout_metrics(rollout, scored.logprobs, scores, rewards),
         **group_metrics(scores, cfg.group_size),
         **advantage_metrics(advantages, rollout.response_mask),
+        **scored.exact,
     }
-    if scored.ref_logprobs is not None and cast.reference is not None:
+    if scored.ref_logprobs is not None:
         mask, coef = rollout.response_mask, cast.kl.value
         metrics |= reference_metrics(
             scored.logprobs, scored.ref_logprobs, mask, kl_coef=coef, estimator=cfg.kl_estimator
         )
         cast.kl.observe(metrics["kl/reference_mean"], len(rollout))
-        if turn.due(cfg.exact_kl_every):
-            metrics |= exact_metrics(cast.actor, cast.reference, rollout, cfg.sampling.temperature)
     return metrics
 
 

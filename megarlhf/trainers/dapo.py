@@ -57,7 +57,7 @@ def dapo_iteration(cast: Cast, prompts: Prompts, cfg: DAPOConfig, turn: Turn) ->
 
     # 2. Score what is kept. Forward only, one model resident at a time.
     with turn.clock("score"):
-        scored = score(cast, rollout, filled.judgement)
+        scored = score(cast, rollout, filled.judgement, cfg, turn)
 
     # 3. Estimate. A response against its siblings.
     with turn.clock("estimate"):
@@ -68,7 +68,7 @@ def dapo_iteration(cast: Cast, prompts: Prompts, cfg: DAPOConfig, turn: Turn) ->
         # Scores are those of all that was drawn: the kept ones' say which prompts are hard, not how good the policy is.
         everything = filled.all_judgement.scores
         metrics = {
-            **estimate_metrics(cast, scored, rewards, advantages, cfg, turn),
+            **estimate_metrics(cast, scored, rewards, advantages, cfg),
             **score_metrics(everything),
             **group_metrics(everything, cfg.group_size),
             **filled.metrics,

@@ -1,4 +1,4 @@
-"""Dr.GRPO: GRPO without what favours long wrong responses and prompts on which all responses are alike.
+"""GRPO without what favours long wrong responses, and prompts on which all responses are alike: Dr.GRPO.
 
     A_i = r_i - mean(r)        loss: sum over the tokens of all responses / (responses * sampling.max_new_tokens)
 

@@ -59,7 +59,7 @@ def fill(cast: Cast, prompts: Prompts, turn: Turn, cfg: Filling) -> Filled:
     """Roll out and judge `prompts`, and then more of them, until the scores of enough groups differ. Collective.
 
     Groups are kept in the order in which they were drawn. Where max_draws did not give enough, the first of those with
-    equal scores fill the batch: nothing is learnt from them, and the size of a step stays what it was.
+    equal scores fill the batch, and the size of a step stays what it was: nothing is learnt from them, but to be brief.
     """
     rollouts: list[Rollout] = []
     judgements: list[Judgement] = []

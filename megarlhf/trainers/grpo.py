@@ -38,7 +38,7 @@ def grpo_iteration(cast: Cast, prompts: Prompts, cfg: GRPOConfig, turn: Turn) ->
 
     # 2. Score. Forward only, one model resident at a time.
     with turn.clock("score"):
-        scored = score(cast, rollout, cast.panel.judge(rollout))
+        scored = score(cast, rollout, cast.panel.judge(rollout), cfg, turn)
 
     # 3. Estimate. A response against its siblings.
     with turn.clock("estimate"):
@@ -46,7 +46,7 @@ def grpo_iteration(cast: Cast, prompts: Prompts, cfg: GRPOConfig, turn: Turn) ->
         std = None if cfg.group_std is None else cfg.group_std.divisor
         advantages = to_tokens(group_advantages(rewards.sum(1), cfg.group_size, std), rollout.response_mask)
         rows, corrected = lessons(scored, advantages, cfg)
-        metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg, turn), **corrected}
+        metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg), **corrected}
 
     # 4. Optimise.
     with turn.clock("optimise"):

@@ -68,14 +68,14 @@ def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn
 
     # 2. Score. Forward only, one model resident at a time.
     with turn.clock("score"):
-        scored = score(cast, rollout, cast.panel.judge(rollout))
+        scored = score(cast, rollout, cast.panel.judge(rollout), cfg, turn)
 
     # 3. Estimate. A token against all others of the global batch.
     with turn.clock("estimate"):
         rewards = token_level_rewards(scored, cast, cfg)
         advantages = reinforced(rewards, rollout, cfg)
         rows, corrected = lessons(scored, masked_whiten(advantages, rollout.response_mask), cfg)
-        metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg, turn), **corrected}
+        metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg), **corrected}
 
     # 4. Optimise.
     with turn.clock("optimise"):

@@ -48,14 +48,14 @@ def rloo_iteration(cast: Cast, prompts: Prompts, cfg: RLOOConfig, turn: Turn) ->
 
     # 2. Score. Forward only, one model resident at a time.
     with turn.clock("score"):
-        scored = score(cast, rollout, cast.panel.judge(rollout))
+        scored = score(cast, rollout, cast.panel.judge(rollout), cfg, turn)
 
     # 3. Estimate. A response against the others.
     with turn.clock("estimate"):
         rewards = token_level_rewards(scored, cast, cfg)
         advantages = to_tokens(leave_one_out(rewards.sum(1), cfg.group_size), rollout.response_mask)
         rows, corrected = lessons(scored, advantages, cfg)
-        metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg, turn), **corrected}
+        metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg), **corrected}
 
     # 4. Optimise.
     with turn.clock("optimise"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megarlhf.batch.rollouts import PolicyRows, ValueRows
+from megarlhf.batch.rollouts import Anchored, PolicyRows, ValueRows
 from megarlhf.batch.supervised import LabelledResponses, PreferencePairs, TokenBatch
 from megarlhf.data.rows import DataConfig
 from megarlhf.models.optim import OptimConfig
@@ -20,6 +20,11 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.trainers.cispo import CISPOConfig
+from megarlhf.trainers.critic_free import CriticFreeConfig, critic_free_loss
+from megarlhf.trainers.dr_grpo import DrGRPOConfig
+from megarlhf.trainers.grpo import GRPOConfig
+from megarlhf.trainers.gspo import GSPOConfig
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo import PPOConfig, value_loss
 from megarlhf.trainers.reward import RewardConfig, couple, judgement_loss
@@ -45,6 +50,7 @@ WEIGHTS = 5e-3 * LR
 """A step moves a weight by LR or less; Adam divides a gradient's rounding error, about 1e-8, by eps = 1e-5 or more."""
 VOCAB = 131
 ROWS = ragged_rollout(8, vocab=VOCAB)
+SHARED = {"run_dir": "unused", "sampling": SamplingConfig(temperature=0.7, max_new_tokens=21)}
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,21 @@ def lessons(step: int) -> tuple[PolicyRows, ValueRows]:
     return PolicyRows(rows, logprobs, noise[2]), ValueRows(rows, 0.5 * noise[1], noise[3])
 
 
+ALGORITHMS: dict[str, CriticFreeConfig] = {
+    "grpo": GRPOConfig.model_validate({**SHARED, "kl_coef": 0.3, "entropy_coef": 0.1}),
+    "dr_grpo": DrGRPOConfig.model_validate({**SHARED, "kl_coef": 0.3, "kl_estimator": "k1", "dual_clip": 1.5}),
+    "gspo": GSPOConfig.model_validate({**SHARED, "kl_coef": 0.3, "clip_range": 0.1, "clip_range_high": 0.2}),
+    "cispo": CISPOConfig.model_validate({**SHARED, "clip_range_high": 0.5, "loss_mean": "sequence"}),
+}
+"""Each choice of a loss in one of them: whose ratio, what is clipped, what the mean is over, where the KL is."""
+
+
+def anchored(step: int) -> Anchored:
+    """As `lessons`, and a reference."""
+    given, values = lessons(step)
+    return Anchored(given.rollout, given.logprobs, given.advantages, given.logprobs + values.values)
+
+
 def couples(step: int) -> Any:
     """Three weighted pairs and ten judged responses: 8 couples in one batch."""
     generator = torch.Generator().manual_seed(80 + step)
@@ -126,6 +147,9 @@ def learn(split: Split, language: str, tied: str, scalar: str) -> dict[str, dict
     result["sft"] = steps_of(role, next_token_loss(role), [sft_batch(i) for i in range(STEPS)])
     role = learner(language, LabelLogprobs(0.7), shared, mesh, optim)
     result["policy"] = steps_of(role, policy_loss(role, ppo), [lessons(i)[0] for i in range(STEPS)])
+    for name, cfg in ALGORITHMS.items():
+        role = learner(language, LabelLogprobs(0.7), shared, mesh, optim)
+        result[name] = steps_of(role, critic_free_loss(role, cfg), [anchored(i) for i in range(STEPS)])
     role = learner(scalar, PositionValues(), shared, mesh, optim)
     result["value"] = steps_of(role, value_loss(role, ppo), [lessons(i)[1] for i in range(STEPS)])
     role = learner(scalar, SequenceScores(), shared, mesh, optim)
@@ -152,7 +176,8 @@ def test_the_reference_is_not_trivial(whole: dict[str, dict[str, Any]]) -> None:
     for objective in whole.values():
         assert len({step["loss"] for step in objective["steps"]}) == STEPS
         assert min(step["norm"] for step in objective["steps"]) > 0.5
-    assert all(0.05 < step["clip_fraction"] < 0.95 for name in ("policy", "value") for step in whole[name]["steps"])
+    clipped = ("policy", "value", *ALGORITHMS)
+    assert all(0.05 < step["clip_fraction"] < 0.95 for name in clipped for step in whole[name]["steps"])
     for step in whole["reward"]["steps"]:
         assert min(step["reward/pairwise_loss"], step["reward/pointwise_loss"]) > 0
 
