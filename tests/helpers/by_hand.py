@@ -1,4 +1,4 @@
-"""Imports `examples/00_ppo_by_hand.py`, whose name starts with a digit."""
+"""Imports the examples in plain torch, whose names start with a digit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import ModuleType
 
 
 @cache
-def load_by_hand() -> ModuleType:
-    """The example as a module: PPO in plain torch, the oracle of the library's PPO step."""
-    path = Path(__file__).parents[2] / "examples" / "00_ppo_by_hand.py"
-    spec = importlib.util.spec_from_file_location("ppo_by_hand", path)
+def load_by_hand(name: str = "00_ppo_by_hand") -> ModuleType:
+    """An example as a module: an algorithm in plain torch, the oracle of the library's step."""
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name.lstrip("0123456789_"), path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
