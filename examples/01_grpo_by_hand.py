@@ -12,7 +12,7 @@ rule scores the answers, and each becomes likelier or less likely as it is bette
 critic. Nothing here comes from the library, so that `grpo_step` can judge the library's step, tensor by tensor.
 
 Every per-token tensor is [B, T], where index t is about token t + 1: the token that the model predicts at position t.
-Rows of one prompt are neighbours. Outside of the response, whatever is returned is exactly 0.
+Rows of one prompt are neighbours. Outside of the response, rewards, advantages and weights are exactly 0.
 """
 
 from __future__ import annotations
