@@ -20,7 +20,7 @@ from megarlhf.ops.kl import kl_estimate
 from megarlhf.ops.rewards import add_kl_penalty
 from megarlhf.parallel.micro_batches import Loss, States
 from megarlhf.trainers.anchored import AnchoredConfig
-from megarlhf.trainers.policy_loop import Cast, Turn
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn
 from megarlhf.trainers.policy_loss import loss_of, policy_terms
 from megarlhf.trainers.policy_metrics import advantage_metrics, exact_metrics, reference_metrics, rollout_metrics
 from megarlhf.trainers.trainer import Learner
@@ -89,6 +89,14 @@ class CriticFreeConfig(AnchoredConfig):
         if self.surrogate == "cispo" and self.dual_clip is not None:
             raise ConfigError(f"dual_clip={self.dual_clip:g} is of surrogate=clip, cispo has none; leave it out.")
         super().check_sizes()
+
+
+@dataclass(frozen=True)
+class CriticFreeIteration(Iteration):
+    """And what was learnt from; where more was drawn, that is not all of the rollouts."""
+
+    rows: Anchored
+    token_level_rewards: Tensor
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megarlhf.judges.shaping import ShapingConfig
 from megarlhf.ops.group_advantages import group_advantages, to_tokens
 from megarlhf.trainers.critic_free import (
     LEARNERS,
+    CriticFreeIteration,
     critic_free_loss,
     estimate_metrics,
     group_metrics,
@@ -24,7 +25,7 @@ from megarlhf.trainers.critic_free import (
 )
 from megarlhf.trainers.filling import fill
 from megarlhf.trainers.grpo import GRPOConfig
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
+from megarlhf.trainers.policy_loop import Cast, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_metrics import policy_metrics, score_metrics
 
 
@@ -49,7 +50,7 @@ class DAPOConfig(GRPOConfig):
     """How scores become what is learnt from."""
 
 
-def dapo_iteration(cast: Cast, prompts: Prompts, cfg: DAPOConfig, turn: Turn) -> Iteration:
+def dapo_iteration(cast: Cast, prompts: Prompts, cfg: DAPOConfig, turn: Turn) -> CriticFreeIteration:
     """Roll out until the batch is full, score, estimate, optimise: once. Collective, of equal prompts."""
     # 1. Roll out and judge, again and again: which groups are of use is known when they are judged.
     filled = fill(cast, prompts, turn, cfg)
@@ -78,7 +79,8 @@ def dapo_iteration(cast: Cast, prompts: Prompts, cfg: DAPOConfig, turn: Turn) ->
     # 4. Optimise.
     with turn.clock("optimise"):
         updates = optimise(cast.actor, critic_free_loss(cast.actor, cfg), rows, turn, cfg)
-    return Iteration(filled.all_drawn, filled.all_judgement, {**metrics, **policy_metrics(updates)})
+    learnt = {**metrics, **policy_metrics(updates)}
+    return CriticFreeIteration(filled.all_drawn, filled.all_judgement, learnt, rows, rewards)
 
 
 TRAINER = policy_trainer(DAPOConfig, dapo_iteration, models=build_cast, learners=LEARNERS)

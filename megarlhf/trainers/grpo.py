@@ -12,6 +12,7 @@ from megarlhf.ops.group_advantages import group_advantages, to_tokens
 from megarlhf.trainers.critic_free import (
     LEARNERS,
     CriticFreeConfig,
+    CriticFreeIteration,
     GroupStdConfig,
     critic_free_loss,
     estimate_metrics,
@@ -19,7 +20,7 @@ from megarlhf.trainers.critic_free import (
     score,
     token_level_rewards,
 )
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
+from megarlhf.trainers.policy_loop import Cast, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_metrics import policy_metrics
 
 
@@ -30,7 +31,7 @@ class GRPOConfig(CriticFreeConfig):
     """What a group's advantages are divided by; null divides by nothing."""
 
 
-def grpo_iteration(cast: Cast, prompts: Prompts, cfg: GRPOConfig, turn: Turn) -> Iteration:
+def grpo_iteration(cast: Cast, prompts: Prompts, cfg: GRPOConfig, turn: Turn) -> CriticFreeIteration:
     """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""
     # 1. Roll out, a group of responses to each prompt.
     with turn.clock("rollout"):
@@ -51,7 +52,7 @@ def grpo_iteration(cast: Cast, prompts: Prompts, cfg: GRPOConfig, turn: Turn) ->
     # 4. Optimise.
     with turn.clock("optimise"):
         updates = optimise(cast.actor, critic_free_loss(cast.actor, cfg), rows, turn, cfg)
-    return Iteration(rollout, scored.judgement, {**metrics, **policy_metrics(updates)})
+    return CriticFreeIteration(rollout, scored.judgement, {**metrics, **policy_metrics(updates)}, rows, rewards)
 
 
 TRAINER = policy_trainer(GRPOConfig, grpo_iteration, models=build_cast, learners=LEARNERS)

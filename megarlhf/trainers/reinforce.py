@@ -21,13 +21,14 @@ from megarlhf.ops.masked import masked_whiten
 from megarlhf.trainers.critic_free import (
     LEARNERS,
     CriticFreeConfig,
+    CriticFreeIteration,
     critic_free_loss,
     estimate_metrics,
     lessons,
     score,
     token_level_rewards,
 )
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
+from megarlhf.trainers.policy_loop import Cast, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_metrics import policy_metrics
 from megarlhf_kernels.linear_ppo import Estimator
 
@@ -60,7 +61,7 @@ class ReinforceConfig(CriticFreeConfig):
         super().check_sizes()
 
 
-def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn: Turn) -> Iteration:
+def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn: Turn) -> CriticFreeIteration:
     """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""
     # 1. Roll out.
     with turn.clock("rollout"):
@@ -80,7 +81,7 @@ def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn
     # 4. Optimise.
     with turn.clock("optimise"):
         updates = optimise(cast.actor, critic_free_loss(cast.actor, cfg), rows, turn, cfg)
-    return Iteration(rollout, scored.judgement, {**metrics, **policy_metrics(updates)})
+    return CriticFreeIteration(rollout, scored.judgement, {**metrics, **policy_metrics(updates)}, rows, rewards)
 
 
 def reinforced(rewards: Tensor, rollout: Rollout, cfg: ReinforceConfig) -> Tensor:

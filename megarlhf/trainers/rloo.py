@@ -16,13 +16,14 @@ from megarlhf.ops.group_advantages import leave_one_out, to_tokens
 from megarlhf.trainers.critic_free import (
     LEARNERS,
     CriticFreeConfig,
+    CriticFreeIteration,
     critic_free_loss,
     estimate_metrics,
     lessons,
     score,
     token_level_rewards,
 )
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
+from megarlhf.trainers.policy_loop import Cast, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_metrics import policy_metrics
 from megarlhf_kernels.linear_ppo import Estimator
 
@@ -40,7 +41,7 @@ class RLOOConfig(CriticFreeConfig):
     """k1, k2 or k3 of a token. In the reward only k1 has the KL's gradient."""
 
 
-def rloo_iteration(cast: Cast, prompts: Prompts, cfg: RLOOConfig, turn: Turn) -> Iteration:
+def rloo_iteration(cast: Cast, prompts: Prompts, cfg: RLOOConfig, turn: Turn) -> CriticFreeIteration:
     """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""
     # 1. Roll out, a group of responses to each prompt.
     with turn.clock("rollout"):
@@ -60,7 +61,7 @@ def rloo_iteration(cast: Cast, prompts: Prompts, cfg: RLOOConfig, turn: Turn) ->
     # 4. Optimise.
     with turn.clock("optimise"):
         updates = optimise(cast.actor, critic_free_loss(cast.actor, cfg), rows, turn, cfg)
-    return Iteration(rollout, scored.judgement, {**metrics, **policy_metrics(updates)})
+    return CriticFreeIteration(rollout, scored.judgement, {**metrics, **policy_metrics(updates)}, rows, rewards)
 
 
 TRAINER = policy_trainer(RLOOConfig, rloo_iteration, models=build_cast, learners=LEARNERS)

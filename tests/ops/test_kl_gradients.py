@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.by_hand import load_by_hand
+from megarlhf_kernels import kl_loss as kl_in_loss
 
-kl_in_loss = load_by_hand("01_grpo_by_hand").kl_in_loss
 """(new, old, ref log-probs, estimator) to the weighted estimate, elementwise"""
 
 V = 6
