@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megarlhf_kernels import kl_loss as kl_in_loss
 
-"""(new, old, ref log-probs, estimator) to the weighted estimate, elementwise"""
-
 V = 6
+ROUNDING = 1e-10
+"""Near 0 the library's k3 is a series, good to 1e-8 of terms that are below 1e-2."""
 ESTIMATORS = ["k1", "k2", "k3"]
 
 
 def same(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=ROUNDING)
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -164,4 +164,4 @@ def test_of_two_tokens_the_loss_leaves_out_what_the_first_does_to_the_second(est
     same(ours, gradients(kl_first + kl_second))
     missing = (ours - kl_of_sequences()).abs()
     assert missing[:V].max() > 0.05
-    assert (missing[V:].max() < 1e-12) == on_policy
+    assert (missing[V:].max() < ROUNDING) == on_policy
