@@ -1,0 +1,69 @@
+"""What docs/algorithms.md says of commands, defaults, settings and metrics is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarlhf.config import describe
+from megarlhf.observe.metrics import GLOSSARY
+from megarlhf.trainers.find import trainer_named, trainers
+from megarlhf.trainers.policy_config import PolicyConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
+NAMES = {
+    "PPO": "ppo",
+    "GRPO": "grpo",
+    "Dr.GRPO": "dr_grpo",
+    "RLOO": "rloo",
+    "REINFORCE++": "reinforce",
+    "DAPO": "dapo",
+    "GSPO": "gspo",
+    "CISPO": "cispo",
+}
+POLICIES = [name for name in trainers() if issubclass(trainer_named(name).config, PolicyConfig)]
+
+
+def default_of(name: str, setting: str) -> Any:
+    value: Any = trainer_named(name).config.model_construct()
+    for part in setting.split("."):
+        value = vars(value)[part]
+    return value
+
+
+def test_every_algorithm_has_a_row_and_a_section() -> None:
+    assert sorted(re.findall(r"^\| `(\w+)` \|", PAGE.partition("## Measured")[0], re.MULTILINE)) == sorted(POLICIES)
+    assert sorted(NAMES.values()) == sorted(POLICIES)
+    assert NAMES.keys() <= SECTIONS.keys()
+
+
+@pytest.mark.parametrize("title", NAMES)
+def test_defaults_are_those_that_are_said(title: str) -> None:
+    said = re.findall(r"`([a-z_.]+)`(?: is)? (?:of )?(-?\d[\d.e-]*|null)\b", SECTIONS[title])
+    assert said
+    for setting, value in said:
+        default = default_of(NAMES[title], setting)
+        assert default == (None if value == "null" else float(value.rstrip("."))), setting
+
+
+def test_settings_and_metrics_that_are_named_are_there() -> None:
+    settings = {row.name for name in POLICIES for row in describe(trainer_named(name).config)}
+    settings |= {name.rpartition(".")[0] for name in settings}
+    for span in re.findall(r"`([a-z_.]+)(?:=[^`]*)?`", PAGE):
+        if "_" in span and not span.startswith(("tests", "megarlhf")) and span not in trainers():
+            known = span in settings or span in {"sequence_mask", "my_package.my_algorithm"}
+            assert known, span
+    for name in re.findall(r"`((?:rollout|draws|group|sampler|compute)/\w+)`", PAGE):
+        assert name in GLOSSARY, name
+
+
+def test_the_algorithm_that_is_shown_is_the_one_that_is_tested() -> None:
+    shown = re.findall(r"```python\n(.*?)```", SECTIONS["Write your own"], re.DOTALL)[0]
+    written = (ROOT / "tests" / "trainers" / "toy_reinforce.py").read_text(encoding="utf-8")
+    lines = [line.strip() for line in shown.splitlines() if line.strip() not in ("", "...")]
+    assert [line for line in lines if line not in written] == []
