@@ -13,6 +13,7 @@ from megarlhf.batch.rollouts import Anchored, Rollout
 from megarlhf.config import Config
 from megarlhf.errors import ConfigError
 from megarlhf.judges.panel import Judgement
+from megarlhf.models.compute import Choice
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.metrics import Metrics, names_of
 from megarlhf.ops.group_advantages import GroupStd, equal_groups
@@ -63,6 +64,13 @@ class CriticFreeConfig(AnchoredConfig):
     """`clip`: a token whose ratio was clipped loses its gradient; `cispo`: it keeps it, with the clipped weight."""
     ratio: Literal["token", "sequence"] = "token"
     """Whose ratio is clipped: each token's, or the geometric mean of its response (policy_loss=composed is used)."""
+
+    @property
+    def policy_loss_choice(self) -> Choice:
+        """How the actor's loss is computed, for the table of what a run uses."""
+        if self.ratio == "token":
+            return super().policy_loss_choice
+        return Choice("policy loss", "from log-probs, 4 matmuls", "ratio=sequence")
 
     @property
     def passes(self) -> int:
