@@ -75,7 +75,7 @@ def evaluate(
 
 def _judged(rollout: Rollout, scores: Tensor, reader: Reader, verifier: Verifier) -> Evaluation:
     def verified(responses: Sequence[Response]) -> list[tuple[str, bool]]:
-        return [(each.response, verify(each.response, each.answer, verifier)) for each in responses]
+        return [(each.response, bool(verify(each.response, each.answer, verifier))) for each in responses]
 
     texts, verdicts = zip(*reader.spread(rollout, verified), strict=True)
     return Evaluation(texts, torch.tensor(verdicts), scores, rollout.response_lengths, rollout.terminated)

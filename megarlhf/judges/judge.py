@@ -32,6 +32,8 @@ class Verdict:
     """[B] each: what the score is made of, where a judge says so."""
     correct: Sequence[bool | None] = ()
     """Whether each response is right, where a judge knows; None where it cannot say."""
+    failed: Sequence[bool] = ()
+    """Whether each response could not be judged as meant; of a judge that cannot fail so, nothing."""
 
     @property
     def scores(self) -> Tensor:

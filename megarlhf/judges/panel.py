@@ -136,6 +136,7 @@ def _metrics_of(name: str, verdict: Verdict, seconds: float) -> Metrics:
     return {
         f"judge/{name}_mean": float(scores.mean()),
         f"judge/{name}_std": float(scores.std(correction=0)),
+        **({f"judge/{name}_failures": sum(verdict.failed)} if verdict.failed else {}),
         f"time/judge_{name}_s": seconds,
         **{f"judge/{name}.{part}_mean": float(values.mean()) for part, values in verdict.parts.items()},
     }

@@ -125,7 +125,8 @@ class _Service:
             ) from None
         except httpx.RequestError as error:
             raise JudgeError(f"{self.what} cannot be asked ({type(error).__name__}); see to the service.") from None
-        return self._opinions(reply, len(responses))
+        asked_again = again.statistics["attempt_number"] > 1
+        return [opinion._replace(failed=asked_again) for opinion in self._opinions(reply, len(responses))]
 
     def _post(self, client: httpx.Client, body: bytes, deadline: float) -> httpx.Response:
         if time.monotonic() > deadline:

@@ -47,5 +47,11 @@ class RuleConfig(TextJudgeConfig):
 
 
 def _judged(rule: RuleConfig, responses: Sequence[Response]) -> list[Opinion]:
-    verdicts = (verify(each.response, each.answer, rule.rule) if each.answer else None for each in responses)
-    return [Opinion(rule.right if right else rule.wrong, correct=right) for right in verdicts]
+    return [_opinion(rule, each) for each in responses]
+
+
+def _opinion(rule: RuleConfig, of: Response) -> Opinion:
+    if not of.answer:
+        return Opinion(rule.wrong)
+    right = verify(of.response, of.answer, rule.rule)
+    return Opinion(rule.right if right else rule.wrong, correct=bool(right), failed=right is None)

@@ -45,6 +45,8 @@ class Opinion(NamedTuple):
     parts: Mapping[str, float] = {}
     """What the score is made of, by name; one that is not named counts as 0."""
     correct: bool | None = None
+    failed: bool = False
+    """It could not be judged as meant, for example in the time that it may take."""
 
 
 Scorer = Callable[[Sequence[Response]], Sequence[Opinion]]
@@ -143,6 +145,7 @@ class TextJudge:
             outcome(scores, rollout),
             parts={name: torch.tensor([each.parts.get(name, 0.0) for each in said]) for name in _names(said)},
             correct=[each.correct for each in said],
+            failed=[each.failed for each in said],
         )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
+from functools import partial
+from itertools import product
 from random import Random
 from typing import Any, Literal
 
@@ -38,8 +40,8 @@ _SECONDS = 2
 """For parsing and again for comparing an answer, such as a tower of powers; then it is wrong."""
 
 
-def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> bool:
-    """Whether `response` gives `answer`.
+def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> bool | None:
+    """Whether `response` gives `answer`; None, which counts as wrong, where that took too long to find out.
 
     arithmetic: the response ends in "The answer is N.", digit for digit (the built-in task).
     gsm8k: its final answer, or where there is none its last number, is the number that `answer` gives, whatever stands
@@ -153,18 +155,29 @@ def check_verifier(verifier: Verifier, setting: str = "verifier") -> None:
         raise ConfigError(f"{setting}=maths needs the package math-verify; pip install math-verify.")
 
 
-def _equal(said: str, answer: str) -> bool:
+def _equal(said: str, answer: str) -> bool | None:
     check_verifier("maths")
     package: Any = importlib.import_module("math_verify")  # it has no types
 
     if len(said) > _LONGEST_ANSWER:
         return False
     # LaTeX alone: math-verify's other reader, of bare expressions, goes through sympy's parse_expr, which calls eval().
-    reader = [package.LatexExtractionConfig()]
+    read = partial(package.parse, extraction_config=[package.LatexExtractionConfig()], parsing_timeout=_SECONDS)
     gold, given = (
-        package.parse(
-            f"${_THOUSANDS.sub('', text.strip().strip('$'))}$", extraction_config=reader, parsing_timeout=_SECONDS
-        )
-        for text in (answer, said)
+        _in_time(read, f"${_THOUSANDS.sub('', text.strip().strip('$'))}$", default=[]) for text in (answer, said)
     )
-    return bool(gold) and bool(given) and package.verify(gold, given, timeout_seconds=_SECONDS)
+    if gold is None or given is None:
+        return None
+    verify_pair = partial(package.verify, timeout_seconds=_SECONDS)
+    same = [_in_time(verify_pair, *pair, default=False) for pair in product(gold, given)]
+    return None if not any(same) and None in same else any(same)
+
+
+def _in_time(function: Callable[..., Any], *given: Any, default: Any) -> Any:
+    """What it returns; `default` where it cannot take what is given, None where math-verify stops it."""
+    try:
+        return function(*given, raise_on_error=True)
+    except Exception:  # noqa: BLE001 (of any kind: sympy's, its parser's)
+        return default
+    except importlib.import_module("math_verify.errors").TimeoutException:
+        return None

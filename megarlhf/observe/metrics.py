@@ -207,6 +207,9 @@ _COMPUTE = {
 _OF_A_JUDGE = {
     "mean": Metric("reward", "the judge's scores, unweighted", _ROLLOUTS),
     "std": Metric("reward", "sqrt(mean((score - mean)^2)) of the judge's scores", "over the rollouts of the iteration"),
+    "failures": Metric(
+        "rollouts", "rollouts that the judge could not judge as meant: it took too long, or was asked again", "count"
+    ),
 }
 """Of each judge, as judge/NAME_mean."""
 _JUDGING = Metric("s", "wall time in which the judge was waited for", "rank 0")

@@ -213,7 +213,8 @@ class PolicyConfig(RunConfig):
     def logged(self) -> set[str]:
         """Metrics of every iteration in which all learners learn."""
         judges = {f"judge/{name}_{quantity}" for name in self.panel for quantity in ("mean", "std")}
-        return names_of("rollout", "policy") | judges
+        failures = {f"judge/{name}_failures" for name, cfg in self.panel.items() if isinstance(cfg, TextJudgeConfig)}
+        return names_of("rollout", "policy") | judges | failures
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""

@@ -15,8 +15,10 @@ from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.judges.function import FunctionConfig
-from megarlhf.judges.panel import Court, build_panel
+from megarlhf.judges.judge import Verdict, outcome
+from megarlhf.judges.panel import Court, _metrics_of, build_panel
 from megarlhf.judges.texts import Reader, Response
+from megarlhf.observe.metrics import check
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runtime.checks import Model
@@ -124,6 +126,11 @@ def test_scores_are_the_weighted_sum_and_each_row_is_judged_once(layout: Paralle
         assert metrics["judge/own.length_mean"] == pytest.approx(length.mean())
         assert metrics["judge/own.number_mean"] == 2
         assert metrics["time/judge_taste_s"] >= 0
+        # A model judges every response.
+        assert {name: value for name, value in metrics.items() if name.endswith("_failures")} == {
+            "judge/answer_failures": 0,
+            "judge/own_failures": 0,
+        }
         assert rank["wrong"] == float("inf")  # nobody knows what the function gives wrong responses
     seen = [line for file in tmp_path.glob("seen_*") for line in file.read_text().splitlines()]
     assert sorted(seen) == [
@@ -137,6 +144,14 @@ def test_a_rule_says_what_wrong_responses_get() -> None:
     (rank,) = run_ranks(judged, 1, ParallelLayout(), "nowhere", judges)
     assert rank["wrong"] == -2.0
     assert rank["correct"] == [None] * 5  # nobody was named to say it
+
+
+def test_responses_that_could_not_be_judged_are_counted() -> None:
+    scores = outcome(torch.arange(5.0), rollout_of(*prompt_set()))
+    verdict = Verdict(scores, failed=[True, False, True, False, False])
+    metrics = _metrics_of("taste", verdict, 0.5)
+    assert metrics["judge/taste_failures"] == 2
+    check(metrics)
 
 
 BAD = {

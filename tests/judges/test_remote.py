@@ -126,7 +126,9 @@ def test_batches_are_asked_in_order_and_few_at_once() -> None:
         return lengths(asked)
 
     with serving(slowly) as service:
-        assert judge(service.url, 23, batch=3, in_flight=3) == list(range(23))
+        cfg = RemoteConfig(kind="remote", url=service.url, batch=3, in_flight=3)
+        said = cfg.scorer("taste", reader())(responses(23))
+        assert [(opinion.score, opinion.failed) for opinion in said] == [(n, False) for n in range(23)]
         assert sorted(len(asked["responses"]) for asked in service.asked) == [2, *[3] * 7]
         assert 1 < service.most <= 3
         first = next(asked for asked in service.asked if asked["responses"][0]["prompt"] == "p0")
@@ -217,15 +219,19 @@ def test_what_is_no_judgement_is_named(name: str) -> None:
 
 
 def test_a_service_that_is_overloaded_is_asked_again() -> None:
-    codes = iter([503, 429, 200])
+    codes = iter([503, 429])
 
     def later(asked: dict[str, Any]) -> tuple[int, bytes]:
-        code = next(codes)
+        code = next(codes, 200)
         return lengths(asked) if code == 200 else (code, b"not now")
 
     with serving(later) as service:
-        assert judge(service.url) == [0, 1, 2, 3, 4]
-        assert len(service.asked) == 3
+        cfg = RemoteConfig(kind="remote", url=service.url, batch=5)
+        said = cfg.scorer("taste", reader())(responses(7))
+        assert [opinion.score for opinion in said] == [0, 1, 2, 3, 4, 5, 6]
+        assert len(service.asked) == 2 + 2
+    # Which batch was put off is chance; whichever it was, its responses count as failures, and no others.
+    assert sum(opinion.failed for opinion in said) in (2, 5, 7)
 
 
 def hang_up(asked: dict[str, Any]) -> tuple[int, bytes]:

@@ -3,10 +3,14 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megarlhf.errors import ConfigError
+from megarlhf.judges import verifiers
+from megarlhf.judges.rules import RuleConfig
+from megarlhf.judges.texts import Opinion, Response
 from megarlhf.judges.verifiers import check_answers, verify
 from tests.judges.shapes import MATHS, school
 
@@ -70,6 +74,21 @@ def test_maths_right(response: str, answer: str) -> None:
 def test_maths_wrong(response: str, answer: str) -> None:
     pytest.importorskip("math_verify")
     assert not verify(response, answer, "maths")
+
+
+def test_an_answer_that_takes_too_long_is_wrong_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower of powers, of which sympy would never make an end."""
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(verifiers, "_SECONDS", 1)
+    nobody: Any = None
+    judge = RuleConfig(kind="rule", rule="maths", wrong=-1.0).scorer("answer", nobody)
+    given = [Response("?", rf"\boxed{{{said}}}", "12", {}, 1) for said in ("9^{9^{9^9}}", "12", "13", "9^{")]
+    assert judge(given) == [
+        Opinion(-1.0, correct=False, failed=True),
+        Opinion(1.0, correct=True),
+        Opinion(-1.0, correct=False),
+        Opinion(-1.0, correct=False),
+    ]
 
 
 def test_gold_answers_of_gsm8k_are_right_and_altered_ones_wrong() -> None:
