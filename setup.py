@@ -26,6 +26,7 @@ REQUIRES = [
     "matplotlib>=3.9",
     "tensorboard>=2.18",
     "scipy>=1.13",
+    "regex>=2024.4",  # patterns of judges, stopped where they take too long
     "httpx>=0.28",  # a judge that is a service
     "tenacity>=9",  # asks it again
 ]

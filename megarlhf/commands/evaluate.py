@@ -57,7 +57,8 @@ class EvalConfig(RanksConfig):
     rollout: RolloutConfig = RolloutConfig()
     """How much is drawn at once."""
     verifier: AutoVerifier = "auto"
-    """What decides that a response is right: the built-in task's exact one, or math-verify (`maths`). `auto` is
+    """What decides that a response is right: its last sentence, digit for digit, as the built-in task has it
+    (`arithmetic`), a number (`gsm8k`), mathematics by math-verify (`maths`), or all of its text (`exact`). `auto` is
     arithmetic for the built-in task; for your own data one must be named."""
     output: Path | None = None
     """File for the responses, one JSON object a line, which must not exist; none are kept without it."""

@@ -118,7 +118,8 @@ def build_panel(judges: Mapping[str, JudgeSettings], verifier: Verifier | None, 
     built = tuple(_built(name, settings, court) for name, settings in judges.items())
     if verifier is None:
         return Panel(built)
-    same = [name for name, settings in judges.items() if isinstance(settings, RuleConfig) and settings.rule == verifier]
+    rules = {name: settings for name, settings in judges.items() if isinstance(settings, RuleConfig)}
+    same = [name for name, settings in rules.items() if settings.verifier == verifier]
     if same:
         return Panel(built, next(judge for judge in built if judge.name == same[0]))
     alone = RuleConfig(kind="rule", rule=verifier)

@@ -1,45 +1,101 @@
-"""A judge that is a rule: it gives one of two scores, by whether a response gives the answer."""
+"""A judge that is a rule: it gives one of two scores, by whether a response gives the answer or has a form."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
 
 from megarlhf.data.prompts import PromptSet
 from megarlhf.errors import DataError
+from megarlhf.judges.forms import Unit, has_length, has_pattern, has_shape, pattern_fault
+from megarlhf.judges.judge import UNKNOWN
 from megarlhf.judges.texts import Opinion, Reader, Response, Scorer, TextJudgeConfig
 from megarlhf.judges.verifiers import Verifier, check_answers, check_verifier, verify
+
+Rule = Literal["arithmetic", "gsm8k", "maths", "exact", "regex", "format", "length"]
+"""Those of Verifier, and those of a response's form."""
+_ONLY_OF = {
+    "ignore_case": ("exact",),
+    "pattern": ("regex", "format"),
+    "least": ("length",),
+    "most": ("length",),
+    "unit": ("length",),
+}
+"""Settings that only some rules use."""
+_VERIFIERS: tuple[Verifier, ...] = get_args(Verifier)
 
 
 class RuleConfig(TextJudgeConfig):
     """A rule."""
 
     kind: Literal["rule"]
-    """`rule`: one of two scores, by whether a response gives the answer."""
-    rule: Verifier
-    """When a response gives the answer: digit for digit as the built-in task has it (`arithmetic`),
-    as a number whatever stands around it (`gsm8k`), or as mathematics (`maths`)."""
+    """`rule`: one of two scores, by whether a response gives the answer, or has a form."""
+    rule: Rule
+    """When a response gives the answer: digit for digit as the built-in task has it (`arithmetic`), as a number
+    whatever stands around it (`gsm8k`), as mathematics (`maths`), or as text, all of it (`exact`). When it has the form
+    asked for: `pattern` is somewhere in it (`regex`), is all of it (`format`), or it is as long as asked (`length`)."""
     right: float = 1.0
     """Score where it holds."""
     wrong: float = 0.0
     """Score where it does not."""
+    ignore_case: bool = False
+    """For `exact`: large letters are small ones."""
+    pattern: str = ""
+    """For `regex` and `format`: a regular expression, as the package regex reads it. For `format` a dot is any
+    character, line ends too. A response for which it takes more than a second is wrong, and counted as
+    judge/NAME_failures."""
+    least: int | None = Field(default=None, ge=0)
+    """For `length`: how long the response must be; null is no bound."""
+    most: int | None = Field(default=None, ge=0)
+    """For `length`: how long the response may be; null is no bound."""
+    unit: Unit = "characters"
+    """For `length`: what is counted; words are what white space separates."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> RuleConfig:
+        for name, rules in _ONLY_OF.items():
+            if self.rule not in rules and dict(self)[name] != type(self).model_fields[name].default:
+                of = f"the rule{'s' * (len(rules) > 1)} {' and '.join(rules)}"
+                raise ValueError(f"{name} is a setting of {of}, not of rule={self.rule}; remove it.")
+        if self.rule in ("regex", "format"):
+            if not self.pattern:
+                raise ValueError(f"rule={self.rule} needs a pattern; set pattern to a regular expression.")
+            if fault := pattern_fault(self.pattern):
+                raise ValueError(f"pattern={self.pattern!r} is no regular expression: {fault}; correct it.")
+        if self.rule == "length":
+            if self.least is None and self.most is None:
+                raise ValueError("rule=length needs a bound; set least, most or both.")
+            if self.least is not None and self.most is not None and self.least > self.most:
+                raise ValueError(
+                    f"least={self.least} is more than most={self.most}, and no response is so long; change one of them."
+                )
+        return self
+
+    @property
+    def verifier(self) -> Verifier | None:
+        """The rule where it compares with the answer; None where it says nothing of that."""
+        return next((name for name in _VERIFIERS if name == self.rule), None)
 
     @property
     def wrong_score(self) -> float:
-        """What is set for it."""
-        return self.wrong
+        """What is set for wrong answers; nobody knows what form they have."""
+        return UNKNOWN if self.verifier is None else self.wrong
 
     def check(self, name: str, prompts: PromptSet, source: str) -> str:
         """How many answers can be right for no response.
 
         Raises:   a MegarlhfError where a prompt has no answer, or none can be right, or a package is missing.
         """
-        check_verifier(self.rule, f"judges.{name}.rule")
+        if self.verifier is None:
+            return ""
+        check_verifier(self.verifier, f"judges.{name}.rule")
         if "" in prompts.answers:
             row = prompts.ids[list(prompts.answers).index("")] + 1
             raise DataError(f"{source}, row {row}: judges.{name} judges by the answer; fill the column 'answer'.")
-        return check_answers(prompts.answers, self.rule, source, f"judges.{name}.rule")
+        return check_answers(prompts.answers, self.verifier, source, f"judges.{name}.rule")
 
     def scorer(self, name: str, reader: Reader) -> Scorer:
         """What judges responses."""
@@ -51,7 +107,20 @@ def _judged(rule: RuleConfig, responses: Sequence[Response]) -> list[Opinion]:
 
 
 def _opinion(rule: RuleConfig, of: Response) -> Opinion:
-    if not of.answer:
-        return Opinion(rule.wrong)
-    right = verify(of.response, of.answer, rule.rule)
-    return Opinion(rule.right if right else rule.wrong, correct=bool(right), failed=right is None)
+    knows = rule.verifier is not None and bool(of.answer)
+    held = _holds(rule, of)
+    return Opinion(rule.right if held else rule.wrong, correct=bool(held) if knows else None, failed=held is None)
+
+
+def _holds(rule: RuleConfig, of: Response) -> bool | None:
+    """Whether a response is as the rule asks; None where that took too long to find out."""
+    match rule.rule:
+        case "regex":
+            return has_pattern(rule.pattern, of.response)
+        case "format":
+            return has_shape(rule.pattern, of.response)
+        case "length":
+            return has_length(of.response, rule.unit, rule.least, rule.most)
+        case verifier:
+            same = str.casefold if rule.ignore_case else str
+            return bool(of.answer) and verify(same(of.response), same(of.answer), verifier)

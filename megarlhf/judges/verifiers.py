@@ -17,8 +17,8 @@ from megarlhf.data.prompts import PromptSet
 from megarlhf.data.rows import BUILT_IN
 from megarlhf.errors import ConfigError
 
-Verifier = Literal["arithmetic", "gsm8k", "maths"]
-AutoVerifier = Literal["auto", "arithmetic", "gsm8k", "maths"]
+Verifier = Literal["arithmetic", "gsm8k", "maths", "exact"]
+AutoVerifier = Literal["auto", "arithmetic", "gsm8k", "maths", "exact"]
 """A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
 
 _BOXED = re.compile(r"\\boxed\s*\{")
@@ -49,12 +49,15 @@ def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> boo
     maths: its final answer (the last \\boxed{...}, or else what follows the last "answer is", "Answer:" or "####",
     without the stars of bold text and the unit of a number) equals that of `answer`, or all of it where it has none, as
     mathematics, by the package math-verify: 1/2, 0.5 and \\frac{1}{2} are one answer. No final answer is a wrong one.
+    exact: all of the response is `answer`, letter for letter, but for white space around them.
 
     Ranks:    main thread only for maths: math-verify stops overlong work by SIGALRM.
     Raises:   ConfigError if `maths` is asked for and math-verify is not installed.
     """
     if verifier == "arithmetic":
         return is_correct(response, answer)
+    if verifier == "exact":
+        return response.strip() == answer.strip()
     said = _final_answer(response)
     gold = _final_answer(answer)
     if verifier == "gsm8k":
@@ -69,6 +72,8 @@ def check_answers(answers: Sequence[str], verifier: Verifier, source: str, setti
     Up to 512 of them are looked at: a response that gives the very answer must be right.
     Raises:   ConfigError where that is none: every accuracy would be 0.
     """
+    if verifier == "exact":  # any text can be given
+        return ""
     every = [answer for answer in answers if answer]
     seen = Random(0).sample(every, min(len(every), _LOOKED_AT))
     given = (f"The answer is {_final_answer(answer) or answer}." for answer in seen)

@@ -112,9 +112,9 @@ class PolicyConfig(RunConfig):
     shaping: ShapingConfig = ShapingConfig()
     """How scores become what is learnt from."""
     verifier: AutoVerifier | Literal["none"] = "auto"
-    """What says for the log whether a response is right, where its prompt has an answer: the built-in task's exact one,
-    math-verify (`maths`), or `none`, which logs no accuracy. `auto`: that of the first judge that is a rule, else
-    arithmetic for the built-in task, none for your own data."""
+    """What says for the log whether a response is right, where its prompt has an answer: a rule that compares with the
+    answer, as judges have it, or `none`, which logs no accuracy. `auto`: that of the first judge that is such a rule,
+    else arithmetic for the built-in task, none for your own data."""
     kl_bound: Annotated[float | None, FreeToChange()] = Field(default=24.0, gt=0)
     """Mean KL to the reference, in nats a response, beyond which the run warns; null never warns. Source: four times
     the 6 nats that Ziegler et al. 2019 steer towards."""
@@ -307,7 +307,9 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
         check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
     texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}
     doubts = [judge.check(name, prompts, data.source) for name, judge in texts.items()]
-    rules: list[Verifier] = [judge.rule for judge in cfg.panel.values() if isinstance(judge, RuleConfig)]
+    rules: list[Verifier] = [
+        judge.verifier for judge in texts.values() if isinstance(judge, RuleConfig) and judge.verifier is not None
+    ]
     verifier = rules[0] if rules and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
     cfg.check_best(_best_of(cfg, verified=verifier is not None))
     if verifier is not None and verifier not in rules:

@@ -15,7 +15,7 @@ from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.texts import Opinion, Response
 from megarlhf.trainers.ppo import PPOConfig
 
-RULE = ("kind", "rule", "weight", "right", "wrong")
+RULE = ("kind", "rule", "weight", "right", "wrong", "ignore_case", "pattern", "unit")
 ANSWER = ("run_dir=run", "judges.answer.kind=rule", "judges.answer.rule=maths")
 
 
@@ -46,7 +46,7 @@ def test_help_has_every_setting_of_every_kind_once() -> None:
     assert rows["judges.NAME.kind"].type.startswith("model | rule | function")
     assert rows["judges.NAME.weight"].help.startswith("What its scores are multiplied by")
     assert rows["judges.NAME.init"].help.startswith("Of model. ")
-    assert rows["judges.NAME.rule"].type == "arithmetic | gsm8k | maths"
+    assert rows["judges.NAME.rule"].type == "arithmetic | gsm8k | maths | exact | regex | format | length"
     names = [row.name for row in describe(PPOConfig)]
     assert len(names) == len(set(names))
 
@@ -55,7 +55,7 @@ MISTAKES = {
     "judges.answer.weights=2": "unknown setting judges.answer.weights = 2 (from the command line); did you mean "
     "judges.answer.weight?",
     "judges.answer.weight=x": "setting judges.answer.weight = 'x': input should be a valid number; give float.",
-    "judges.answer.rule=math": "setting judges.answer.rule = 'math': input should be 'arithmetic', 'gsm8k' or",
+    "judges.answer.rule=math": "setting judges.answer.rule = 'math': input should be 'arithmetic', 'gsm8k', ",
     "judges.answer.kind=ruel": "setting judges.answer.kind = 'ruel': there is no such kind; did you mean rule?",
     "judges.answer.kind=5": "setting judges.answer.kind = '5': there is no such kind; give model | rule | ",
     "judges.other.weight=2": "missing setting judges.other.kind (model | rule | ",
@@ -106,9 +106,12 @@ def test_the_short_form_is_a_judge_of_its_name() -> None:
 def test_the_page_about_judges_is_true(tmp_path: Path) -> None:
     """Its settings load, its table of kinds is whole, and its function gives what it says."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "judges.md").read_text(encoding="utf-8")
-    settings, function = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("yaml", "python"))
-    (tmp_path / "run.yaml").write_text(f"run_dir: run\n{settings}")
-    judges = load_config(PPOConfig, tmp_path / "run.yaml", []).judges
+    settings, functions = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("yaml", "python"))
+    shown: list[dict[str, Any]] = []
+    for each in settings:
+        (tmp_path / "run.yaml").write_text(f"run_dir: run\n{each}")
+        shown.append(load_config(PPOConfig, tmp_path / "run.yaml", []).judges)
+    judges, function = shown[0], functions[0]
     kinds = next(row.type for row in describe(PPOConfig) if row.name == "judges.NAME.kind").split(" | ")
     assert sorted(judge.kind for judge in judges.values()) == sorted(kinds)
     assert re.findall(r"^\| `(\w+)` \| [^|]*\| (?:a|the|`)", page, re.MULTILINE) == [
