@@ -11,10 +11,10 @@ from pydantic import Field
 from rich.table import Table
 
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.data.prompts import PromptSet, load_prompts
+from megarlhf.data.prompts import PromptSet, check_answered, load_prompts
 from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError, DataError
+from megarlhf.errors import ConfigError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
 from megarlhf.judges.verifiers import AutoVerifier, Verifier, check_answers, chosen_verifier
@@ -99,9 +99,7 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
             "is N.')."
         )
     prompts = load_prompts(data, tokenizer)
-    if "" in prompts.answers:
-        row = prompts.ids[list(prompts.answers).index("")] + 1
-        raise DataError(f"{cfg.prompts.source}, row {row}: no answer to check against; fill the column 'answer'.")
+    check_answered(prompts, data.source, "no answer to check against")
     for name, found in (("model", model), ("reward", reward)):
         if found is not None:
             check_tokenizer(tokenizer, found.spec, name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megarlhf.batch.supervised import LabelledResponses, PreferencePairs
 from megarlhf.data.arithmetic import labelled_rows, preference_rows
+from megarlhf.data.columns import Columns
 from megarlhf.data.rows import DataConfig, Row, load_rows, pad_right, within_limit
 from megarlhf.data.tokenizer import Template, Tokenizer
 
@@ -97,7 +98,7 @@ def load_preferences(config: DataConfig, tokenizer: Tokenizer) -> PreferenceSet:
 
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
-    rows = load_rows(config, preference_rows)
+    rows = load_rows(config, preference_rows, Columns("pairs", ("prompt", "chosen", "rejected", "margin")))
     tokenizer = tokenizer.taking(config.control_tokens)
     margins = [_margin(row) for row in rows]
     chosen = [_encode(row, "chosen", tokenizer, config.rendering) for row in rows]
@@ -110,12 +111,12 @@ def load_preferences(config: DataConfig, tokenizer: Tokenizer) -> PreferenceSet:
     return PreferenceSet(chosen, rejected, margins, tokenizer.pad_id, len(rows) - len(kept))
 
 
-def load_labelled(config: DataConfig, tokenizer: Tokenizer) -> LabelledSet:
-    """Read, check and tokenise judged responses.
+def load_labelled(config: DataConfig, tokenizer: Tokenizer, setting: str = "labelled") -> LabelledSet:
+    """Read, check and tokenise judged responses, of the setting that is named.
 
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
-    rows = load_rows(config, labelled_rows)
+    rows = load_rows(config, labelled_rows, Columns(setting, ("prompt", "response", "correct")))
     tokenizer = tokenizer.taking(config.control_tokens)
     correct = [row.number_in("correct", 0, 1) for row in rows]
     tokens = [_encode(row, "response", tokenizer, config.rendering) for row in rows]

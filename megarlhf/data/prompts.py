@@ -1,7 +1,9 @@
-"""Prompts to roll out. Columns: `prompt` (text or a conversation [{role, content}, ...]), `answer` (text, optional)."""
+"""Prompts to roll out. Columns: `prompt` (text or a conversation [{role, content}, ...]), `answer` (optional: text, or
+a number, which is taken as JSON writes it)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,9 +14,12 @@ from torch import Tensor
 
 from megarlhf.batch.rollouts import Prompts
 from megarlhf.data.arithmetic import prompt_rows
-from megarlhf.data.rows import DataConfig, load_rows, pad_right, within_limit
+from megarlhf.data.columns import Columns
+from megarlhf.data.rows import DataConfig, Row, load_rows, pad_right, within_limit
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError
+from megarlhf.errors import ConfigError, DataError
+
+COLUMNS = Columns("prompts", ("prompt", "answer"))
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,10 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
 
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or prompts over the limit.
     """
-    rows = load_rows(config, prompt_rows)
+    rows = load_rows(config, prompt_rows, COLUMNS)
     tokenizer = tokenizer.taking(config.control_tokens)
     tokens = [row.prompt_ids(tokenizer, config.rendering) for row in rows]
-    answers = ["" if row.columns.get("answer") is None else row.text("answer") for row in rows]
+    answers = [_answer(row) for row in rows]
     kept = within_limit(config, rows, [len(ids) for ids in tokens])
     return PromptSet(
         [tokens[i] for i in kept],
@@ -84,6 +89,22 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
         len(rows) - len(kept),
         [rows[i].columns for i in kept],
     )
+
+
+def _answer(row: Row) -> str:
+    given = row.columns.get("answer")
+    if isinstance(given, int | float) and not isinstance(given, bool) and -math.inf < given < math.inf:
+        return str(given)
+    return "" if given is None else row.text("answer")
+
+
+def check_answered(prompts: PromptSet, source: str, why: str) -> None:
+    """Raise DataError where a prompt has no answer, with `why` it needs one."""
+    if "" in prompts.answers:
+        index = list(prompts.answers).index("")
+        hint = COLUMNS.hint("answer", prompts.columns[index])
+        remedy = f"fill the column 'answer'{f', or {hint}' if hint else ''}"
+        raise DataError(f"{source}, row {prompts.ids[index] + 1}: {why}; {remedy}.")
 
 
 def check_prompt_count(prompts: PromptSet, per_iteration: int) -> None:

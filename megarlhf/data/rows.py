@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig, Split
+from megarlhf.data.columns import UNNAMED, Columns
 from megarlhf.data.inside import check_inside
 from megarlhf.data.tokenizer import ControlTokens, Message, Template, Tokenizer
 from megarlhf.errors import ConfigError, DataError
@@ -40,6 +41,9 @@ class DataConfig(Config):
     split: str = ""
     """Split: `train` or `heldout` of the built-in task, or one of the hub data set; empty for `train`, in `eval` for
     `heldout` of the built-in task. A file is one split and needs none."""
+    columns: dict[str, str] = pydantic.Field(default={})
+    """Where the data name a column otherwise, by the name it needs: `columns.prompt=question` takes the prompt from
+    question. It is there under both names."""
     template: Template | None = None
     """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models); null
     for what the model was trained with, or chat where nobody knows."""
@@ -66,10 +70,16 @@ class Row:
     source: str
     number: int
     columns: dict[str, Any]
+    kind: Columns = UNNAMED
 
     def fault(self, column: str, problem: str) -> DataError:
         """A DataError that names file, row and column."""
-        return DataError(f"bad row: {self.source}, row {self.number}, column {column!r}: {problem}.")
+        return DataError(f"bad row: {self.source}, row {self.number}, column {self.kind.said(column)}: {problem}.")
+
+    def _missing(self, column: str, needed: str) -> DataError:
+        hint = self.kind.hint(column, self.columns)
+        remedy = f"; {hint}" if hint else f", it needs {needed} there"
+        return self.fault(column, f"missing; the row has {sorted(self.columns)}{remedy}")
 
     def text(self, column: str) -> str:
         """The column as text that is not blank.
@@ -78,7 +88,7 @@ class Row:
         """
         value = self.columns.get(column)
         if value is None:
-            raise self.fault(column, f"missing; the row has {sorted(self.columns)}, it needs text there")
+            raise self._missing(column, "text")
         if not isinstance(value, str):
             raise self.fault(column, f"{_shown(value)} is not text; put it in quotes")
         if not value.strip():
@@ -89,7 +99,7 @@ class Row:
         """The column as a number in low..high; true and false are 1 and 0."""
         value = self.columns.get(column)
         if value is None:
-            raise self.fault(column, f"missing; the row has {sorted(self.columns)}, it needs a number there")
+            raise self._missing(column, "a number")
         if not isinstance(value, (int, float)):
             raise self.fault(column, f"{_shown(value)} is not a number; write one without quotes")
         if not low <= value <= high:
@@ -135,14 +145,18 @@ class Row:
         return text
 
 
-def load_rows(config: DataConfig, generate: Callable[[ArithmeticConfig, Split], list[dict]]) -> list[Row]:
-    """All rows of `config.source` in order; `generate` makes those of the built-in task.
+def load_rows(
+    config: DataConfig, generate: Callable[[ArithmeticConfig, Split], list[dict]], kind: Columns = UNNAMED
+) -> list[Row]:
+    """All rows of `config.source` in order, with the columns of their kind; `generate` makes the built-in task's.
 
     JSON lines are parsed here, line by line, because the type inference of `datasets` reads a column of dates as
     timestamps and turns "1" beside 2 into numbers, after which no bad row could be named.
 
-    Raises:   DataError if the source is missing, empty or unreadable; ConfigError for an unknown split.
+    Raises:   DataError if the source is missing, empty or unreadable, or has no column that was named; ConfigError
+    for an unknown split, or a column that rows of this kind do not have.
     """
+    kind = kind.mapping(config.columns)
     if not config.source:
         raise ConfigError(
             f"source is empty; name a file, directory or hub data set, or {BUILT_IN} (the built-in task)."
@@ -157,10 +171,14 @@ def load_rows(config: DataConfig, generate: Callable[[ArithmeticConfig, Split], 
     else:
         _check_file(config.source, config.split)
         rows = _json_lines(source) if source.suffix == ".jsonl" else _datasets(config)
-    found = [Row(config.source, number, columns) for number, columns in enumerate(rows, start=1)]
+    found = [Row(config.source, number, kind.named(row), kind) for number, row in enumerate(rows, start=1)]
     if not found:
         split = f", split {config.split}" if config.split else ""
         raise DataError(f"data is empty: {config.source}{split}; it needs at least one row.")
+    for row in found:
+        lacking = kind.lacking(row.columns)
+        if lacking is not None:
+            raise row.fault(lacking, f"not there; the row has {sorted(row.columns)}, name one of them")
     return found
 
 

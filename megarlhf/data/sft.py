@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.data.arithmetic import sft_rows
+from megarlhf.data.columns import Columns
 from megarlhf.data.rows import DataConfig, Row, load_rows, pad_right, within_limit
 from megarlhf.data.tokenizer import Template, Tokenizer
 
@@ -60,7 +61,7 @@ def load_sft(config: DataConfig, tokenizer: Tokenizer) -> SftSet:
 
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
-    rows = load_rows(config, sft_rows)
+    rows = load_rows(config, sft_rows, Columns("data", ("prompt", "response", "messages")))
     tokenizer = tokenizer.taking(config.control_tokens)
     encoded = [encode_demonstration(row, tokenizer, config.rendering) for row in rows]
     kept = within_limit(config, rows, [len(prompt) + len(response) for prompt, response in encoded])

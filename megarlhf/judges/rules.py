@@ -8,8 +8,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
-from megarlhf.data.prompts import PromptSet
-from megarlhf.errors import DataError
+from megarlhf.data.prompts import PromptSet, check_answered
 from megarlhf.judges.forms import Unit, has_length, has_pattern, has_shape, pattern_fault
 from megarlhf.judges.judge import UNKNOWN
 from megarlhf.judges.texts import Opinion, Reader, Response, Scorer, TextJudgeConfig
@@ -92,9 +91,7 @@ class RuleConfig(TextJudgeConfig):
         if self.verifier is None:
             return ""
         check_verifier(self.verifier, f"judges.{name}.rule")
-        if "" in prompts.answers:
-            row = prompts.ids[list(prompts.answers).index("")] + 1
-            raise DataError(f"{source}, row {row}: judges.{name} judges by the answer; fill the column 'answer'.")
+        check_answered(prompts, source, f"judges.{name} judges by the answer")
         return check_answers(prompts.answers, self.verifier, source, f"judges.{name}.rule")
 
     def scorer(self, name: str, reader: Reader) -> Scorer:

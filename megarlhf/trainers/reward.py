@@ -175,7 +175,7 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
     data = {name: chosen_data(rows, name, start_from) for name, rows in given.items() if rows}
     pairs = load_preferences(data["pairs"], tokenizer) if cfg.pairs else None
     labelled = load_labelled(data["labelled"], tokenizer) if cfg.labelled else None
-    heldout = load_labelled(data["heldout"], tokenizer) if cfg.heldout else None
+    heldout = load_labelled(data["heldout"], tokenizer, "heldout") if cfg.heldout else None
     couples = (cfg.pairs_batch if pairs else 0) + (cfg.labelled_batch // 2 if labelled else 0)
     check_batch("pairs_batch + labelled_batch / 2", couples, cfg.layout, cfg.micro_batch)
     steps = 1

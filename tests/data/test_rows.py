@@ -152,7 +152,7 @@ BAD: list[tuple[Load, dict, str, str]] = [
     (load_prompts, {"prompt": ["How"]}, "prompt", "needs a role and a content"),
     (load_prompts, {"prompt": [{"role": "user", "content": "How"}]}, "prompt", "set template=chat"),
     (load_prompts, {"prompt": "How elephants?"}, "prompt", "'elephants'"),
-    (load_prompts, {**PROMPT, "answer": 5}, "answer", "5 is not text"),
+    (load_prompts, {**PROMPT, "answer": True}, "answer", "True is not text"),
     (load_sft, PROMPT, "response", "missing; the row has ['prompt']"),
     (load_sft, {**PROMPT, "response": ""}, "response", "empty"),
     (load_sft, {**PROMPT, "response": "elephants"}, "response", "'elephants'"),
