@@ -46,6 +46,7 @@ class Verdict:
             self.token_scores[torch.tensor(chosen, device=self.token_scores.device)],
             {name: values[torch.tensor(chosen)] for name, values in self.parts.items()},
             [self.correct[row] for row in chosen] if self.correct else (),
+            [self.failed[row] for row in chosen] if self.failed else (),
         )
 
 
@@ -59,6 +60,7 @@ def joined_verdicts(parts: Sequence[Verdict]) -> Verdict:
             for name in names
         },
         [right for part in parts for right in part.correct],
+        [failed for part in parts for failed in part.failed],
     )
 
 

@@ -55,7 +55,8 @@ def joined(parts: Sequence[Judgement]) -> Judgement:
     verdicts = {name: joined_verdicts([part.verdicts[name] for part in parts]) for name in parts[0].verdicts}
     metrics: Metrics = {}
     for name, verdict in verdicts.items():
-        metrics |= _metrics_of(name, verdict, sum(part.metrics[f"time/judge_{name}_s"] for part in parts))
+        seconds = sum(part.metrics[f"time/judge_{name}_s"] for part in parts)
+        metrics |= _metrics_of(name, parts[0].metrics[f"judge/{name}_weight"], verdict, seconds)
     correct = [right for part in parts for right in part.correct]
     return Judgement(padded_cat([part.token_scores for part in parts]), verdicts, correct, metrics)
 
@@ -88,7 +89,7 @@ class Panel:
         for judge in self.judges:
             begun = time.perf_counter()
             verdict = verdicts[judge.name] = judge.judge(rollout)
-            metrics |= _metrics_of(judge.name, verdict, time.perf_counter() - begun)
+            metrics |= _metrics_of(judge.name, judge.weight, verdict, time.perf_counter() - begun)
             if judge.weight:  # 0 times what is not finite is no number
                 total = total + judge.weight * verdict.token_scores
         return Judgement(total, verdicts, self._correct(rollout, verdicts), metrics)
@@ -132,11 +133,12 @@ def _built(name: str, settings: JudgeSettings, court: Court) -> Judge:
     return text_judge(name, settings, court.reader)
 
 
-def _metrics_of(name: str, verdict: Verdict, seconds: float) -> Metrics:
+def _metrics_of(name: str, weight: float, verdict: Verdict, seconds: float) -> Metrics:
     scores = verdict.scores
     return {
         f"judge/{name}_mean": float(scores.mean()),
         f"judge/{name}_std": float(scores.std(correction=0)),
+        f"judge/{name}_weight": weight,
         **({f"judge/{name}_failures": sum(verdict.failed)} if verdict.failed else {}),
         f"time/judge_{name}_s": seconds,
         **{f"judge/{name}.{part}_mean": float(values.mean()) for part, values in verdict.parts.items()},

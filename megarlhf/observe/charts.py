@@ -25,6 +25,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("Score", ("rollout/score_mean", "rollout/reward_mean")),
     Panel("Accuracy of rollouts", ("rollout/accuracy",)),
+    Panel("Groups of equal scores", ("group/equal_fraction",)),
     Panel("KL to the reference", ("kl/reference_mean",)),
     Panel("Response length", ("rollout/response_length_mean",)),
     Panel("Truncated responses", ("rollout/truncated_fraction",)),

@@ -207,6 +207,7 @@ _COMPUTE = {
 _OF_A_JUDGE = {
     "mean": Metric("reward", "the judge's scores, unweighted", _ROLLOUTS),
     "std": Metric("reward", "sqrt(mean((score - mean)^2)) of the judge's scores", "over the rollouts of the iteration"),
+    "weight": Metric("1", "what the judge's scores are multiplied by in the sum", "constant"),
     "failures": Metric(
         "rollouts", "rollouts that the judge could not judge as meant: it took too long, or was asked again", "count"
     ),

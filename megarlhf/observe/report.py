@@ -7,6 +7,7 @@ and lines that no run writes are left out and counted.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -116,6 +117,7 @@ def _page(directory: Path, report: Report) -> str:
         _warnings(log.rows),
         f"<h1>{escape(report.title)}</h1><p class=sub>{escape(report.subtitle)}</p>",
         _summary(report.summary),
+        _judges(log.rows),
         _values(log.rows),
         curves("Curves", log),
         *(curves(title, read_metrics(directory / path)) for title, path in report.stages),
@@ -190,6 +192,28 @@ def _change(value: float, row: SummaryRow) -> str:
 
 def _interval(row: SummaryRow) -> str:
     return f"{_change(row.low, row).removesuffix(' points')} to {_change(row.high, row)}"
+
+
+def _judges(rows: Sequence[Mapping[str, float]]) -> str:
+    """What each judge gave at first and at last, what that is in the sum, and what is learnt from."""
+    judged = [row for row in rows if "rollout/score_mean" in row]
+    names = [name for name in (judged[0] if judged else {}) if re.fullmatch(r"judge/\w+_weight", name)]
+    if not names:
+        return ""
+    body = ""
+    for name in names:
+        judge, weight = name.removeprefix("judge/").removesuffix("_weight"), judged[-1].get(name, 0.0)
+        means = [row.get(f"judge/{judge}_mean", 0.0) for row in (judged[0], judged[-1])]
+        numbers = "".join(f"<td>{minus(f'{value:.4g}')}" for value in (weight, *means, *(weight * m for m in means)))
+        body += f"<tr><td>{judge}{numbers}</tr>"
+    for title, quantity in (
+        ("sum", "rollout/score_mean"),
+        ("after shaping, and a KL in the reward", "rollout/reward_mean"),
+    ):
+        ends = "".join(f"<td>{minus(f'{row.get(quantity, 0.0):.4g}')}" for row in (judged[0], judged[-1]))
+        body += f"<tr><td>{title}<td><td><td>{ends}</tr>"
+    head = "<tr><th>Judge<th>Weight<th>First mean<th>Last mean<th>First, weighed<th>Last, weighed</tr>"
+    return f"<h2>Judges</h2><div class='card scroll'><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
 
 
 def _values(rows: Sequence[Mapping[str, float]]) -> str:

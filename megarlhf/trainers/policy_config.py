@@ -212,7 +212,7 @@ class PolicyConfig(RunConfig):
     @property
     def logged(self) -> set[str]:
         """Metrics of every iteration in which all learners learn."""
-        judges = {f"judge/{name}_{quantity}" for name in self.panel for quantity in ("mean", "std")}
+        judges = {f"judge/{name}_{quantity}" for name in self.panel for quantity in ("mean", "std", "weight")}
         failures = {f"judge/{name}_failures" for name, cfg in self.panel.items() if isinstance(cfg, TextJudgeConfig)}
         return names_of("rollout", "policy") | judges | failures
 

@@ -149,7 +149,7 @@ def test_a_rule_says_what_wrong_responses_get() -> None:
 def test_responses_that_could_not_be_judged_are_counted() -> None:
     scores = outcome(torch.arange(5.0), rollout_of(*prompt_set()))
     verdict = Verdict(scores, failed=[True, False, True, False, False])
-    metrics = _metrics_of("taste", verdict, 0.5)
+    metrics = _metrics_of("taste", 1.0, verdict, 0.5)
     assert metrics["judge/taste_failures"] == 2
     check(metrics)
 

@@ -162,6 +162,23 @@ def test_a_run_without_anything_still_has_a_page(tmp_path: Path) -> None:
     assert "svg" not in page.tags
 
 
+def test_judges_are_shown_with_their_weights_and_what_they_add_up_to(tmp_path: Path) -> None:
+    with RunWriter(tmp_path) as writer:
+        for step, (taste, right) in enumerate([(-2.0, 0.25), (1.0, 0.75)], 1):
+            judges = {"judge/taste_mean": taste, "judge/taste_weight": 0.5, "judge/answer_mean": right}
+            total = {"rollout/score_mean": 0.5 * taste + 2 * right, "rollout/reward_mean": -0.125 * step}
+            writer.log({**judges, "judge/answer_weight": 2.0, **total}, step=step)
+    page = write_page(tmp_path).read_text(encoding="utf-8").partition("<h2>Judges</h2>")[2].partition("</div>")[0]
+    rows = [re.split(r"<td>", row.removesuffix("</tr>"))[1:] for row in page.split("<tr>")[2:]]
+    rows[-1][-1] = rows[-1][-1].partition("</tr>")[0]
+    assert rows == [
+        ["taste", "0.5", "−2", "1", "−1", "0.5"],
+        ["answer", "2", "0.25", "0.75", "0.5", "1.5"],
+        ["sum", "", "", "", "−0.5", "2"],
+        ["after shaping, and a KL in the reward", "", "", "", "−0.125", "−0.25"],
+    ]
+
+
 def test_a_warning_of_the_run_is_the_pages_first_line(tmp_path: Path) -> None:
     with RunWriter(tmp_path) as writer:
         for step, flag in enumerate((0.0, 0.0, 1.0, 1.0, 0.0), start=1):
