@@ -98,7 +98,8 @@ def kl_loss(new_logprobs: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estima
     k2 is wrong after the first step. The gradients of k2 and k3 are the same in every token, r x; that of k1 is r more,
     whose mean is 0.
 
-    Shapes:   all [n]; differentiable in new_logprobs. Units: nats. r is clamped as in `policy_value_loss`.
+    Shapes:   all [n]; differentiable in new_logprobs. Units: nats. r is clamped as in `policy_value_loss`; k3's value
+              too, where the reference is likelier by more than 20 nats, but not its gradient.
     Source:   arXiv 2506.09477, 2512.21852; k3 with r: DeepSeek-V3.2 (2512.02556).
     """
     ratio = (new_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -109,7 +110,9 @@ def kl_loss(new_logprobs: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estima
         case "k2":
             return 0.5 * ratio.detach() * gap**2
         case "k3":
-            return ratio * k3(-gap)
+            # Its own gradient is a difference of terms of e^-x that cancel to r x, but not where e^-x is clamped.
+            half = 0.5 * ratio.detach() * gap**2
+            return half + (ratio * k3(-gap) - half).detach()
 
 
 def _summed(x: Tensor, weights: Tensor | None) -> Tensor:

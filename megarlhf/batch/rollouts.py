@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -115,11 +115,12 @@ class PolicyRows(LearnerRows):
     advantages: TokenNumbers
 
     @classmethod
-    def random(cls, rollout: Rollout, generator: torch.Generator) -> Self:
-        """Rows of a rollout with normal random numbers, equal in every layout: what a loss is checked on."""
-        shape, device = rollout.sampler_logprobs.shape, rollout.tokens.device
-        numbers = (torch.randn(shape, generator=generator).to(device) for _ in fields(cls)[1:])
-        return cls(rollout, *numbers)
+    def random(cls, rollout: Rollout, logprobs: Tensor, generator: torch.Generator) -> Self:
+        """Rows of a rollout whose log-probs are known [B, T], with normal random advantages: what a loss is checked on.
+
+        Equal in every layout.
+        """
+        return cls(rollout, logprobs, _normal(logprobs, generator))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,15 @@ class Anchored(PolicyRows):
 
     ref_logprobs: TokenNumbers
     """The reference's, in nats; the policy's own where nothing keeps it near another."""
+
+    @classmethod
+    def random(cls, rollout: Rollout, logprobs: Tensor, generator: torch.Generator) -> Self:
+        """And with a reference that is near: farther than 20 nats from it a KL would be all that is seen."""
+        return cls(rollout, logprobs, _normal(logprobs, generator), logprobs + _normal(logprobs, generator))
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.device)
 
 
 @dataclass(frozen=True, eq=False)

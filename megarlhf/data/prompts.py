@@ -115,5 +115,5 @@ def check_prompt_count(prompts: PromptSet, per_iteration: int) -> None:
     if len(prompts) < per_iteration:
         raise ConfigError(
             f"prompt set is smaller than the rollout batch: {len(prompts)} prompts, {per_iteration} needed an "
-            "iteration (rollout_batch / group_size); add prompts, lower rollout_batch or raise group_size."
+            "iteration; add prompts, or lower rollout_batch (of rollouts: or raise group_size)."
         )

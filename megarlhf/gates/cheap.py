@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -174,8 +173,7 @@ def fingerprint(tensor: Tensor) -> int | None:
 
 def probe_rows(role: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> PolicyRows:
     """Rows of a rollout with the log-probs that the role gives it now, and random numbers else. Collective."""
-    random = lesson.rows.random(rollout, generator(seed, "gates", "rows"))
-    return replace(random, logprobs=role.score(rollout))
+    return lesson.rows.random(rollout, role.score(rollout), generator(seed, "gates", "rows"))
 
 
 @contextmanager

@@ -87,24 +87,30 @@ _KL = {
     "kl/reference_exact": Metric(
         "nats", "sum over t and v of p(v) (log p(v) - log ref_p(v)), every exact_kl_every iterations", _ROLLOUTS
     ),
-    "kl/penalty_mean": Metric("reward", "kl_coef * sum over t of kl_estimator, else k1", _ROLLOUTS),
+    "kl/penalty_mean": Metric("reward", "kl_coef * sum over t of the estimator that is paid", _ROLLOUTS),
     "kl/coef": Metric("reward/nat", "kl_coef in force", _LAST),
 }
 
 _POLICY = {
     "policy/loss": Metric(
         "1",
-        "max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range_high)) - entropy_coef * entropy, at most "
-        "-dual_clip * A where A < 0; cispo: -A * clip(ratio) * new_logprobs; + kl_coef * the KL in the loss",
+        "max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range_high)), at most -dual_clip * A where A < 0 "
+        "(cispo: -A * clip(ratio) * new_logprobs) - entropy_coef * entropy + kl_coef * the KL in the loss",
         "as loss_mean says, over the global batch; mean over the optimiser steps of the iteration",
     ),
-    "policy/clip_fraction": Metric("fraction", "[the clipped branch is the larger]", _TOKENS),
+    "policy/clip_fraction": Metric(
+        "fraction",
+        "[the clipped branch is the larger, or the dual clip holds]; cispo: [the ratio was clipped]",
+        _TOKENS,
+    ),
     "policy/approx_kl": Metric("nats", "(ratio - 1) - log_ratio, the k3 estimate of KL(old || new)", _TOKENS),
     "policy/entropy_mean": Metric("nats", "entropy of the temperature-scaled next-token distribution", _TOKENS),
     "policy/ratio_mean": Metric("1", "exp(new_logprobs - logprobs); gspo: of the response", _TOKENS),
     "policy/first_ratio_gap": Metric("1", "|ratio - 1| of the mean ratio in the first optimiser step", _TOKENS_ONCE),
     "policy/first_clip_fraction": Metric("fraction", "policy/clip_fraction of the first optimiser step", "as there"),
-    "policy/advantage_std": Metric("1", "standard deviation of the advantages before whitening", "response tokens"),
+    "policy/advantage_std": Metric(
+        "1", "standard deviation of the advantages, before whitening over the batch", "response tokens"
+    ),
     "policy/grad_norm": Metric("1", "2-norm of the gradient before clipping", _STEPS),
     "policy/learning_rate": Metric("1", "the schedule's value", _LAST),
 }

@@ -17,7 +17,7 @@ class AnchoredConfig(PolicyConfig):
     """A policy with a KL to its reference."""
 
     kl_coef: float = Field(default=0.05, ge=0)
-    """Cost of the KL to the reference, per nat. Source: Huang et al. 2024."""
+    """Cost of the KL to the reference in the reward, per nat. Source: Huang et al. 2024."""
     kl_target_per_response: float | None = Field(default=None, gt=0)
     """Nats a response, kl/reference_mean, towards which kl_coef is steered from where it starts; null: it stays there.
     Source: Ziegler et al. 2019, who aim at 6."""
@@ -53,4 +53,9 @@ class AnchoredConfig(PolicyConfig):
         usual = type(self).model_fields["kl_horizon"].default
         if self.kl_target_per_response is None and self.kl_horizon != usual:
             raise ConfigError(f"kl_horizon={self.kl_horizon} is of a target; set kl_target_per_response too.")
+        if self.kl_target_per_response is not None and self.kl_horizon < self.rollouts_per_iteration:
+            raise ConfigError(
+                f"kl_horizon={self.kl_horizon} is less than an iteration's {self.rollouts_per_iteration} rollouts, and "
+                "kl_coef could change its sign in one; raise it."
+            )
         super().check_sizes()

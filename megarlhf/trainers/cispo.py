@@ -25,6 +25,9 @@ class CISPOConfig(GRPOConfig):
     """The ratio is clipped from 1 - this: 1 is no lower bound. Source: MiniMax-M1, which uses the upper one alone."""
     clip_range_high: float | None = Field(default=4.0, gt=0)
     """The ratio is clipped to 1 + this; null: as from below. Source: the cap of 5 of ScaleRL (arXiv 2510.13786)."""
+    global_batch: int = Field(default=128, ge=1)
+    """Rollouts per optimiser step, or prompts, as batch_unit says; must divide rollout_batch. Four steps
+    an iteration: on its own rollouts a policy's ratio is 1, and nothing is clipped."""
     kl_coef: float = Field(default=0.0, ge=0)
     """Cost of the KL to the reference, per nat; 0 needs no reference. Source: MiniMax-M1 has none."""
 

@@ -24,7 +24,8 @@ class SamplerCorrectionConfig(Config):
 
     rule: Rule = "none"
     """`truncate`: the advantage is multiplied by w, cut to low and high (TIS); `mask`: by w, and by 0 outside of low
-    and high (IcePop); `sequence_mask`: by w in responses whose geometric mean of w is between them, else by 0."""
+    and high (IcePop); `sequence_mask`: by w in responses whose geometric mean of w is between them, else by 0. Tokens
+    multiplied by 0 stay in the loss's divisor, and pay a KL in the loss."""
     low: float | None = Field(default=None, ge=0)
     """Null: 0 for truncate, 0.5 for mask, 0.999 for sequence_mask."""
     high: float | None = Field(default=None, gt=0)
@@ -41,8 +42,11 @@ class SamplerCorrectionConfig(Config):
         if self.rule == "none" and (self.low, self.high) != (None, None):
             raise ConfigError("sampler_correction.low and high are of a rule; set sampler_correction.rule too.")
         low, high = self.bounds
-        if low > high:
-            raise ConfigError(f"sampler_correction: low={low:g} is above high={high:g}; change one of them.")
+        if self.rule != "none" and not low <= 1.0 <= high:
+            raise ConfigError(
+                f"sampler_correction: 1 is not within low={low:g} and high={high:g}, and it is the weight of a token "
+                "on which sampler and trainer agree; change them."
+            )
 
     def correct(self, advantages: Tensor, logprobs: Tensor, rollout: Rollout) -> tuple[Tensor, Metrics]:
         """The advantages [B, T] with their factors, and what is logged of these."""

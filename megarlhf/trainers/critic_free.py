@@ -50,16 +50,16 @@ class CriticFreeConfig(AnchoredConfig):
     """Whether one response to a prompt says nothing."""
 
     group_size: int = Field(default=8, ge=1)
-    """Responses per prompt; an iteration takes rollout_batch / group_size prompts."""
+    """Responses per prompt."""
     epochs: int = Field(default=1, ge=1)
     """Passes over an iteration's rollouts. Source: 1 in GRPO (arXiv 2402.03300)."""
     kl_coef: float = Field(default=0.04, ge=0)
     """Cost of the KL to the reference, per nat; 0 needs no reference. Source: 0.04 in GRPO."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL is paid: token by token in the loss, or in the reward that advantages are made of."""
-    kl_estimator: Estimator = "k3"
-    """k1, k2 or k3 of a token. In the loss each is weighed by the ratio, so that its mean gradient is the KL's; k2 and
-    k3 then have the same one. In the reward only k1 has the KL's gradient."""
+    kl_estimator: Estimator | None = None
+    """k1, k2 or k3 of a token; null: k1 in the reward, where the others have another gradient than the KL's, and k3 in
+    the loss, where each is weighed by the ratio, so that its mean gradient is the KL's: the same one for k2 and k3."""
     surrogate: Surrogate = "clip"
     """`clip`: a token whose ratio was clipped loses its gradient; `cispo`: it keeps it, with the clipped weight."""
     ratio: Literal["token", "sequence"] = "token"
@@ -71,6 +71,11 @@ class CriticFreeConfig(AnchoredConfig):
         if self.ratio == "token":
             return super().policy_loss_choice
         return Choice("policy loss", "from log-probs, 4 matmuls", "ratio=sequence")
+
+    @property
+    def estimator(self) -> Estimator:
+        """Of the KL, as chosen or by default."""
+        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3")
 
     @property
     def passes(self) -> int:
@@ -135,7 +140,7 @@ def token_level_rewards(scored: Scored, cast: Cast, cfg: CriticFreeConfig) -> Te
     """[B, T]: the shaped score at the last response token and, with kl_in=reward, the KL's cost at every one."""
     shaped = cast.shaper.shape(scored.judgement.scores, scored.rollout)
     ref = scored.logprobs if scored.ref_logprobs is None or cfg.kl_in == "loss" else scored.ref_logprobs
-    kl = kl_estimate(scored.logprobs, ref, cfg.kl_estimator)
+    kl = kl_estimate(scored.logprobs, ref, cfg.estimator)
     return add_kl_penalty(shaped, kl, scored.rollout.response_mask, kl_coef=cast.kl.value)
 
 
@@ -147,7 +152,7 @@ def lessons(scored: Scored, advantages: Tensor, cfg: CriticFreeConfig) -> tuple[
 
 
 def estimate_metrics(cast: Cast, scored: Scored, rewards: Tensor, advantages: Tensor, cfg: CriticFreeConfig) -> Metrics:
-    """Of an iteration's rollouts, their rewards and advantages [B, T]; the KL's coefficient takes in their distance."""
+    """Of an iteration's rollouts, their rewards and advantages [B, T]."""
     rollout, scores = scored.rollout, scored.judgement.scores
     metrics = {
         **scored.judgement.metrics,
@@ -158,10 +163,7 @@ def estimate_metrics(cast: Cast, scored: Scored, rewards: Tensor, advantages: Te
     }
     if scored.ref_logprobs is not None:
         mask, coef = rollout.response_mask, cast.kl.value
-        metrics |= reference_metrics(
-            scored.logprobs, scored.ref_logprobs, mask, kl_coef=coef, estimator=cfg.kl_estimator
-        )
-        cast.kl.observe(metrics["kl/reference_mean"], len(rollout))
+        metrics |= reference_metrics(scored.logprobs, scored.ref_logprobs, mask, kl_coef=coef, estimator=cfg.estimator)
     return metrics
 
 
@@ -184,7 +186,7 @@ def _terms(cfg: CriticFreeConfig, states: States, rows: Anchored) -> PolicyTerms
     terms = replace(policy_terms(cfg, states, rows), surrogate=cfg.surrogate)
     if cfg.kl_in == "reward" or cfg.kl_coef == 0:
         return terms
-    anchor = Anchor(terms.logprobs, states.of(rows.ref_logprobs), cfg.kl_coef, cfg.kl_estimator)
+    anchor = Anchor(terms.logprobs, states.of(rows.ref_logprobs), cfg.kl_coef, cfg.estimator)
     return replace(terms, anchor=anchor)
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from megarlhf.batch.rollouts import Prompts
 from megarlhf.judges.shaping import ShapingConfig
+from megarlhf.observe.metrics import names_of
 from megarlhf.ops.group_advantages import group_advantages, to_tokens
 from megarlhf.trainers.critic_free import (
     LEARNERS,
@@ -26,7 +27,7 @@ from megarlhf.trainers.critic_free import (
 from megarlhf.trainers.filling import fill
 from megarlhf.trainers.grpo import GRPOConfig
 from megarlhf.trainers.policy_loop import Cast, Turn, build_cast, optimise, policy_trainer
-from megarlhf.trainers.policy_metrics import policy_metrics, score_metrics
+from megarlhf.trainers.policy_metrics import length_metrics, policy_metrics, score_metrics
 
 
 class DAPOShaping(ShapingConfig):
@@ -48,12 +49,20 @@ class DAPOConfig(GRPOConfig):
     """Cost of the KL to the reference, per nat; 0 needs no reference. Source: DAPO."""
     shaping: DAPOShaping = DAPOShaping()
     """How scores become what is learnt from."""
+    global_batch: int = Field(default=32, ge=1)
+    """Rollouts per optimiser step, or prompts, as batch_unit says; must divide rollout_batch. Source:
+    DAPO's 16 steps an iteration; on its own rollouts a policy's ratio is 1, and nothing is clipped."""
+
+    @property
+    def logged(self) -> set[str]:
+        """Metrics of every iteration."""
+        return super().logged | names_of("draws")
 
 
 def dapo_iteration(cast: Cast, prompts: Prompts, cfg: DAPOConfig, turn: Turn) -> CriticFreeIteration:
     """Roll out until the batch is full, score, estimate, optimise: once. Collective, of equal prompts."""
     # 1. Roll out and judge, again and again: which groups are of use is known when they are judged.
-    filled = fill(cast, prompts, turn, cfg)
+    filled = fill(cast, prompts, turn, cfg, max_draws=cfg.max_draws)
     rollout = filled.rollout
 
     # 2. Score what is kept. Forward only, one model resident at a time.
@@ -66,15 +75,17 @@ def dapo_iteration(cast: Cast, prompts: Prompts, cfg: DAPOConfig, turn: Turn) ->
         std = None if cfg.group_std is None else cfg.group_std.divisor
         advantages = to_tokens(group_advantages(rewards.sum(1), cfg.group_size, std), rollout.response_mask)
         rows, corrected = lessons(scored, advantages, cfg)
-        # Scores are those of all that was drawn: the kept ones' say which prompts are hard, not how good the policy is.
+        # Scores and lengths are of all that was drawn: the kept ones' would say which prompts are hard.
         everything = filled.all_judgement.scores
         metrics = {
             **estimate_metrics(cast, scored, rewards, advantages, cfg),
             **score_metrics(everything),
+            **length_metrics(filled.all_drawn),
             **group_metrics(everything, cfg.group_size),
             **filled.metrics,
             **corrected,
         }
+        cast.kl.observe(metrics, len(rollout))
 
     # 4. Optimise.
     with turn.clock("optimise"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -13,35 +12,12 @@ from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.judges.panel import Judgement, joined
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.group_advantages import equal_groups
-from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.parallel.collectives import broadcast_object
+from megarlhf.trainers.policy_config import PolicyConfig
 from megarlhf.trainers.policy_loop import Cast, Turn
 
 HEADROOM = 1.25
 """Drawn over what should just do: a missing group costs a whole round, however few prompts it has."""
-
-
-class Filling(Protocol):
-    """The settings that decide."""
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """How responses are drawn."""
-        ...
-
-    @property
-    def group_size(self) -> int:
-        """Responses to a prompt."""
-        ...
-
-    @property
-    def prompts_per_iteration(self) -> int:
-        """Groups of a full batch."""
-        ...
-
-    @property
-    def max_draws(self) -> int:
-        """Rounds at most."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,12 +31,14 @@ class Filled:
     metrics: Metrics
 
 
-def fill(cast: Cast, prompts: Prompts, turn: Turn, cfg: Filling) -> Filled:
+def fill(cast: Cast, prompts: Prompts, turn: Turn, cfg: PolicyConfig, *, max_draws: int) -> Filled:
     """Roll out and judge `prompts`, and then more of them, until the scores of enough groups differ. Collective.
 
-    Groups are kept in the order in which they were drawn. Where max_draws did not give enough, the first of those with
-    equal scores fill the batch, and the size of a step stays what it was: nothing is learnt from them, but to be brief.
+    Scores are the judges', before shaping. Groups are kept in the order in which they were drawn. Where max_draws did
+    not give enough, the first of those with equal scores fill the batch: the size of a step stays what it was, and
+    nothing is learnt from them but what shaping adds, such as to be brief.
     """
+    mesh = cast.actor.mesh
     rollouts: list[Rollout] = []
     judgements: list[Judgement] = []
     wanted, differ = cfg.prompts_per_iteration, torch.zeros(0, dtype=torch.bool)
@@ -70,9 +48,11 @@ def fill(cast: Cast, prompts: Prompts, turn: Turn, cfg: Filling) -> Filled:
             rollouts.append(cast.sampler.generate(prompts, cfg.sampling, seed=seed, group_size=cfg.group_size))
         with turn.clock("score"):
             judgements.append(cast.panel.judge(rollouts[-1]))
-        differ = torch.cat([differ, ~equal_groups(judgements[-1].scores, cfg.group_size).cpu()])
+        # One rank decides: where another had a score an ulp away, it would wait for responses that nobody draws.
+        said = broadcast_object(equal_groups(judgements[-1].scores, cfg.group_size).tolist(), mesh, "world")
+        differ = torch.cat([differ, ~torch.tensor(said)])
         kept = int(differ.sum())
-        if kept >= wanted or len(rollouts) == cfg.max_draws:
+        if kept >= wanted or len(rollouts) == max_draws:
             break
         prompts = turn.more(_next_draw(wanted - kept, kept / len(differ), wanted))
     groups = torch.cat([differ.nonzero()[:, 0], (~differ).nonzero()[:, 0]])[:wanted]

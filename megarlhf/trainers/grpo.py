@@ -48,6 +48,7 @@ def grpo_iteration(cast: Cast, prompts: Prompts, cfg: GRPOConfig, turn: Turn) ->
         advantages = to_tokens(group_advantages(rewards.sum(1), cfg.group_size, std), rollout.response_mask)
         rows, corrected = lessons(scored, advantages, cfg)
         metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg), **corrected}
+        cast.kl.observe(metrics, len(rollout))
 
     # 4. Optimise.
     with turn.clock("optimise"):

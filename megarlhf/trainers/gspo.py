@@ -25,6 +25,9 @@ class GSPOConfig(GRPOConfig):
     """The ratio is clipped from 1 - this. Source: GSPO, section 5.1; a mean moves less than a token's ratio does."""
     clip_range_high: float | None = Field(default=4e-4, gt=0)
     """The ratio is clipped to 1 + this; null: as from below. Source: GSPO, section 5.1."""
+    global_batch: int = Field(default=128, ge=1)
+    """Rollouts per optimiser step, or prompts, as batch_unit says; must divide rollout_batch. Source:
+    GSPO's 4 steps an iteration; on its own rollouts a policy's ratio is 1, and nothing is clipped."""
     loss_mean: Literal["token", "sequence", "constant"] = "sequence"
     """What the loss is a mean over: `sequence`, the rollouts of a step. Source: GSPO, eq. 5."""
     kl_coef: float = Field(default=0.0, ge=0)

@@ -84,11 +84,11 @@ class PolicyConfig(RunConfig):
     iterations: int = Field(default=100, ge=1)
     """Rounds of roll out, score, estimate, optimise."""
     rollout_batch: int = Field(default=512, ge=1)
-    """Rollouts per iteration, over all data ranks. Source: 512 in Huang et al. 2024."""
+    """Rollouts per iteration, or prompts, as batch_unit says; over all data ranks. Source: 512 in Huang et al. 2024."""
     group_size: int = Field(default=1, ge=1)
-    """Responses per prompt; an iteration takes rollout_batch / group_size prompts."""
+    """Responses per prompt."""
     global_batch: int = Field(default=512, ge=1)
-    """Rollouts per optimiser step, over all data ranks; must divide rollout_batch."""
+    """Rollouts per optimiser step, or prompts, as batch_unit says; over all data ranks. Must divide rollout_batch."""
     batch_unit: Literal["rollouts", "prompts"] = "rollouts"
     """What rollout_batch and global_batch count: rollouts, or prompts of group_size rollouts each. With `rollouts` a
     larger group means fewer prompts at the same cost, with `prompts` the same prompts at a higher one."""
@@ -214,7 +214,8 @@ class PolicyConfig(RunConfig):
         """Metrics of every iteration in which all learners learn."""
         judges = {f"judge/{name}_{quantity}" for name in self.panel for quantity in ("mean", "std", "weight")}
         failures = {f"judge/{name}_failures" for name, cfg in self.panel.items() if isinstance(cfg, TextJudgeConfig)}
-        return names_of("rollout", "policy") | judges | failures
+        correction = names_of("sampler") if self.sampler_correction.rule != "none" else set()
+        return names_of("rollout", "policy") | judges | failures | correction
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""

@@ -27,19 +27,15 @@ def rollout_metrics(rollout: Rollout, logprobs: Tensor, scores: Tensor, token_le
 
     Shapes:   logprobs, the trainer's, and token_level_rewards [B, T]; scores [B], before any penalty.
     """
-    mask, lengths = rollout.response_mask, rollout.response_lengths.float()
+    mask = rollout.response_mask
     gap = (rollout.sampler_logprobs - logprobs).abs()
     return {
         **score_metrics(scores),
         "rollout/reward_mean": float(masked_sum(token_level_rewards, mask)) / len(rollout),
-        "rollout/response_length_mean": float(lengths.mean()),
-        "rollout/response_length_max": float(lengths.max()),
-        "rollout/prompt_length_mean": float(rollout.prompt_lengths.float().mean()),
-        "rollout/truncated_fraction": float((~rollout.terminated).float().mean()),
+        **length_metrics(rollout),
         "rollout/sampler_gap_max": float(gap.masked_fill(~mask, 0.0).max()),
         "rollout/sampler_gap_mean": float(masked_mean(gap, mask)),
         "rollout/token_mult_prob_error": float(token_mult_prob_error(logprobs, rollout.sampler_logprobs, mask)),
-        "rollout/tokens": float(mask.sum()),
     }
 
 
@@ -50,6 +46,18 @@ def score_metrics(scores: Tensor) -> Metrics:
         "rollout/score_std": float(scores.std(correction=0)),
         "rollout/score_min": float(scores.min()),
         "rollout/score_max": float(scores.max()),
+    }
+
+
+def length_metrics(rollout: Rollout) -> Metrics:
+    """Of prompts and responses."""
+    lengths = rollout.response_lengths.float()
+    return {
+        "rollout/response_length_mean": float(lengths.mean()),
+        "rollout/response_length_max": float(lengths.max()),
+        "rollout/prompt_length_mean": float(rollout.prompt_lengths.float().mean()),
+        "rollout/truncated_fraction": float((~rollout.terminated).float().mean()),
+        "rollout/tokens": float(rollout.response_lengths.sum()),
     }
 
 
@@ -75,7 +83,7 @@ def exact_metrics(actor: Role, reference: Role, rollout: Rollout, temperature: f
 
 
 def advantage_metrics(advantages: Tensor, mask: Tensor) -> Metrics:
-    """Of advantages [B, T] as they were estimated, before anything is divided by their spread."""
+    """Of advantages [B, T] as they were estimated, before they are whitened over the batch or corrected."""
     return {"policy/advantage_std": float(masked_var(advantages, mask)) ** 0.5}
 
 

@@ -161,7 +161,6 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
         estimate = estimated(scored, cast.shaper.shape(scored.scores, rollout), cfg, kl_coef=kl_coef)
         advantages, corrected = cfg.sampler_correction.correct(estimate.whitened, scored.logprobs, rollout)
         distance = reference_metrics(scored.logprobs, scored.ref_logprobs, rollout.response_mask, kl_coef=kl_coef)
-        cast.kl.observe(distance["kl/reference_mean"], len(rollout))
         metrics = {
             **judgement.metrics,
             **rollout_metrics(rollout, scored.logprobs, scored.scores, estimate.token_level_rewards),
@@ -178,6 +177,7 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
     with turn.clock("optimise"):
         actor = []
         if turn.number >= cfg.value_warmup_iterations:
+            cast.kl.observe(metrics, len(rollout))  # before that nothing can move it
             actor = optimise(cast.actor, policy_loss(cast.actor, cfg), lessons, turn, cfg)
         critic = optimise(cast.critic, value_loss(cast.critic, cfg), targets, turn, cfg)
 

@@ -30,7 +30,6 @@ from megarlhf.trainers.critic_free import (
 )
 from megarlhf.trainers.policy_loop import Cast, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_metrics import policy_metrics
-from megarlhf_kernels.linear_ppo import Estimator
 
 
 class ReinforceConfig(CriticFreeConfig):
@@ -39,18 +38,15 @@ class ReinforceConfig(CriticFreeConfig):
     compares_groups: ClassVar[bool] = False
 
     group_size: int = Field(default=1, ge=1)
-    """Responses per prompt; an iteration takes rollout_batch / group_size prompts."""
+    """Responses per prompt."""
     baseline: Literal["none", "group"] = "none"
-    """What is taken off a response's reward before whitening: nothing, or the mean of its group, as of a longer
-    response's."""
+    """What is taken off a response's reward before whitening: nothing, or the mean of its group."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token, without a baseline. Source: REINFORCE++."""
     kl_coef: float = Field(default=0.01, ge=0)
     """Cost of the KL to the reference, per nat; 0 needs no reference. Source: OpenRLHF."""
     kl_in: Literal["loss", "reward"] = "reward"
     """Where the KL is paid: in the reward, token by token. Source: REINFORCE++; with a baseline, in the loss there."""
-    kl_estimator: Estimator = "k1"
-    """k1, k2 or k3 of a token. In the reward only k1 has the KL's gradient."""
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
@@ -77,6 +73,7 @@ def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn
         advantages = reinforced(rewards, rollout, cfg)
         rows, corrected = lessons(scored, masked_whiten(advantages, rollout.response_mask), cfg)
         metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg), **corrected}
+        cast.kl.observe(metrics, len(rollout))
 
     # 4. Optimise.
     with turn.clock("optimise"):

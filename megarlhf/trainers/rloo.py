@@ -25,20 +25,17 @@ from megarlhf.trainers.critic_free import (
 )
 from megarlhf.trainers.policy_loop import Cast, Turn, build_cast, optimise, policy_trainer
 from megarlhf.trainers.policy_metrics import policy_metrics
-from megarlhf_kernels.linear_ppo import Estimator
 
 
 class RLOOConfig(CriticFreeConfig):
     """`megarlhf rloo`: actor, judges and a reference; no critic."""
 
     group_size: int = Field(default=4, ge=1)
-    """Responses per prompt; an iteration takes rollout_batch / group_size prompts. Source: 2 and 4 in RLOO."""
+    """Responses per prompt. Source: 2 and 4 in RLOO."""
     kl_coef: float = Field(default=0.05, ge=0)
     """Cost of the KL to the reference, per nat; 0 needs no reference. Source: TRL, and Huang et al. 2024."""
     kl_in: Literal["loss", "reward"] = "reward"
     """Where the KL is paid: in the reward that advantages are made of. Source: RLOO, eq. 3."""
-    kl_estimator: Estimator = "k1"
-    """k1, k2 or k3 of a token. In the reward only k1 has the KL's gradient."""
 
 
 def rloo_iteration(cast: Cast, prompts: Prompts, cfg: RLOOConfig, turn: Turn) -> CriticFreeIteration:
@@ -57,6 +54,7 @@ def rloo_iteration(cast: Cast, prompts: Prompts, cfg: RLOOConfig, turn: Turn) ->
         advantages = to_tokens(leave_one_out(rewards.sum(1), cfg.group_size), rollout.response_mask)
         rows, corrected = lessons(scored, advantages, cfg)
         metrics = {**estimate_metrics(cast, scored, rewards, advantages, cfg), **corrected}
+        cast.kl.observe(metrics, len(rollout))
 
     # 4. Optimise.
     with turn.clock("optimise"):

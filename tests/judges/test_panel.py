@@ -15,8 +15,8 @@ from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.judges.function import FunctionConfig
-from megarlhf.judges.judge import Verdict, outcome
-from megarlhf.judges.panel import Court, _metrics_of, build_panel
+from megarlhf.judges.judge import Verdict, joined_verdicts, outcome
+from megarlhf.judges.panel import Court, Judgement, _metrics_of, build_panel, joined
 from megarlhf.judges.texts import Reader, Response
 from megarlhf.observe.metrics import check
 from megarlhf.parallel.layout import ParallelLayout
@@ -144,6 +144,26 @@ def test_a_rule_says_what_wrong_responses_get() -> None:
     (rank,) = run_ranks(judged, 1, ParallelLayout(), "nowhere", judges)
     assert rank["wrong"] == -2.0
     assert rank["correct"] == [None] * 5  # nobody was named to say it
+
+
+def test_what_is_said_of_several_batches_is_joined_and_cut_whole() -> None:
+    """Every field of a verdict: scores of other widths, parts that one of them lacks, verdicts, failures."""
+    wide, narrow = torch.arange(6.0).view(2, 3), torch.tensor([[7.0], [8.0]])
+    first = Verdict(wide, {"a": torch.tensor([1.0, 2.0])}, [True, None], [False, True])
+    second = Verdict(narrow, {"b": torch.tensor([3.0, 4.0])}, [False, True], [True, False])
+    both = joined_verdicts([first, second])
+    assert both.token_scores.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0], [7.0, 0.0, 0.0], [8.0, 0.0, 0.0]]
+    cut = both.rows([3, 0])
+    assert cut.scores.tolist() == [8.0, 3.0]
+    assert {name: part.tolist() for name, part in cut.parts.items()} == {"a": [0.0, 1.0], "b": [4.0, 0.0]}
+    assert (cut.correct, cut.failed) == ([True, True], [False, False])
+    assert (both.correct, both.failed) == ([True, None, False, True], [False, True, True, False])
+    metrics = _metrics_of("taste", 0.5, first, 1.5) | {"judge/taste_weight": 0.5}
+    parts = [Judgement(0.5 * each.token_scores, {"taste": each}, each.correct, metrics) for each in (first, second)]
+    judgement = joined(parts)
+    assert judgement.metrics["judge/taste_mean"] == both.scores.mean()
+    assert judgement.metrics["time/judge_taste_s"] == 3.0
+    assert judgement.rows([1, 2]).scores.tolist() == [6.0, 3.5]
 
 
 def test_responses_that_could_not_be_judged_are_counted() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megarlhf_kernels import Anchor, Clip, PolicyTerms, _projection, linear_logprob, linear_ppo
+from megarlhf_kernels import Anchor, Clip, PolicyTerms, _projection, kl_loss, linear_logprob, linear_ppo
 from megarlhf_kernels.dispatch import Impl
 from megarlhf_kernels.linear_ppo import METRICS, Estimator, definition
 from tests.helpers.losses import clipped_policy_loss
@@ -96,6 +96,19 @@ def test_so_do_those_of_other_losses(changes, impl, monkeypatch):
     expected = exact(case, terms)
     plain = worst(exact(case, terms, torch.float32), expected)
     assert worst(ours(case, terms, impl=impl), expected) <= 2 * plain + 1e-5
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_kl_pulls_as_far_as_it_is_wherever_the_reference_is(estimator: Estimator) -> None:
+    """The gradient of k2 and k3 is r x in every token, in fp32 too, where k3's value is clamped."""
+    gap = torch.tensor([-1e4, -30.0, -20.1, -18.0, -10.0, -1e-3, 0.0, 1e-3, 10.0, 30.0])
+    new = torch.full_like(gap, -2.0).requires_grad_()
+    old = new.detach() - 0.5
+    value = kl_loss(new, old, new.detach() - gap, estimator)
+    (slope,) = torch.autograd.grad(value.sum(), new)
+    torch.testing.assert_close(slope, math.exp(0.5) * gap, rtol=1e-4, atol=1e-6)
+    assert value.isfinite().all()
+    assert (value >= 0).all()
 
 
 def test_equals_logits_to_log_softmax_to_the_composed_loss(impl):

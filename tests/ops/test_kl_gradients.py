@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from megarlhf_kernels import kl_loss as kl_in_loss
+from megarlhf_kernels.linear_ppo import Estimator
 
 V = 6
 ROUNDING = 1e-10
 """Near 0 the library's k3 is a series, good to 1e-8 of terms that are below 1e-2."""
-ESTIMATORS = ["k1", "k2", "k3"]
+ESTIMATORS: list[Estimator] = ["k1", "k2", "k3"]
 
 
 def same(ours: Tensor, theirs: Tensor) -> None:
@@ -33,7 +34,7 @@ def new() -> Tensor:
     return LOGITS.log_softmax(0)
 
 
-def unweighted(logprobs: Tensor, ref: Tensor, estimator: str) -> Tensor:
+def unweighted(logprobs: Tensor, ref: Tensor, estimator: Estimator) -> Tensor:
     """The estimator by its formula alone."""
     x = logprobs - ref
     return {"k1": x, "k2": x**2 / 2, "k3": (-x).exp() - 1 + x}[estimator]
@@ -58,7 +59,7 @@ def forward() -> Tensor:
     return gradient((REF.exp() * (REF - new())).sum())
 
 
-def in_reward(estimator: str) -> Tensor:
+def in_reward(estimator: Estimator) -> Tensor:
     """REINFORCE with the estimate as a cost: its own gradient is not taken."""
     return expected(new().exp(), unweighted(new(), REF, estimator).detach() * new())
 
@@ -76,7 +77,7 @@ def test_in_the_loss_on_policy_without_weight() -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_in_the_loss_with_weight_it_is_the_reverse_kl_on_and_off_policy(estimator: str) -> None:
+def test_in_the_loss_with_weight_it_is_the_reverse_kl_on_and_off_policy(estimator: Estimator) -> None:
     on_policy = expected(new().exp(), kl_in_loss(new(), new().detach(), REF, estimator))
     same(on_policy, reverse())
     off_policy = expected(OLD.exp(), kl_in_loss(new(), OLD, REF, estimator))
@@ -84,7 +85,7 @@ def test_in_the_loss_with_weight_it_is_the_reverse_kl_on_and_off_policy(estimato
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_in_the_loss_off_policy_without_weight_it_is_neither(estimator: str) -> None:
+def test_in_the_loss_off_policy_without_weight_it_is_neither(estimator: Estimator) -> None:
     biased = expected(OLD.exp(), unweighted(new(), REF, estimator))
     for right in (reverse(), forward(), torch.zeros_like(LOGITS)):
         assert (biased - right).abs().max() > 0.05
@@ -153,7 +154,9 @@ def test_of_two_tokens_the_reward_gives_all_of_the_gradient() -> None:
 
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_of_two_tokens_the_loss_leaves_out_what_the_first_does_to_the_second(estimator: str, on_policy: bool) -> None:
+def test_of_two_tokens_the_loss_leaves_out_what_the_first_does_to_the_second(
+    estimator: Estimator, on_policy: bool
+) -> None:
     """It is each token's KL given what was written before it, by whoever wrote that."""
     first, second = two_tokens(FIRST, SECOND)
     old_first, old_second = (first.detach(), second.detach()) if on_policy else two_tokens(draw(8, V), draw(9, V, V))

@@ -58,7 +58,8 @@ def test_the_error_of_probabilities_is_a_mean_of_ratios() -> None:
     ("settings", "says"),
     [
         ({"high": 2.0}, r"low and high are of a rule; set sampler_correction.rule too"),
-        ({"rule": "truncate", "low": 3.0}, r"low=3 is above high=2; change one"),
+        ({"rule": "truncate", "low": 1.5}, r"1 is not within low=1.5 and high=2, and it is the weight of a token on"),
+        ({"rule": "mask", "high": 0.9}, r"1 is not within low=0.5 and high=0.9"),
     ],
 )
 def test_bounds_that_mean_nothing_are_refused(settings: dict[str, object], says: str) -> None:
