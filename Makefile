@@ -49,7 +49,7 @@ check: $(STAMP)
 
 # Everything that setup.py offers, together, on the Pythons it supports. --no-config and the unset variables: no index and
 # no wheel of this machine counts.
-SETS := dev,gpu,maths,wandb,bench
+SETS := dev,gpu,maths,tasks,wandb,bench
 
 resolve: $(STAMP)
 	@for python in 3.11 3.12; do \

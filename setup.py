@@ -37,6 +37,8 @@ REQUIRES = [
 EXTRAS = {
     "gpu": ["nvidia-ml-py>=12", "triton>=3.6"],
     "maths": ["math-verify>=0.8"],
+    # One version, because its verifiers were read: megarlhf/data/reasoning_gym.py.
+    "tasks": ["reasoning-gym==0.1.25"],
     "wandb": ["wandb>=0.19"],
     # What tools/bench_kernels.py compares with; cutedsl is Liger's fastest path on an H100. tests/ops/test_trl_peers.py
     # calls what TRL does not promise to keep: one minor version.

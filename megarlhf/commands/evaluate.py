@@ -12,12 +12,13 @@ from rich.table import Table
 
 from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.data.prompts import PromptSet, check_answered, load_prompts
-from megarlhf.data.rows import BUILT_IN, DataConfig
+from megarlhf.data.rows import DataConfig, is_generated
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
-from megarlhf.judges.verifiers import AutoVerifier, Verifier, check_answers, chosen_verifier
+from megarlhf.judges.rules import check_verified
+from megarlhf.judges.verifiers import AutoVerifier, Verifier, chosen_verifier
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
@@ -90,7 +91,7 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
     if reward is not None:
         check_same_tokenizer(tokenizer, str(policy), Model("reward", cfg.reward, reward))
     data = chosen_data(cfg.prompts, "prompts", policy)
-    data = data.model_copy(update={"split": data.split or ("heldout" if data.source == BUILT_IN else "train")})
+    data = data.model_copy(update={"split": data.split or ("heldout" if is_generated(data.source) else "train")})
     verifier = chosen_verifier(cfg.verifier, data.source)
     if verifier is None:
         raise ConfigError(
@@ -99,12 +100,13 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
             "is N.')."
         )
     prompts = load_prompts(data, tokenizer)
-    check_answered(prompts, data.source, "no answer to check against")
+    if verifier != "reasoning_gym":
+        check_answered(prompts, data.source, "no answer to check against")
     for name, found in (("model", model), ("reward", reward)):
         if found is not None:
             check_tokenizer(tokenizer, found.spec, name)
             check_room(prompts.longest, cfg.max_new_tokens, found.spec, name, "max_new_tokens")
-    doubts = check_answers(prompts.answers, verifier, data.source)
+    doubts = check_verified(prompts, verifier, data.source)
     return EvalInputs(model, reward, tokenizer, data, prompts, verifier, doubts)
 
 

@@ -18,6 +18,7 @@ from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig, Split
 from megarlhf.data.columns import UNNAMED, Columns
 from megarlhf.data.inside import check_inside
+from megarlhf.data.reasoning_gym import ReasoningGymConfig, is_task, task_rows
 from megarlhf.data.tokenizer import ControlTokens, Message, Template, Tokenizer
 from megarlhf.errors import ConfigError, DataError
 
@@ -34,13 +35,14 @@ class DataConfig(Config):
     """Where rows come from and how they become tokens."""
 
     source: str = ""
-    """A .jsonl or .parquet file, a directory or hub name that `datasets` loads, or `arithmetic` (the built-in task).
+    """A .jsonl or .parquet file, a directory or hub name that `datasets` loads, `arithmetic` (the built-in task), or
+    for prompts `reasoning_gym:TASK`, problems that the package makes.
     Required, except where the model is a preset or was trained on the built-in task: then empty means that task."""
     subset: str = ""
     """Configuration of a hub data set; empty for its default."""
     split: str = ""
-    """Split: `train` or `heldout` of the built-in task, or one of the hub data set; empty for `train`, in `eval` for
-    `heldout` of the built-in task. A file is one split and needs none."""
+    """Split: `train` or `heldout` of what is generated, or one of the hub data set; empty for `train`, in `eval` for
+    `heldout` of what is generated. A file is one split and needs none."""
     columns: dict[str, str] = pydantic.Field(default={})
     """Where the data name a column otherwise, by the name it needs: `columns.prompt=question` takes the prompt from
     question. It is there under both names."""
@@ -56,6 +58,8 @@ class DataConfig(Config):
     """What to do with longer rows: stop and list them, or drop and count them. Rows are never cut."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """What the built-in task generates."""
+    reasoning_gym: ReasoningGymConfig = ReasoningGymConfig()
+    """What `reasoning_gym:TASK` generates."""
 
     @property
     def rendering(self) -> Template:
@@ -162,10 +166,10 @@ def load_rows(
             f"source is empty; name a file, directory or hub data set, or {BUILT_IN} (the built-in task)."
         )
     source = Path(config.source)
-    if config.source == BUILT_IN:
+    if is_generated(config.source):
         if config.split not in ("", "train", "heldout"):
-            raise ConfigError(f"split: the built-in task has no {config.split!r}; choose train or heldout.")
-        rows: Iterable[Any] = generate(config.arithmetic, "heldout" if config.split == "heldout" else "train")
+            raise ConfigError(f"split: {config.source} has no {config.split!r}; choose train or heldout.")
+        rows: Iterable[Any] = _generated(config, generate, kind)
     elif is_there(source, Path.is_dir) or not (_is_path(config.source) or is_there(source, Path.exists)):
         rows = _datasets(config)
     else:
@@ -180,6 +184,22 @@ def load_rows(
         if lacking is not None:
             raise row.fault(lacking, f"not there; the row has {sorted(row.columns)}, name one of them")
     return found
+
+
+def is_generated(source: str) -> bool:
+    """Whether rows are made here: of the built-in task, or one of reasoning-gym's."""
+    return source == BUILT_IN or is_task(source)
+
+
+def _generated(
+    config: DataConfig, generate: Callable[[ArithmeticConfig, Split], list[dict]], kind: Columns
+) -> list[dict]:
+    split = "heldout" if config.split == "heldout" else "train"
+    if config.source == BUILT_IN:
+        return generate(config.arithmetic, split)
+    if "answer" not in kind.names:
+        raise ConfigError(f"{kind.setting}.source={config.source} makes prompts alone; name rows of another source.")
+    return task_rows(config.source, config.reasoning_gym, split)
 
 
 def within_limit(config: DataConfig, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.judges.rules import RuleConfig, judged
 from megarlhf.judges.texts import Reader, Response
-from megarlhf.judges.verifiers import Verifier, verify
+from megarlhf.judges.verifiers import Verifier
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
 from megarlhf.rollout.engine import RolloutEngine
@@ -74,8 +75,12 @@ def evaluate(
 
 
 def _judged(rollout: Rollout, scores: Tensor, reader: Reader, verifier: Verifier) -> Evaluation:
+    rule = RuleConfig(kind="rule", rule=verifier)
+
     def verified(responses: Sequence[Response]) -> list[tuple[str, bool]]:
-        return [(each.response, bool(verify(each.response, each.answer, verifier))) for each in responses]
+        return [
+            (each.response, said.correct is True) for each, said in zip(responses, judged(rule, responses), strict=True)
+        ]
 
     texts, verdicts = zip(*reader.spread(rollout, verified), strict=True)
     return Evaluation(texts, torch.tensor(verdicts), scores, rollout.response_lengths, rollout.terminated)

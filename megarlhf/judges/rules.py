@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 
 from megarlhf.data.prompts import PromptSet, check_answered
 from megarlhf.judges.forms import Unit, has_length, has_pattern, has_shape, pattern_fault
+from megarlhf.judges.gym import check_gym, gym_score
 from megarlhf.judges.judge import UNKNOWN
 from megarlhf.judges.texts import Opinion, Reader, Response, Scorer, TextJudgeConfig
 from megarlhf.judges.verifiers import Verifier, check_answers, check_verifier, verify
 
-Rule = Literal["arithmetic", "gsm8k", "maths", "exact", "regex", "format", "length"]
+Rule = Literal["arithmetic", "gsm8k", "maths", "exact", "reasoning_gym", "regex", "format", "length"]
 """Those of Verifier, and those of a response's form."""
 _ONLY_OF = {
     "ignore_case": ("exact",),
@@ -34,8 +35,9 @@ class RuleConfig(TextJudgeConfig):
     """`rule`: one of two scores, by whether a response gives the answer, or has a form."""
     rule: Rule
     """When a response gives the answer: digit for digit as the built-in task has it (`arithmetic`), as a number
-    whatever stands around it (`gsm8k`), as mathematics (`maths`), or as text, all of it (`exact`). When it has the form
-    asked for: `pattern` is somewhere in it (`regex`), is all of it (`format`), or it is as long as asked (`length`)."""
+    whatever stands around it (`gsm8k`), as mathematics (`maths`), as text, all of it (`exact`), or for problems of
+    reasoning-gym as their own verifier says (`reasoning_gym`), which may also give a part. When it has the form asked
+    for: `pattern` is somewhere in it (`regex`), is all of it (`format`), or it is as long as asked (`length`)."""
     right: float = 1.0
     """Score where it holds."""
     wrong: float = 0.0
@@ -80,8 +82,8 @@ class RuleConfig(TextJudgeConfig):
 
     @property
     def wrong_score(self) -> float:
-        """What is set for wrong answers; nobody knows what form they have."""
-        return UNKNOWN if self.verifier is None else self.wrong
+        """What is set for wrong answers; nobody knows what form they have, or what part they get."""
+        return UNKNOWN if self.verifier in (None, "reasoning_gym") else self.wrong
 
     def check(self, name: str, prompts: PromptSet, source: str) -> str:
         """How many answers can be right for no response.
@@ -91,26 +93,40 @@ class RuleConfig(TextJudgeConfig):
         if self.verifier is None:
             return ""
         check_verifier(self.verifier, f"judges.{name}.rule")
-        check_answered(prompts, source, f"judges.{name} judges by the answer")
-        return check_answers(prompts.answers, self.verifier, source, f"judges.{name}.rule")
+        if self.verifier != "reasoning_gym":
+            check_answered(prompts, source, f"judges.{name} judges by the answer")
+        return check_verified(prompts, self.verifier, source, f"judges.{name}.rule")
 
     def scorer(self, name: str, reader: Reader) -> Scorer:
         """What judges responses."""
-        return partial(_judged, self)
+        return partial(judged, self)
 
 
-def _judged(rule: RuleConfig, responses: Sequence[Response]) -> list[Opinion]:
+def check_verified(prompts: PromptSet, verifier: Verifier, source: str, setting: str = "verifier") -> str:
+    """What is to be said of answers that are right for no response.
+
+    Raises:   ConfigError where all are, or the prompts are not of the verifier's kind.
+    """
+    if verifier == "reasoning_gym":
+        return check_gym(prompts, source, setting)
+    return check_answers(prompts.answers, verifier, source, setting)
+
+
+def judged(rule: RuleConfig, responses: Sequence[Response]) -> list[Opinion]:
+    """One opinion a response."""
     return [_opinion(rule, each) for each in responses]
 
 
 def _opinion(rule: RuleConfig, of: Response) -> Opinion:
-    knows = rule.verifier is not None and bool(of.answer)
     held = _holds(rule, of)
-    return Opinion(rule.right if held else rule.wrong, correct=bool(held) if knows else None, failed=held is None)
+    part = float(held or 0)
+    knows = rule.verifier is not None and (bool(of.answer) or rule.verifier == "reasoning_gym")
+    score = rule.wrong + (rule.right - rule.wrong) * part if 0 < part < 1 else rule.right if part else rule.wrong
+    return Opinion(score, correct=part == 1 if knows else None, failed=held is None)
 
 
-def _holds(rule: RuleConfig, of: Response) -> bool | None:
-    """Whether a response is as the rule asks; None where that took too long to find out."""
+def _holds(rule: RuleConfig, of: Response) -> float | None:
+    """How far a response is as the rule asks, 0 to 1; None where that took too long to find out."""
     match rule.rule:
         case "regex":
             return has_pattern(rule.pattern, of.response)
@@ -118,6 +134,8 @@ def _holds(rule: RuleConfig, of: Response) -> bool | None:
             return has_shape(rule.pattern, of.response)
         case "length":
             return has_length(of.response, rule.unit, rule.least, rule.most)
+        case "reasoning_gym":
+            return gym_score(of.response, of.columns)
         case verifier:
             same = str.casefold if rule.ignore_case else str
             return bool(of.answer) and verify(same(of.response), same(of.answer), verifier)

@@ -14,11 +14,14 @@ from typing import Any, Literal
 
 from megarlhf.data.arithmetic import is_correct
 from megarlhf.data.prompts import PromptSet
+from megarlhf.data.reasoning_gym import is_task
 from megarlhf.data.rows import BUILT_IN
 from megarlhf.errors import ConfigError
 
-Verifier = Literal["arithmetic", "gsm8k", "maths", "exact"]
-AutoVerifier = Literal["auto", "arithmetic", "gsm8k", "maths", "exact"]
+Compared = Literal["arithmetic", "gsm8k", "maths", "exact"]
+"""By the text of response and answer alone."""
+Verifier = Literal["arithmetic", "gsm8k", "maths", "exact", "reasoning_gym"]
+AutoVerifier = Literal["auto", "arithmetic", "gsm8k", "maths", "exact", "reasoning_gym"]
 """A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
 
 _BOXED = re.compile(r"\\boxed\s*\{")
@@ -40,7 +43,7 @@ _SECONDS = 2
 """For parsing and again for comparing an answer, such as a tower of powers; then it is wrong."""
 
 
-def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> bool | None:
+def verify(response: str, answer: str, verifier: Compared = "arithmetic") -> bool | None:
     """Whether `response` gives `answer`; None, which counts as wrong, where that took too long to find out.
 
     arithmetic: the response ends in "The answer is N.", digit for digit (the built-in task).
@@ -58,15 +61,15 @@ def verify(response: str, answer: str, verifier: Verifier = "arithmetic") -> boo
         return is_correct(response, answer)
     if verifier == "exact":
         return response.strip() == answer.strip()
-    said = _final_answer(response)
-    gold = _final_answer(answer)
+    said = final_answer(response)
+    gold = final_answer(answer)
     if verifier == "gsm8k":
         numbers = [_number(found, text) for found, text in ((gold, answer), (said, response))]
         return numbers[0] is not None and numbers[0] == numbers[1]
     return said is not None and _equal(said, _counted(answer) if gold is None else gold)
 
 
-def check_answers(answers: Sequence[str], verifier: Verifier, source: str, setting: str = "verifier") -> str:
+def check_answers(answers: Sequence[str], verifier: Compared, source: str, setting: str = "verifier") -> str:
     """What is to be said of answers that are right for no response, such as words where mathematics is compared.
 
     Up to 512 of them are looked at: a response that gives the very answer must be right.
@@ -76,7 +79,7 @@ def check_answers(answers: Sequence[str], verifier: Verifier, source: str, setti
         return ""
     every = [answer for answer in answers if answer]
     seen = Random(0).sample(every, min(len(every), _LOOKED_AT))
-    given = (f"The answer is {_final_answer(answer) or answer}." for answer in seen)
+    given = (f"The answer is {final_answer(answer) or answer}." for answer in seen)
     unread = [answer for said, answer in zip(given, seen, strict=True) if not verify(said, answer, verifier)]
     if seen and len(unread) == len(seen):
         raise ConfigError(
@@ -93,7 +96,7 @@ def chosen_verifier(setting: Literal["auto", "none"] | Verifier, source: str) ->
     Raises:   ConfigError where it needs a package that is not installed.
     """
     if setting == "auto":
-        return "arithmetic" if source == BUILT_IN else None
+        return "arithmetic" if source == BUILT_IN else "reasoning_gym" if is_task(source) else None
     if setting == "none":
         return None
     check_verifier(setting)
@@ -106,12 +109,15 @@ def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
     if verifier is None:
         there = f", though {answered:,} of {len(prompts):,} prompts have an answer" if answered else ""
         return f"verifier: none, so no accuracy is logged{there}"
-    if not answered:
+    if not answered and verifier != "reasoning_gym":
         return f"verifier: {verifier}, but no prompt has an answer (column 'answer'), so no accuracy is logged"
+    if verifier == "reasoning_gym":  # which needs none
+        return f"verifier: {verifier}, of all {len(prompts):,} prompts"
     return f"verifier: {verifier}, of the {answered:,} of {len(prompts):,} prompts that have an answer"
 
 
-def _final_answer(response: str) -> str | None:
+def final_answer(response: str) -> str | None:
+    """What the last \\boxed{...} holds, else what follows the last "answer is", "Answer:" or "####"; None for none."""
     boxes = list(_BOXED.finditer(response))
     if boxes:
         return _braced(response[boxes[-1].end() :])

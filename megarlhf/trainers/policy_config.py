@@ -18,10 +18,10 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.judges import JudgeSettings
 from megarlhf.judges.reward_model import ModelJudgeConfig
-from megarlhf.judges.rules import RuleConfig
+from megarlhf.judges.rules import RuleConfig, check_verified
 from megarlhf.judges.shaping import ShapingConfig
 from megarlhf.judges.texts import TextJudgeConfig
-from megarlhf.judges.verifiers import AutoVerifier, Verifier, check_answers, chosen_verifier
+from megarlhf.judges.verifiers import AutoVerifier, Verifier, chosen_verifier
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
@@ -314,7 +314,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     verifier = rules[0] if rules and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
     cfg.check_best(_best_of(cfg, verified=verifier is not None))
     if verifier is not None and verifier not in rules:
-        doubts.append(check_answers(prompts.answers, verifier, data.source))
+        doubts.append(check_verified(prompts, verifier, data.source))
     inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, "; ".join(filter(None, doubts)))
     for model in inputs.distinct[1:]:
         check_same_tokenizer(tokenizer, str(actor), model)

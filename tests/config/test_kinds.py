@@ -46,7 +46,9 @@ def test_help_has_every_setting_of_every_kind_once() -> None:
     assert rows["judges.NAME.kind"].type.startswith("model | rule | function")
     assert rows["judges.NAME.weight"].help.startswith("What its scores are multiplied by")
     assert rows["judges.NAME.init"].help.startswith("Of model. ")
-    assert rows["judges.NAME.rule"].type == "arithmetic | gsm8k | maths | exact | regex | format | length"
+    assert (
+        rows["judges.NAME.rule"].type == "arithmetic | gsm8k | maths | exact | reasoning_gym | regex | format | length"
+    )
     names = [row.name for row in describe(PPOConfig)]
     assert len(names) == len(set(names))
 
