@@ -4,10 +4,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from megarlhf.judges.code_tests import CodeTestsConfig
 from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.remote import RemoteConfig
 from megarlhf.judges.reward_model import ModelJudgeConfig
 from megarlhf.judges.rules import RuleConfig
 
-JudgeSettings = Annotated[ModelJudgeConfig | RuleConfig | FunctionConfig | RemoteConfig, Field(discriminator="kind")]
+JudgeSettings = Annotated[
+    ModelJudgeConfig | RuleConfig | CodeTestsConfig | FunctionConfig | RemoteConfig, Field(discriminator="kind")
+]
 """Of any kind of judge."""
