@@ -11,6 +11,6 @@ from megarlhf.judges.reward_model import ModelJudgeConfig
 from megarlhf.judges.rules import RuleConfig
 
 JudgeSettings = Annotated[
-    ModelJudgeConfig | RuleConfig | CodeTestsConfig | FunctionConfig | RemoteConfig, Field(discriminator="kind")
+    ModelJudgeConfig | RuleConfig | FunctionConfig | RemoteConfig | CodeTestsConfig, Field(discriminator="kind")
 ]
 """Of any kind of judge."""

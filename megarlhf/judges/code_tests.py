@@ -24,7 +24,7 @@ from pydantic import Field
 from megarlhf.config.base import FreeToChange
 from megarlhf.data.prompts import PromptSet
 from megarlhf.errors import DataError, JudgeError
-from megarlhf.judges.sandbox import Isolation, Job, Limits, Sandbox, open_sandbox, run
+from megarlhf.judges.sandbox import Finished, Isolation, Job, Limits, Sandbox, open_sandbox, run
 from megarlhf.judges.texts import Opinion, Reader, Response, Scorer, TextJudgeConfig
 
 PATIENCE = 0.8
@@ -172,8 +172,7 @@ def passes(sandbox: Sandbox, program: str, test: Test) -> bool:
     """Whether a program passes a test. Raises JudgeError where that could not be found out."""
     if isinstance(test, Printed):
         (said,) = run(sandbox, Job({"program.py": program}, ["program.py"], test.stdin.encode(errors="replace")))
-        shown = said.stdout.decode(errors="replace")
-        return (said.ended, said.code) == ("itself", 0) and _lines(shown) == _lines(test.stdout)
+        return is_right(said, test.stdout)
     (hears, tells), (is_told, says) = os.pipe(), os.pipe()
     side = {"two_sides.py": TWO_SIDES}
     asking = Job(
@@ -184,8 +183,16 @@ def passes(sandbox: Sandbox, program: str, test: Test) -> bool:
     return (said.ended, said.code) == ("itself", 0)
 
 
+def is_right(said: Finished, expected: str) -> bool:
+    """Whether a program ended by itself, without error, and printed what was expected.
+
+    White space at ends of lines, and lines that are nothing else at the end, do not count.
+    """
+    printed = said.stdout.decode(errors="replace")
+    return (said.ended, said.code) == ("itself", 0) and _lines(printed) == _lines(expected)
+
+
 def _lines(text: str) -> list[str]:
-    """White space at ends of lines, and lines that are nothing else at the end, do not count."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
 
 

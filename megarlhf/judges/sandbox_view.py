@@ -43,7 +43,7 @@ def bubblewrap(*, mapped: bool) -> list[str]:
     """The command that makes namespaces with that view, and starts what follows it there as root, or as nobody."""
     view = seen()
     # bwrap itself would make them for their owner alone.
-    above = sorted({str(each) for path in view["binds"] for each in Path(path).parents} - {"/"})
+    above = sorted({str(each) for path in (*view["binds"], *DEVICES) for each in Path(path).parents} - {"/"})
     nobody = ("--unshare-user", "--uid", str(NOBODY), "--gid", str(NOBODY)) if mapped else ()
     return [
         *("bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", *nobody),

@@ -121,6 +121,7 @@ def test_the_page_about_judges_is_true(tmp_path: Path) -> None:
         "rule",
         "function",
         "remote",
+        "code_tests",
     ]
     (tmp_path / "my_reward.py").write_text(function)
     nobody: Any = None
