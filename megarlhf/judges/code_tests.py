@@ -25,7 +25,7 @@ from megarlhf.config.base import FreeToChange
 from megarlhf.data.prompts import PromptSet
 from megarlhf.errors import DataError, JudgeError
 from megarlhf.judges.sandbox import Finished, Isolation, Job, Limits, Sandbox, open_sandbox, run
-from megarlhf.judges.texts import Opinion, Reader, Response, Scorer, TextJudgeConfig
+from megarlhf.judges.texts import Opinion, Reader, Response, RightOrWrongConfig, Scorer
 
 PATIENCE = 0.8
 """Share of the seconds that other ranks wait in which a rank's programs must have run."""
@@ -51,7 +51,7 @@ class Asserted(NamedTuple):
 Test = Printed | Asserted
 
 
-class CodeTestsConfig(TextJudgeConfig):
+class CodeTestsConfig(RightOrWrongConfig):
     """Tests of the program in a response."""
 
     kind: Literal["code_tests"]
@@ -61,11 +61,7 @@ class CodeTestsConfig(TextJudgeConfig):
     """Column with a prompt's tests: a list, or a JSON text of one, of {"stdin": "...", "stdout": "..."} (also named
     "expected") for whole programs, and of statements such as "assert f(1) == 2" for what they define."""
     reward: Literal["share", "all"] = "share"
-    """Score: by the share of tests passed, from `wrong` to `right`; or `right` where all are passed, else `wrong`."""
-    right: float = 1.0
-    """Score of a program that passes all tests."""
-    wrong: float = 0.0
-    """Score of one that passes none, or of a response without one."""
+    """Score: from `wrong` to `right` by the share of tests passed; or `right` where all are, else `wrong`."""
     cpu_s: int = Field(default=4, ge=1, le=3600)
     """Seconds that each process of a program computes, in each test; for `processes` of them together, so much each."""
     wall_s: float = Field(default=8.0, gt=0, le=3600)
@@ -86,11 +82,6 @@ class CodeTestsConfig(TextJudgeConfig):
     isolation: Annotated[Isolation, FreeToChange(said=True)] = "auto"
     """What keeps programs apart: `bubblewrap`, or Linux's `namespaces` directly; `auto` takes the first that works
     here, and refuses where none does. With `none` programs run as you, and can read, delete and send what you can."""
-
-    @property
-    def wrong_score(self) -> float:
-        """What is set for it."""
-        return self.wrong
 
     @property
     def limits(self) -> Limits:

@@ -12,7 +12,7 @@ from megarlhf.data.prompts import PromptSet, check_answered
 from megarlhf.judges.forms import Unit, has_length, has_pattern, has_shape, pattern_fault
 from megarlhf.judges.gym import check_gym, gym_score
 from megarlhf.judges.judge import UNKNOWN
-from megarlhf.judges.texts import Opinion, Reader, Response, Scorer, TextJudgeConfig
+from megarlhf.judges.texts import Opinion, Reader, Response, RightOrWrongConfig, Scorer
 from megarlhf.judges.verifiers import Verifier, check_answers, check_verifier, verify
 
 Rule = Literal["arithmetic", "gsm8k", "maths", "exact", "reasoning_gym", "regex", "format", "length"]
@@ -28,7 +28,7 @@ _ONLY_OF = {
 _VERIFIERS: tuple[Verifier, ...] = get_args(Verifier)
 
 
-class RuleConfig(TextJudgeConfig):
+class RuleConfig(RightOrWrongConfig):
     """A rule."""
 
     kind: Literal["rule"]
@@ -38,10 +38,6 @@ class RuleConfig(TextJudgeConfig):
     whatever stands around it (`gsm8k`), as mathematics (`maths`), as text, all of it (`exact`), or for problems of
     reasoning-gym as their own verifier says (`reasoning_gym`), which may also give a part. When it has the form asked
     for: `pattern` is somewhere in it (`regex`), is all of it (`format`), or it is as long as asked (`length`)."""
-    right: float = 1.0
-    """Score where it holds."""
-    wrong: float = 0.0
-    """Score where it does not."""
     ignore_case: bool = False
     """For `exact`: large letters are small ones."""
     pattern: str = ""

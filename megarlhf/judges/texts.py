@@ -77,6 +77,20 @@ class TextJudgeConfig(JudgeConfig):
         """What judges responses, on this rank."""
 
 
+class RightOrWrongConfig(TextJudgeConfig):
+    """A judge that says of a response that it is right, or is not."""
+
+    right: float = 1.0
+    """Score of a response that is right, or has the form asked for."""
+    wrong: float = 0.0
+    """Score of one that is not."""
+
+    @property
+    def wrong_score(self) -> float:
+        """What is set for it."""
+        return self.wrong
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads rollouts as text, each rank its share of them."""

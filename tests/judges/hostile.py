@@ -163,7 +163,7 @@ HOSTILE: dict[str, tuple[str, ...]] = {
     ),
     "writes outside of its directory": (
         TRY + "attempt(*(lambda path=path: open(path, 'a').write('x') for path in ('$secret', '/etc/motd', '/usr/x', "
-        "'/dev/shm/x', '/proc/sys/kernel/core_pattern', '/x', '/root/x', sys.prefix + '/x', '/var/tmp/x', '/dev/x', "
+        "'/dev/shm/x', '/proc/sys/kernel/core_pattern', '/x', '/srv/x', sys.prefix + '/x', '/var/tmp/x', '/dev/x', "
         "os.__file__)))",
         REFUSED,
     ),
