@@ -161,6 +161,8 @@ def program_of(response: str) -> str:
 
 def passes(sandbox: Sandbox, program: str, test: Test) -> bool:
     """Whether a program passes a test. Raises JudgeError where that could not be found out."""
+    if len(program.encode(errors="replace")) > sandbox.limits.scratch_mb << 19:
+        return False  # with what else lies there it might not find room, which would be the sandbox's fault
     if isinstance(test, Printed):
         (said,) = run(sandbox, Job({"program.py": program}, ["program.py"], test.stdin.encode(errors="replace")))
         return is_right(said, test.stdout)

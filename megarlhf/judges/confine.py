@@ -119,7 +119,6 @@ def confine(order: dict[str, Any]) -> None:
         _LIBC.prctl(_DROP_CAPABILITY, capability, 0, 0, 0)
     _call("prctl", _AMBIENT, 4, 0, 0, 0)
     if order["uids"]:
-        os.setgroups([])
         _become(order["uids"])
     _call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     code = base64.b64decode(order["filter"])
@@ -136,11 +135,12 @@ class _Program(ctypes.Structure):
 def _become(uids: list[int]) -> None:
     for uid in uids:
         try:
+            os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
-        except OSError:
+        except OSError as error:
             if uid == uids[-1]:
-                raise
+                raise OSError(error.errno, f"root cannot become user {uid} here: {error.strerror}") from error
         else:
             return
 

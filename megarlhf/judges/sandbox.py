@@ -43,7 +43,7 @@ from typing import Any, Literal
 
 from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.judges.confine import NOBODY, READY
-from megarlhf.judges.sandbox_view import bubblewrap, seen
+from megarlhf.judges.sandbox_view import bubblewrap, needs_mapping, seen
 from megarlhf.judges.seccomp import MACHINES, syscall_filter
 
 Isolation = Literal["auto", "bubblewrap", "namespaces", "none"]
@@ -158,7 +158,7 @@ def open_sandbox(isolation: Isolation, limits: Limits, setting: str) -> Sandbox:
     }
     failed: list[str] = []
     for kind in kinds[isolation]:
-        sandbox = Sandbox(kind, limits, mapped=os.geteuid() != 0)
+        sandbox = Sandbox(kind, limits, mapped=needs_mapping())
         reason = _trouble(sandbox)
         if not reason:
             return sandbox
@@ -177,10 +177,9 @@ def _trouble(sandbox: Sandbox) -> str:
         return f"the filter of system calls knows {' and '.join(MACHINES)}, not {platform.machine()}"
     if sandbox.isolation == "bubblewrap" and shutil.which("bwrap") is None:
         return "bwrap is not installed"
-    try:
-        (said,) = run(sandbox, Job({"program.py": "print(6 * 7)"}, ["program.py"]))
-    except JudgeError as error:
-        return str(error)
+    (said,), reason = _tried(sandbox, Job({"program.py": "print(6 * 7)"}, ["program.py"]))
+    if reason:
+        return reason
     if (said.ended, said.code, said.stdout) == ("itself", 0, b"42\n"):
         return ""
     return f"a program that prints 42 ended by {said.ended} with code {said.code}: {_shown(said.stderr)}"
@@ -193,6 +192,17 @@ def run(sandbox: Sandbox, *jobs: Job) -> list[Finished]:
 
     Raises:   JudgeError where one could not be put into its sandbox: nothing is known of the program then.
     """
+    said, reason = _tried(sandbox, *jobs)
+    if reason:
+        raise JudgeError(
+            f"a sandbox failed: {reason}; see that the node has memory, processes and namespaces left, and start the "
+            "same command again."
+        )
+    return said
+
+
+def _tried(sandbox: Sandbox, *jobs: Job) -> tuple[list[Finished], str]:
+    """What became of programs; or why nothing did."""
     started: list[_Run] = []
     try:
         try:
@@ -205,9 +215,8 @@ def run(sandbox: Sandbox, *jobs: Job) -> list[Finished]:
     finally:
         for each in started:
             each.close()
-    for each in started:
-        each.check()
-    return [Finished(each.ended, each.code, bytes(each.stdout), bytes(each.stderr)) for each in started]
+    said = [Finished(each.ended, each.code, bytes(each.stdout), bytes(each.stderr)) for each in started]
+    return said, next(filter(None, (each.trouble() for each in started)), "")
 
 
 class _Run:
@@ -297,16 +306,13 @@ class _Run:
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)  # follows no link
 
-    def check(self) -> None:
-        """Raises JudgeError where it never began, and was not ended before it could."""
+    def trouble(self) -> str:
+        """Why it never began; empty where it did, or was ended before it could."""
         if self.stands or (self.ended == "company" and not self.status):
-            return
+            return ""
         late = f"it did not stand after {START_S:g} s" if self.ended == "time" else ""
         said = bytes(self.status.removeprefix(READY)) or bytes(self.stderr)
-        raise JudgeError(
-            f"a sandbox failed: {late or _shown(said)} (exit code {self.code}); see that the node has memory, "
-            "processes and namespaces left, and start the same command again."
-        )
+        return f"{late or _shown(said)} (exit code {self.code})"
 
 
 def _watch(runs: Sequence[_Run], wall_s: float) -> None:

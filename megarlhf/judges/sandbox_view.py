@@ -35,6 +35,18 @@ def seen() -> dict[str, Any]:
     }
 
 
+def needs_mapping() -> bool:
+    """Whether a program can only be nobody in a user namespace: this process is not root, or a root of its own alone.
+
+    Not where that root is everybody's: then the kernel would not count its processes.
+    """
+    if os.geteuid() != 0:
+        return True
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    there = any(first <= NOBODY < first + count for first, _, count in ranges)
+    return not there and any(first == 0 != outside for first, outside, _ in ranges)
+
+
 def _is_in(path: Path, roots: Sequence[Path]) -> bool:
     return any(root in path.parents for root in roots)
 

@@ -244,6 +244,7 @@ def test_most_of_them_would_be_forged_in_one_process() -> None:
         ("print(42", "", "42", False),
         ("", "", "42", False),
         ("print(42)\n1 / 0", "", "42", False),
+        ("print(42)  # " + "x" * (5 << 20), "", "42", False),
     ],
 )
 def test_whole_programs(program: str, stdin: str, stdout: str, right: bool) -> None:
