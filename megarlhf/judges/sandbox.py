@@ -166,8 +166,8 @@ def open_sandbox(isolation: Isolation, limits: Limits, setting: str) -> Sandbox:
     raise ConfigError(
         f"{setting}.isolation={isolation}: generated programs cannot be run apart here ({'; '.join(failed)}); install "
         "bubblewrap, or allow namespaces (a container: --cap-add SYS_ADMIN with seccomp and AppArmor unconfined; else "
-        "sysctl user.max_user_namespaces and kernel.apparmor_restrict_unprivileged_userns), raise the limits if they "
-        f"are what failed, or have programs run unguarded, as you: {setting}.isolation=none."
+        "sysctl user.max_user_namespaces above 0, and kernel.apparmor_restrict_unprivileged_userns=0), raise limits "
+        f"that are too low, or have programs run unguarded, as you: {setting}.isolation=none."
     )
 
 

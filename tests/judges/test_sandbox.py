@@ -230,8 +230,9 @@ def test_without_root_it_hangs_on_a_user_namespace(isolation: Isolation) -> None
     assert summary(said) == "65534 ['program.py']", said
 
 
-def test_when_this_process_is_killed_its_programs_are(scene: Scene) -> None:
-    sandbox = opened("auto")
+@pytest.mark.parametrize("isolation", ["bubblewrap", "namespaces", "none"])
+def test_when_this_process_is_killed_its_programs_are(isolation: Isolation, scene: Scene) -> None:
+    sandbox = opened(isolation)
     child = os.fork()
     if not child:
         try:
