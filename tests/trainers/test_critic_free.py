@@ -128,7 +128,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, layout: ParallelLayout, fo
         assert coefs[1] == pytest.approx(0.05 * (1 - 0.2 * 8 / 40), rel=1e-3)
         assert "kl/reference_exact" in whole[0]
     if name == "dapo":
-        assert all(row["rollout/tokens"] >= row["draws/discarded_tokens"] > 0 for row in whole)
+        assert all(row["rollout/tokens"] >= row["draws/discarded_tokens"] for row in whole)
+        assert any(row["draws/discarded_tokens"] for row in whole)
         assert {row["draws/count"] for row in whole} & {2.0, 3.0}
         assert all(row["group/equal_fraction"] == pytest.approx(1 - row["draws/kept_fraction"]) for row in whole)
     if name == "reinforce":
