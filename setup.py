@@ -40,8 +40,8 @@ EXTRAS = {
     # One version, because its verifiers were read: megarlhf/data/reasoning_gym.py.
     "tasks": ["reasoning-gym==0.1.25"],
     "wandb": ["wandb>=0.19"],
-    # What tools/bench_kernels.py compares with; cutedsl is Liger's fastest path on an H100. tests/ops/test_trl_peers.py
-    # calls what TRL does not promise to keep: one minor version.
+    # What benchmarks compare with; cutedsl is Liger's fastest path on an H100. tests/ops/test_trl_peers.py and
+    # tools/step_bench/trl_peer.py call what TRL does not promise to keep: one minor version.
     "bench": [
         "nvidia-ml-py>=12",
         "liger-kernel[cutedsl]>=0.8.5",

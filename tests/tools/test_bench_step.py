@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import subprocess
+import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 from statistics import median
@@ -17,12 +20,14 @@ TINY = (
     "--hidden 32 --layers 2 --heads 2 --kv-heads 1 --ffn 48 --vocab 160 --prompts 2 --group 4 "
     "--prompt-tokens 6 --new-tokens 10 --micro-batch 4 --repeats 3 --threads 1 --json"
 )
+ROOT = Path(__file__).resolve().parents[2]
+AGAINST_TRL = ("--algorithm", "grpo", "--vs", "trl")
 RESPONSES = 8 * 10
 POSITIONS = 8 * (6 + 10 - 1)
 
 
-def _bench(path: Path) -> int:
-    return main([*TINY.split(), str(path)])
+def _bench(path: Path, *more: str) -> int:
+    return main([*TINY.split(), str(path), *more])
 
 
 def test_json_is_complete_and_adds_up(tmp_path: Path) -> None:
@@ -56,9 +61,67 @@ def test_json_is_complete_and_adds_up(tmp_path: Path) -> None:
     assert flops["score_actor"] - flops["score_critic"] == pytest.approx(2 * RESPONSES * 160 * 32)
 
 
+def test_grpo_has_its_own_phases(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    assert run_ranks(_bench, 1, path, "--algorithm", "grpo") == [0]
+    report = json.loads(path.read_text())
+    phases = {row["phase"]: row for row in report["phases"]}
+    names = {"rollout", "rollout_ragged", "score_actor", "score_reference", "update_actor", "iteration"}
+    assert phases.keys() == names
+    assert phases["iteration"]["counterpart"] == {"generate": 1, "forward": 2, "train": 1}
+    # Every forward is the same model's: rolling out, two scores, and a step, which counts as three.
+    flops = {name: row["flops_per_s"] * row["seconds"] for name, row in phases.items()}
+    assert flops["iteration"] == pytest.approx(6 * flops["score_reference"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed; it is in the set `bench`")
+def test_beside_trl_both_do_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    # In a process of its own: where there are ranks TRL is wrapped for several.
+    command = [sys.executable, "tools/bench_step.py", *TINY.split(), str(path), *AGAINST_TRL]
+    subprocess.run([*command, "--peer-micro-batch", "2"], cwd=ROOT, check=True, timeout=240)
+    report = json.loads(path.read_text())
+    equal, ragged = report["phases"]
+    assert [equal["phase"], ragged["phase"]] == ["iteration", "iteration_ragged"]
+    for row, kind in ((equal, "equal"), (ragged, "ragged")):
+        (step,) = row["counterpart"]
+        theirs = report["trl"][step]["all_seconds"]
+        assert len(theirs) == len(row["all_seconds"]) == 3
+        assert row["trl_seconds"] == median(theirs) > 0
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["trl_seconds"])
+        parts = report["parts"][kind]
+        for each in range(3):
+            ours = sum(parts[name][each] for name in ("rollout", "score", "estimate", "optimise"))
+            assert 0 < ours <= row["all_seconds"][each]
+            assert 0 < parts["generate"][each] < theirs[each]
+    # 4 rounds, one of them to warm up, of two iterations.
+    short = ragged["tokens_per_s"] * ragged["seconds"]
+    for side in ("our", "trl"):
+        assert report["counts"][f"{side}_rollouts"] == 4 * 2 * 8
+        assert report["counts"][f"{side}_tokens"] == pytest.approx(4 * (RESPONSES + short))
+        assert report["counts"][f"{side}_steps"] == 4 * 2
+    assert 8 * 4 <= short < RESPONSES
+    # The same weights, prompts and steps, other responses: the KLs are of one size.
+    assert 1 / 3 < report["kl"]["ours"] / report["kl"]["trl"] < 3
+    said = report["settings"]
+    assert said["trl"]["per_device_train_batch_size"] * said["trl"]["gradient_accumulation_steps"] == 8
+    assert said["trl"]["learning_rate"] == said["ours"]["actor"]["optim"]["lr"]
+    assert said["trl"]["beta"] == said["ours"]["kl_coef"] == 0.04
+    assert report["versions"]["trl"].startswith("1.16.")
+
+
+def test_without_trl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main([*AGAINST_TRL]) == 2
+    said = "--vs trl: TRL is not installed; it is in the extra `bench`: pip install -e '.[bench]'\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("--vs trl", "--vs trl with --algorithm ppo: TRL has GRPO; add --algorithm grpo"),
+        ("--algorithm grpo --vs trl --peer-micro-batch 3", "must be a multiple of --peer-micro-batch"),
         ("--prompts 0", "argument --prompts: 0 is no count; give a whole number of at least 1"),
         ("--repeats x", "argument --repeats: x is no count; give a whole number of at least 1"),
         ("--heads 3", "--hidden must be a multiple of 2 x --heads, --heads of --kv-heads"),
