@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +18,7 @@ from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.judge import Verdict, joined_verdicts, outcome
-from megarlhf.judges.panel import Court, Judgement, _metrics_of, build_panel, joined
+from megarlhf.judges.panel import Court, Judgement, Panel, _metrics_of, build_panel, joined
 from megarlhf.judges.texts import Reader, Response
 from megarlhf.observe.metrics import check
 from megarlhf.parallel.layout import ParallelLayout
@@ -30,6 +32,8 @@ RESPONSES = ("The answer is 5.", "The answer is 6.", "5", "The answer is 5. The 
 ANSWERS = ("5", "5", "5", "6", "")
 FUNCTION = """
 import os
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 def longer(prompt, response, answer, columns):
@@ -144,6 +148,30 @@ def test_a_rule_says_what_wrong_responses_get() -> None:
     (rank,) = run_ranks(judged, 1, ParallelLayout(), "nowhere", judges)
     assert rank["wrong"] == -2.0
     assert rank["correct"] == [None] * 5  # nobody was named to say it
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A judge that gives every response one score."""
+
+    name: str
+    score: float
+    weight: float
+    wrong_score: float = 0.0
+
+    def judge(self, rollout: Rollout) -> Verdict:
+        return Verdict(outcome(torch.full((len(rollout),), self.score), rollout))
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, 7.0])
+def test_a_judge_without_weight_is_heard_and_not_counted(score: float) -> None:
+    """Whatever it says: 0 times what is not finite would be no number."""
+    panel = Panel((Fixed("quiet", score, 0.0, math.inf), Fixed("loud", 3.0, 2.0, -1.0)))
+    judgement = panel.judge(rollout_of(*prompt_set()))
+    assert judgement.scores.tolist() == [6.0] * 5
+    assert judgement.metrics["judge/quiet_mean"] == pytest.approx(score, nan_ok=True)
+    assert judgement.metrics["judge/quiet_weight"] == 0.0
+    assert panel.wrong_score == -2.0  # what the quiet one gives wrong responses nobody needs to know
 
 
 def test_what_is_said_of_several_batches_is_joined_and_cut_whole() -> None:
