@@ -154,7 +154,6 @@ def ppo_config(cfg: DemoConfig) -> PPOConfig:
         micro_batch=cfg.rollouts // (4 * cfg.layout.data),
         ppo_epochs=2,
         value_warmup_iterations=2,
-        value_clip_range=0.5,
         kl_coef=0.05,
     )
 

@@ -52,9 +52,9 @@ class PPOConfig(AnchoredConfig):
     """Discount per token. Source: Huang et al. 2024."""
     gae_lambda: float = Field(default=0.95, ge=0, le=1)
     """Decay of generalised advantage estimation, per token. Source: Huang et al. 2024."""
-    value_clip_range: float = Field(default=0.2, gt=0)
+    value_clip_range: float = Field(default=0.5, gt=0)
     """Values move at most this far from the old ones, in reward, before the loss ignores them.
-    Source: 0.2 in Huang et al. 2024."""
+    Source: 0.5 in OpenRLHF, verl and NeMo RL's recipes; 0.2 in Huang et al. 2024 (docs/algorithms.md has both)."""
 
     @property
     def passes(self) -> int:

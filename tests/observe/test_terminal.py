@@ -102,7 +102,11 @@ def test_nothing_speaks_to_the_terminal_without_escaping() -> None:
     }
     assert found == {
         'cli.py: sys.stderr.write("interrupted\\n")',
-        # Its parent reads this.
+        # Its parent reads this, as the two sides of a test in the sandbox read each other's.
         'data/template_worker.py: sys.stdout.write(f"{json.dumps(answer)}\\n")',
+        "judges/two_sides.py: print(json.dumps(asked), file=self.writing, flush=True)",
+        "judges/two_sides.py: print(json.dumps(said), file=writing, flush=True)",
+        # A program that the sandbox is tried with.
+        'judges/sandbox.py: (said,), reason = _tried(sandbox, Job({"program.py": "print(6 * 7)"}, ["program.py"]))',
         "observe/terminal.py: from rich.console import Console, ConsoleOptions, RenderableType",
     }

@@ -117,7 +117,7 @@ def test_rank_counts(ranks: str, refused: Callable[..., str], monkeypatch: pytes
         (
             PPO,
             ["prompts.arithmetic.rows=15"],
-            "15 prompts, 16 needed an iteration .*; add prompts, lower rollout",
+            "15 prompts, 16 needed an iteration; add prompts, or lower rollout_batch",
         ),
         (
             PPO,

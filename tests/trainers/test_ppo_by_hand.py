@@ -134,6 +134,7 @@ def step(layout: ParallelLayout, folder: str, rollout: Rollout, epochs: int) -> 
         sampling={"temperature": 0.7},
         gamma=0.99,
         kl_coef=0.1,
+        value_clip_range=0.2,
         shaping={"missing_eos": -1.0},  # the page has no rule for it, only the number
         rollout_batch=ROWS,
         global_batch=ROWS,
