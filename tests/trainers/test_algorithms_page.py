@@ -52,7 +52,7 @@ def test_defaults_are_those_that_are_said(title: str) -> None:
 
 
 def test_nothing_was_left_to_fill_in() -> None:
-    assert set(re.findall(r"\b[A-Z]{6,}\b", PAGE)) == {"REINFORCE"}
+    assert set(re.findall(r"\b[A-Z]{6,}\b", PAGE)) == {"REINFORCE", "README", "LEARNERS", "TRAINER"}
 
 
 def test_settings_and_metrics_that_are_named_are_there() -> None:
