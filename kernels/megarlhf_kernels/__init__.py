@@ -8,7 +8,7 @@
 | `full_kl` | two models' logits -> exact KL of each token |
 | `linear_kl` | two models' hidden states -> the same, without an [N, V] tensor |
 | `rewards_gae` | log-probs, values, scores -> token-level rewards, advantages, returns, moments for whitening |
-| `clipped_policy_loss`, `clipped_value_loss` | per-token numbers -> loss and metrics |
+| `clipped_policy_loss`, `clipped_value_loss`, `kl_loss` | per-token numbers -> loss and metrics, a KL's term |
 | `paged_prefill`, `paged_decode` | attention over a paged KV cache, under flash-attn's argument names |
 
 Each takes `impl`: "auto" runs Triton on a GPU and the torch reference elsewhere (`dispatch`).

@@ -1,7 +1,8 @@
 """Prompts of the package reasoning-gym, which makes problems of a hundred kinds and has a verifier for each.
 
-Here alone it is imported. What a policy writes reaches its verifiers, which were not written to be attacked: each was
-read, in one version, and those that evaluate an answer, or can be kept busy or fooled by one, are refused by name.
+Here alone it is imported. What a policy writes reaches its verifiers, which were not written to be attacked: of one
+version each `score_answer` was read, not every helper that it calls, and tried with odd answers. Those that were found
+to evaluate an answer, or to be kept busy or fooled by one, are refused by name.
 """
 
 from __future__ import annotations
