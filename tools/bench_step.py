@@ -11,7 +11,8 @@ is that of the medians. Both sides hold the same random Llama and work on the sa
     rollout, rollout_ragged     `generate` with sampling; ragged responses end after uniform 4..N tokens on both sides
     score_*                     a forward without gradients (all logits)
     update_*                    forward, backward (cross entropy of the response tokens) and fused AdamW
-    iteration                   1 generate, a forward of every model, and forward, backward and AdamW of every learner
+    iteration                   1 generate, a forward of every model that is asked (in GRPO the reference alone:
+                                old_logprobs=sampler), and forward, backward and AdamW of every learner
 
 Ours do more: the phases include offloading, log-probs, entropy, losses, gradient clipping and metrics.
 FLOP/s count the model's: every position once, the vocabulary only where a response token is predicted, backward twice.

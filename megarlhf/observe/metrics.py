@@ -59,6 +59,9 @@ _ROLLOUT = {
     "rollout/tokens": Metric("tokens", "response tokens", "sum over the rollouts of the iteration"),
 }
 
+GAPS = {"rollout/sampler_gap_max", "rollout/sampler_gap_mean", "rollout/token_mult_prob_error"}
+"""How far sampler and trainer are apart; unknown with old_logprobs=sampler."""
+
 _SAMPLER = {
     "sampler/changed_fraction": Metric(
         "fraction", "[sampler_correction changed or dropped the token's weight]", "mean over the response tokens"

@@ -21,7 +21,7 @@ from megarlhf.ops.kl import kl_estimate
 from megarlhf.ops.rewards import add_kl_penalty
 from megarlhf.parallel.micro_batches import Loss, States
 from megarlhf.trainers.anchored import AnchoredConfig
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, old_logprobs
 from megarlhf.trainers.policy_loss import loss_of, policy_terms
 from megarlhf.trainers.policy_metrics import advantage_metrics, exact_metrics, reference_metrics, rollout_metrics
 from megarlhf.trainers.trainer import Learner
@@ -119,7 +119,7 @@ class Scored:
     rollout: Rollout
     judgement: Judgement
     logprobs: Tensor
-    """The actor's, recomputed by the trainer's forward."""
+    """The actor's, as old_logprobs says."""
     ref_logprobs: Tensor | None
     """None where there is no reference."""
     exact: Metrics
@@ -128,7 +128,7 @@ class Scored:
 
 def score(cast: Cast, rollout: Rollout, judgement: Judgement, cfg: CriticFreeConfig, turn: Turn) -> Scored:
     """Ask the actor and, where there is one, the reference. Collective; one model is resident at a time."""
-    logprobs, reference = cast.actor.score(rollout), cast.reference
+    logprobs, reference = old_logprobs(cast.actor, rollout, cfg), cast.reference
     if reference is None:
         return Scored(rollout, judgement, logprobs, None, {})
     due, temperature = turn.due(cfg.exact_kl_every), cfg.sampling.temperature

@@ -25,7 +25,7 @@ from megarlhf.judges.verifiers import AutoVerifier, Verifier, chosen_verifier
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
-from megarlhf.observe.metrics import names_of
+from megarlhf.observe.metrics import GAPS, names_of
 from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
@@ -102,6 +102,10 @@ class PolicyConfig(RunConfig):
     loss_mean: Literal["token", "sequence", "constant"] = "token"
     """What the loss is a mean over, in the global batch of a step: its response tokens; its rollouts, of which each is
     the mean over its own tokens; or its rollouts, each its sum over sampling.max_new_tokens."""
+    old_logprobs: Literal["trainer", "sampler"] = "trainer"
+    """Whose log-probs of a rollout ratio and KL start from: `trainer` recomputes them, a forward pass of the actor that
+    measures the gap to the sampler; `sampler` takes what was drawn with, and a gap is part of the ratio. Source of the
+    latter: verl, slime."""
     sampler_correction: SamplerCorrectionConfig = SamplerCorrectionConfig()
     """How a gap between sampler and trainer is made up for."""
     entropy_coef: float = Field(default=0.0, ge=0)
@@ -215,7 +219,8 @@ class PolicyConfig(RunConfig):
         judges = {f"judge/{name}_{quantity}" for name in self.panel for quantity in ("mean", "std", "weight")}
         failures = {f"judge/{name}_failures" for name, cfg in self.panel.items() if isinstance(cfg, TextJudgeConfig)}
         correction = names_of("sampler") if self.sampler_correction.rule != "none" else set()
-        return names_of("rollout", "policy") | judges | failures | correction
+        unknown = GAPS if self.old_logprobs == "sampler" else set[str]()
+        return (names_of("rollout", "policy") - unknown) | judges | failures | correction
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
@@ -237,6 +242,11 @@ class PolicyConfig(RunConfig):
         rollouts = "global_batch" if self.batch_unit == "rollouts" else "global_batch * group_size"
         check_batch(rollouts, self.rollouts_per_step, self.layout, self.micro_batch)
         self.sampler_correction.check()
+        if self.old_logprobs == "sampler" and self.sampler_correction.rule != "none":
+            raise ConfigError(
+                f"sampler_correction.rule={self.sampler_correction.rule} with old_logprobs=sampler: the ratio has the "
+                "gap in it already; set old_logprobs=trainer, or leave the correction out."
+            )
         self._check_judges()
         self.shaping.check(self.group_size, self.sampling.max_new_tokens)
         self.actor.optim.check(self.actor_steps, "actor.optim")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, Rollout
 from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
@@ -114,6 +116,11 @@ def optimise(role: TrainableRole, loss: Loss, rows: LearnerRows, turn: Turn, cfg
                 updates.append(role.update(batch, loss))
                 turn.guard.check(role, updates[-1], turn.number)
     return updates
+
+
+def old_logprobs(actor: Role, rollout: Rollout, cfg: PolicyConfig) -> Tensor:
+    """[B, T]: what ratio and KL start from, recomputed by the trainer's forward or the sampler's own. Collective."""
+    return rollout.sampler_logprobs if cfg.old_logprobs == "sampler" else actor.score(rollout)
 
 
 def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:

@@ -25,14 +25,21 @@ from megarlhf_kernels.linear_ppo import Estimator
 def rollout_metrics(rollout: Rollout, logprobs: Tensor, scores: Tensor, token_level_rewards: Tensor) -> Metrics:
     """Of the global batch, before the optimiser has moved anything.
 
-    Shapes:   logprobs, the trainer's, and token_level_rewards [B, T]; scores [B], before any penalty.
+    Shapes:   logprobs that the ratio starts from, and token_level_rewards [B, T]; scores [B], before any penalty.
     """
+    return {
+        **score_metrics(scores),
+        "rollout/reward_mean": float(masked_sum(token_level_rewards, rollout.response_mask)) / len(rollout),
+        **length_metrics(rollout),
+        **(gap_metrics(rollout, logprobs) if logprobs is not rollout.sampler_logprobs else {}),
+    }
+
+
+def gap_metrics(rollout: Rollout, logprobs: Tensor) -> Metrics:
+    """How far the sampler is from the trainer, whose log-probs are [B, T]."""
     mask = rollout.response_mask
     gap = (rollout.sampler_logprobs - logprobs).abs()
     return {
-        **score_metrics(scores),
-        "rollout/reward_mean": float(masked_sum(token_level_rewards, mask)) / len(rollout),
-        **length_metrics(rollout),
         "rollout/sampler_gap_max": float(gap.masked_fill(~mask, 0.0).max()),
         "rollout/sampler_gap_mean": float(masked_mean(gap, mask)),
         "rollout/token_mult_prob_error": float(token_mult_prob_error(logprobs, rollout.sampler_logprobs, mask)),

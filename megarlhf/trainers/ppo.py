@@ -24,7 +24,7 @@ from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runtime.roles import away, learner
 from megarlhf.trainers.anchored import AnchoredConfig
 from megarlhf.trainers.policy_config import LearnerConfig, PolicyInputs
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, old_logprobs, optimise, policy_trainer
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import (
     advantage_metrics,
@@ -121,7 +121,7 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     logprobs: Tensor
-    """The actor's, recomputed by the trainer's forward."""
+    """The actor's, as old_logprobs says."""
     ref_logprobs: Tensor
     values: Tensor
     scores: Tensor
@@ -147,7 +147,7 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
         judgement = cast.panel.judge(rollout)
         scored = Scored(
             rollout,
-            logprobs=cast.actor.score(rollout),
+            logprobs=old_logprobs(cast.actor, rollout, cfg),
             ref_logprobs=cast.reference.score(rollout),
             values=cast.critic.score(rollout),
             scores=judgement.scores,

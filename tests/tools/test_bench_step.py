@@ -68,10 +68,10 @@ def test_grpo_has_its_own_phases(tmp_path: Path) -> None:
     phases = {row["phase"]: row for row in report["phases"]}
     names = {"rollout", "rollout_ragged", "score_actor", "score_reference", "update_actor", "iteration"}
     assert phases.keys() == names
-    assert phases["iteration"]["counterpart"] == {"generate": 1, "forward": 2, "train": 1}
-    # Every forward is the same model's: rolling out, two scores, and a step, which counts as three.
+    assert phases["iteration"]["counterpart"] == {"generate": 1, "forward": 1, "train": 1}
+    # Every forward is the same model's: rolling out, the reference, and a step, which counts as three.
     flops = {name: row["flops_per_s"] * row["seconds"] for name, row in phases.items()}
-    assert flops["iteration"] == pytest.approx(6 * flops["score_reference"])
+    assert flops["iteration"] == pytest.approx(5 * flops["score_reference"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed; it is in the set `bench`")

@@ -18,6 +18,7 @@ from megarlhf.judges.panel import Panel
 from megarlhf.judges.shaping import Shaper
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.clock import Clock
+from megarlhf.observe.metrics import GAPS
 from megarlhf.observe.writers import read_metrics
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
@@ -134,6 +135,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(name: str, layout: ParallelLayout, fo
         assert all(row["group/equal_fraction"] == pytest.approx(1 - row["draws/kept_fraction"]) for row in whole)
     if name == "reinforce":
         assert all(row["sampler/effective_sample_fraction"] == pytest.approx(1.0, abs=1e-4) for row in whole)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_the_samplers_log_probs_start_the_same_ratios_and_save_a_pass(name: str, folder: str, tmp_path: Path) -> None:
+    changes = {"more": False, "iterations": 2, "rollout_batch": 8, "global_batch": 4, "kl_coef": 0.1, "seed": 3}
+    found = {}
+    for whose in ("trainer", "sampler"):
+        settings = {**changes, "old_logprobs": whose}
+        (found[whose],) = run_ranks(metrics_of, 1, name, folder, str(tmp_path / whose), settings)
+    for recomputed, taken in zip(found["trainer"], found["sampler"], strict=True):
+        assert recomputed.keys() - taken.keys() == GAPS
+        assert not taken.keys() - recomputed.keys()
+        assert taken["policy/grad_norm"] == pytest.approx(recomputed["policy/grad_norm"], rel=1e-3)
+        assert taken["policy/grad_norm"] > 0
+        assert taken["policy/loss"] == pytest.approx(recomputed["policy/loss"], abs=1e-5)
+        assert taken["kl/reference_mean"] == pytest.approx(recomputed["kl/reference_mean"], abs=1e-4)
+        assert taken["policy/first_ratio_gap"] < 1e-5
+    # Two passes of the same model over the same tokens, the reference's and the actor's; now one.
+    scoring = [rows[-1]["compute/score_flops"] for rows in found.values()]
+    assert scoring[1] == scoring[0] / 2
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -296,6 +317,11 @@ def test_padding_and_the_order_of_groups_change_nothing(folder: str, tmp_path: P
         ),
         ("cispo", {"dual_clip": 3.0}, "dual_clip=3 is of surrogate=clip, cispo has none"),
         ("dapo", {"shaping": {"overlong_buffer": 9}}, "shaping.overlong_buffer=9 is more than sampling.max_new_tok"),
+        (
+            "grpo",
+            {"old_logprobs": "sampler", "sampler_correction": {"rule": "mask"}},
+            "sampler_correction.rule=mask with old_logprobs=sampler: the ratio has the gap in it already",
+        ),
         ("grpo", {"rollout_batch": 6}, "rollout_batch=6 is not divisible by group_size=4"),
         ("dapo", {"kl_bound": 3.0}, "kl_bound=3: nothing logs kl/reference_mean here"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megarlhf.batch.rollouts import PolicyRows, Prompts
 from megarlhf.trainers.policy_config import PolicyConfig
-from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, optimise, policy_trainer
+from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, old_logprobs, optimise, policy_trainer
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import advantage_metrics, policy_metrics, rollout_metrics
 from megarlhf.trainers.trainer import Learner
@@ -19,7 +19,7 @@ def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn
     with turn.clock("rollout"):
         rollout = cast.sampler.generate(prompts, cfg.sampling, seed=turn.seed("rollout"), group_size=cfg.group_size)
     with turn.clock("score"):
-        logprobs, judgement = cast.actor.score(rollout), cast.panel.judge(rollout)
+        logprobs, judgement = old_logprobs(cast.actor, rollout, cfg), cast.panel.judge(rollout)
     with turn.clock("estimate"):
         mask, last = rollout.response_mask, rollout.lengths[:, None] - 2
         advantages = cast.shaper.shape(judgement.scores, rollout)[:, None] * mask

@@ -56,6 +56,8 @@ ALGORITHMS = {
             "prompts": {"source": str(directory / "prompts.jsonl"), "template": "plain"},
             # As TRL divides; and a step large enough that there is a KL from the second iteration on.
             "group_std": {"eps": 1e-4},
+            # As TRL, which takes the policy that learns for the one that drew.
+            "old_logprobs": "sampler",
             "actor": {"init": str(directory / "language"), "optim": {"lr": 1e-4, "schedule": "constant"}},
         },
     ),
@@ -88,9 +90,15 @@ class Ours:
         """Settings of GRPO that another implementation has too."""
         cfg, optim = self.cfg, self.cfg.actor.optim.model_dump()
         names = ("rollout_batch", "global_batch", "micro_batch", "group_size", "epochs", "kl_coef", "kl_in")
-        more = ("kl_estimator", "clip_range", "loss_mean", "policy_loss", "offload")
+        more = ("kl_estimator", "clip_range", "loss_mean", "old_logprobs", "policy_loss", "offload")
         said = cfg.model_dump(include={*names, *more})
         return {**said, "dtype": cfg.compute.dtype, **{f"actor.optim.{name}": x for name, x in optim.items()}}
+
+    @property
+    def scoring(self) -> list[str]:
+        """Names of the models that an iteration asks about its rollouts."""
+        without = {self.cast.actor.name} if self.cfg.old_logprobs == "sampler" else set[str]()
+        return [role.name for role in self.cast.every if role.name not in without]
 
     def tokens(self, kind: str) -> int:
         """Of all responses."""
@@ -117,9 +125,10 @@ class Ours:
         return self.algorithm.page(self.cast, self.prompts, self.cfg, turn)
 
     def iteration(self, name: str, kind: str, counterpart: dict[str, int], run: Callable[[], object]) -> Phase:
-        """The phase that `run` is: one generate, a forward of every role, and one optimiser step of each learner."""
+        """The phase that `run` is: one generate, a forward of every role asked, one optimiser step of each learner."""
         flops = self.flops(kind)
-        passes = [flops[self.cast.actor.name], *flops.values(), *(3 * flops[name] for name in self.cast.learners)]
+        passes = [flops[self.cast.actor.name], *(flops[name] for name in self.scoring)]
+        passes += [3 * flops[name] for name in self.cast.learners]
         return Phase(run, name, counterpart, self.tokens(kind), sum(passes))
 
 
@@ -181,7 +190,7 @@ def phases_of(ours: Ours, directory: Path) -> tuple[list[Phase], dict[str, Work]
         run = partial(optimise, role, loss, rows[learner.rows], ours.turn, cfg)
         return Phase(run, f"update_{role.name}", {"train": 1}, positions, 3 * flops[role.name])
 
-    passes = {"generate": 1, "forward": len(cast.every), "train": len(cast.learners)}
+    passes = {"generate": 1, "forward": len(ours.scoring), "train": len(cast.learners)}
     phases = [
         generate("rollout", "equal", "generate"),
         generate("rollout_ragged", "ragged", "generate_ragged"),
