@@ -63,7 +63,8 @@ class CriticFreeConfig(AnchoredConfig):
     surrogate: Surrogate = "clip"
     """`clip`: a token whose ratio was clipped loses its gradient; `cispo`: it keeps it, with the clipped weight."""
     ratio: Literal["token", "sequence"] = "token"
-    """Whose ratio is clipped: each token's, or the geometric mean of its response (policy_loss=composed is used)."""
+    """Whose ratio is clipped: each token's, or the geometric mean of its response, which the chunks of a fused
+    policy_loss would cut."""
 
     @property
     def policy_loss_choice(self) -> Choice:
@@ -98,6 +99,11 @@ class CriticFreeConfig(AnchoredConfig):
             raise ConfigError(
                 f"kl_target_per_response={self.kl_target_per_response:g} steers a KL in the reward; set kl_in=reward, "
                 "or leave it out."
+            )
+        if self.ratio == "sequence" and self.policy_loss == "fused":
+            raise ConfigError(
+                "policy_loss=fused with ratio=sequence: its chunks would cut responses, whose ratio is of all their "
+                "tokens; set policy_loss to auto or composed."
             )
         if self.surrogate == "cispo" and self.dual_clip is not None:
             raise ConfigError(f"dual_clip={self.dual_clip:g} is of surrogate=clip, cispo has none; leave it out.")

@@ -110,9 +110,10 @@ class PolicyConfig(RunConfig):
     """How a gap between sampler and trainer is made up for."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Reward of a nat of entropy a token, in the policy loss. Source: 0 in Huang et al. 2024."""
-    policy_loss: Annotated[Literal["fused", "composed"], FreeToChange()] = "fused"
+    policy_loss: Annotated[Literal["auto", "fused", "composed"], FreeToChange()] = "auto"
     """`fused` makes the loss's gradients while the vocabulary projection is in memory, three matrix products in all;
-    `composed` goes through per-token log-probs and needs a fourth. The same loss up to rounding."""
+    `composed` goes through per-token log-probs and needs a fourth. The same loss up to rounding. `auto`: fused, save
+    where it is a whole response whose ratio is clipped."""
     shaping: ShapingConfig = ShapingConfig()
     """How scores become what is learnt from."""
     verifier: AutoVerifier | Literal["none"] = "auto"
@@ -137,8 +138,8 @@ class PolicyConfig(RunConfig):
     @property
     def policy_loss_choice(self) -> Choice:
         """How the actor's loss is computed, for the table of what a run uses."""
-        how = {"fused": "with the projection, 3 matmuls", "composed": "from log-probs, 4 matmuls"}
-        return Choice("policy loss", how[self.policy_loss], f"policy_loss={self.policy_loss}")
+        how = "from log-probs, 4 matmuls" if self.policy_loss == "composed" else "with the projection, 3 matmuls"
+        return Choice("policy loss", how, f"policy_loss={self.policy_loss}")
 
     @property
     def clip(self) -> Clip:

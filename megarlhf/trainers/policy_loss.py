@@ -66,7 +66,7 @@ def loss_of(
         named: dict[str, Tensor] = dict(zip(METRICS, metrics.unbind(), strict=True))
         return LossSums(total, loss_count(cfg, states, rows), named, states.count)
 
-    return fused if cfg.policy_loss == "fused" and not by_sequence else composed
+    return composed if cfg.policy_loss == "composed" or by_sequence else fused
 
 
 def token_weights(cfg: PolicyConfig, states: States, rows: PolicyRows) -> Tensor | None:

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch.rollouts import Prompts, Rollout
-from megarlhf.errors import ConfigError
 from megarlhf.judges.judge import Verdict, outcome
 from megarlhf.judges.panel import Panel
-from megarlhf.judges.shaping import Shaper
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import GAPS
@@ -298,88 +296,3 @@ def test_padding_and_the_order_of_groups_change_nothing(folder: str, tmp_path: P
     for other in others:
         assert worst(other["after"], expected["after"]) < 1e-6
         assert other["metrics"]["policy/loss"] == pytest.approx(expected["metrics"]["policy/loss"], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "says"),
-    [
-        ("grpo", {"group_size": 1}, "group_size=1: a response is compared with the others to its prompt, and there is"),
-        ("rloo", {"group_size": 1}, "group_size=1: a response is compared"),
-        ("reinforce", {"group_size": 1}, "baseline=group with group_size=1: a response less itself is 0"),
-        ("reinforce", {"gamma": 0.9}, "gamma=0.9 with baseline=group: nothing is discounted"),
-        ("grpo", {"kl_target_per_response": 6.0}, "kl_target_per_response=6 steers a KL in the reward; set kl_in=rewa"),
-        ("rloo", {"kl_coef": 0.0}, "kl_target_per_response=0.01 with kl_coef=0: it is multiplied, and stays 0"),
-        ("grpo", {"kl_horizon": 5}, "kl_horizon=5 is of a target; set kl_target_per_response too"),
-        (
-            "rloo",
-            {"kl_horizon": 7},
-            "kl_horizon=7 is less than an iteration's 8 rollouts, and kl_coef could",
-        ),
-        ("cispo", {"dual_clip": 3.0}, "dual_clip=3 is of surrogate=clip, cispo has none"),
-        ("dapo", {"shaping": {"overlong_buffer": 9}}, "shaping.overlong_buffer=9 is more than sampling.max_new_tok"),
-        (
-            "grpo",
-            {"old_logprobs": "sampler", "sampler_correction": {"rule": "mask"}},
-            "sampler_correction.rule=mask with old_logprobs=sampler: the ratio has the gap in it already",
-        ),
-        ("grpo", {"rollout_batch": 6}, "rollout_batch=6 is not divisible by group_size=4"),
-        ("dapo", {"kl_bound": 3.0}, "kl_bound=3: nothing logs kl/reference_mean here"),
-    ],
-)
-def test_what_means_nothing_is_refused(
-    name: str, changes: dict[str, Any], says: str, folder: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=says):
-        config(name, folder, tmp_path, ParallelLayout(), **changes).check_sizes()
-
-
-def test_a_reference_is_loaded_where_a_kl_asks_for_one(folder: str, tmp_path: Path) -> None:
-    def inits(name: str, **changes: Any) -> dict[str, str]:
-        return config(name, folder, tmp_path, ParallelLayout(), **changes).inits
-
-    assert "reference" in inits("grpo")
-    assert "reference" not in inits("grpo", kl_coef=0.0)
-    assert "reference" not in inits("dapo")
-    assert inits("dapo", reference={"init": "other"})["reference"] == "other"
-    assert "kl/reference_mean" not in config("dapo", folder, tmp_path, ParallelLayout()).logged
-
-
-def test_batches_are_of_rollouts_or_of_prompts(folder: str, tmp_path: Path) -> None:
-    """With eight responses instead of four: half of the prompts, or twice the rollouts; steps stay two an iteration."""
-
-    def sizes(unit: str, group_size: int) -> tuple[int, ...]:
-        changes = {"batch_unit": unit, "group_size": group_size, "rollout_batch": 16, "global_batch": 8}
-        cfg = config("grpo", folder, tmp_path, ParallelLayout(), **changes)
-        return (
-            cfg.prompts_per_iteration,
-            cfg.rollouts_per_iteration,
-            cfg.rollouts_per_step,
-            cfg.steps_per_iteration,
-        )
-
-    assert [sizes("rollouts", n) for n in (4, 8)] == [(4, 16, 8, 2), (2, 16, 8, 2)]
-    assert [sizes("prompts", n) for n in (4, 8)] == [(16, 64, 32, 2), (16, 128, 64, 2)]
-    with pytest.raises(ConfigError, match=r"rollout_batch=16 is not divisible by global_batch=5"):
-        config(
-            "grpo", folder, tmp_path, ParallelLayout(), batch_unit="prompts", rollout_batch=16, global_batch=5
-        ).check_sizes()
-
-
-def test_what_is_paid_where_by_default(folder: str, tmp_path: Path) -> None:
-    """k1 in the reward, for k3 has another gradient there; k3 in the loss."""
-    for name in TRAINERS:
-        for place, estimator in (("reward", "k1"), ("loss", "k3")):
-            changes = {"kl_in": place, "kl_coef": 0.1}
-            assert config(name, folder, tmp_path, ParallelLayout(), more=False, **changes).estimator == estimator
-    assert config("grpo", folder, tmp_path, ParallelLayout(), kl_in="reward", kl_estimator="k2").estimator == "k2"
-
-
-def test_a_fifth_of_the_limit_is_dear_by_default_in_dapo(folder: str, tmp_path: Path) -> None:
-    """Half of 20 tokens' last four costs half a point; `shaping.clip` alone keeps the buffer."""
-    cfg = config("dapo", folder, tmp_path, ParallelLayout(), shaping={"clip": 5.0, "missing_eos": None})
-    shaper = Shaper(cfg.shaping, 1, 20, 0.0)
-    rollout = rows_of(8)
-    longest = rollout.rows(rollout.response_lengths.argsort()[-1:])
-    assert 17 <= int(longest.response_lengths) <= 20
-    lost = (int(longest.response_lengths) - 16) / 4
-    assert shaper.shape(torch.tensor([1.0]), longest).item() == pytest.approx(1.0 - lost)

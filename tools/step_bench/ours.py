@@ -90,9 +90,10 @@ class Ours:
         """Settings of GRPO that another implementation has too."""
         cfg, optim = self.cfg, self.cfg.actor.optim.model_dump()
         names = ("rollout_batch", "global_batch", "micro_batch", "group_size", "epochs", "kl_coef", "kl_in")
-        more = ("kl_estimator", "clip_range", "loss_mean", "old_logprobs", "policy_loss", "offload")
+        more = ("kl_estimator", "clip_range", "loss_mean", "old_logprobs", "offload")
         said = cfg.model_dump(include={*names, *more})
-        return {**said, "dtype": cfg.compute.dtype, **{f"actor.optim.{name}": x for name, x in optim.items()}}
+        chosen = {"policy_loss": cfg.policy_loss_choice.implementation, "dtype": cfg.compute.dtype}
+        return {**said, **chosen, **{f"actor.optim.{name}": x for name, x in optim.items()}}
 
     @property
     def scoring(self) -> list[str]:

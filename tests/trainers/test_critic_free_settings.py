@@ -1,0 +1,141 @@
+"""Settings of the pages without a critic: what they come to, what they refuse, and what a start says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from megarlhf.errors import ConfigError
+from megarlhf.judges.shaping import Shaper
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.trainers.critic_free import CriticFreeConfig, critic_free_loss
+from tests.trainers.test_critic_free import TRAINERS, config, rows_of
+
+
+def cfg_of(name: str, run_dir: Path, *, more: bool = True, **changes: Any) -> CriticFreeConfig:
+    """Of models and a judge that are nowhere: nothing here reads them."""
+    return config(name, "nowhere", run_dir, ParallelLayout(), more=more, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("grpo", {"group_size": 1}, "group_size=1: a response is compared with the others to its prompt, and there is"),
+        ("rloo", {"group_size": 1}, "group_size=1: a response is compared"),
+        ("reinforce", {"group_size": 1}, "baseline=group with group_size=1: a response less itself is 0"),
+        ("reinforce", {"gamma": 0.9}, "gamma=0.9 with baseline=group: nothing is discounted"),
+        ("grpo", {"kl_target_per_response": 6.0}, "kl_target_per_response=6 steers a KL in the reward; set kl_in=rewa"),
+        ("rloo", {"kl_coef": 0.0}, "kl_target_per_response=0.01 with kl_coef=0: it is multiplied, and stays 0"),
+        ("grpo", {"kl_horizon": 5}, "kl_horizon=5 is of a target; set kl_target_per_response too"),
+        (
+            "rloo",
+            {"kl_horizon": 7},
+            "kl_horizon=7 is less than an iteration's 8 rollouts, and kl_coef could",
+        ),
+        ("cispo", {"dual_clip": 3.0}, "dual_clip=3 is of surrogate=clip, cispo has none"),
+        ("dapo", {"shaping": {"overlong_buffer": 9}}, "shaping.overlong_buffer=9 is more than sampling.max_new_tok"),
+        (
+            "grpo",
+            {"old_logprobs": "sampler", "sampler_correction": {"rule": "mask"}},
+            "sampler_correction.rule=mask with old_logprobs=sampler: the ratio has the gap in it already",
+        ),
+        ("grpo", {"rollout_batch": 6}, "rollout_batch=6 is not divisible by group_size=4"),
+        ("dapo", {"kl_bound": 3.0}, "kl_bound=3: nothing logs kl/reference_mean here"),
+        (
+            "gspo",
+            {"policy_loss": "fused"},
+            "policy_loss=fused with ratio=sequence: .*; set policy_loss to auto or compos",
+        ),
+    ],
+)
+def test_what_means_nothing_is_refused(name: str, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        cfg_of(name, tmp_path, **changes).check_sizes()
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "how"),
+    [
+        ("grpo", "auto", "fused"),
+        ("grpo", "fused", "fused"),
+        ("grpo", "composed", "composed"),
+        ("gspo", "auto", "composed"),
+        ("gspo", "composed", "composed"),
+    ],
+)
+def test_the_loss_is_fused_where_it_can_be_and_a_start_says_what_it_is(
+    name: str, chosen: str, how: str, tmp_path: Path
+) -> None:
+    cfg = cfg_of(name, tmp_path, policy_loss=chosen)
+    cfg.check_sizes()
+    actor = Mock()
+    actor.model.policy_loss.side_effect = NotImplementedError("fused")
+    actor.model.label_logprobs.side_effect = NotImplementedError("composed")
+    with pytest.raises(NotImplementedError, match=how):
+        critic_free_loss(actor, cfg)(Mock(), Mock())
+    assert cfg.policy_loss_choice.implementation[-9:] == {"fused": "3 matmuls", "composed": "4 matmuls"}[how]
+
+
+def test_a_run_of_gspo_goes_on_whose_settings_say_fused_as_all_once_did(tmp_path: Path) -> None:
+    cfg = cfg_of("gspo", tmp_path / "run")
+    cfg.run_dir.mkdir()
+    (cfg.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
+    (cfg.run_dir / "config.yaml").write_text(cfg.to_yaml().replace("policy_loss: auto", "policy_loss: fused"))
+    cfg.check_run_dir()
+    assert cfg.changes() == {}
+    with pytest.raises(ConfigError, match=r"other settings \(ratio 'sequence' -> 'token'\)"):
+        cfg.model_copy(update={"ratio": "token"}).check_run_dir()
+
+
+def test_a_reference_is_loaded_where_a_kl_asks_for_one(tmp_path: Path) -> None:
+    def inits(name: str, **changes: Any) -> dict[str, str]:
+        return cfg_of(name, tmp_path, **changes).inits
+
+    assert "reference" in inits("grpo")
+    assert "reference" not in inits("grpo", kl_coef=0.0)
+    assert "reference" not in inits("dapo")
+    assert inits("dapo", reference={"init": "other"})["reference"] == "other"
+    assert "kl/reference_mean" not in cfg_of("dapo", tmp_path).logged
+
+
+def test_batches_are_of_rollouts_or_of_prompts(tmp_path: Path) -> None:
+    """With eight responses instead of four: half of the prompts, or twice the rollouts; steps stay two an iteration."""
+
+    def sizes(unit: str, group_size: int) -> tuple[int, ...]:
+        changes = {"batch_unit": unit, "group_size": group_size, "rollout_batch": 16, "global_batch": 8}
+        cfg = cfg_of("grpo", tmp_path, **changes)
+        return (
+            cfg.prompts_per_iteration,
+            cfg.rollouts_per_iteration,
+            cfg.rollouts_per_step,
+            cfg.steps_per_iteration,
+        )
+
+    assert [sizes("rollouts", n) for n in (4, 8)] == [(4, 16, 8, 2), (2, 16, 8, 2)]
+    assert [sizes("prompts", n) for n in (4, 8)] == [(16, 64, 32, 2), (16, 128, 64, 2)]
+    with pytest.raises(ConfigError, match=r"rollout_batch=16 is not divisible by global_batch=5"):
+        cfg_of("grpo", tmp_path, batch_unit="prompts", rollout_batch=16, global_batch=5).check_sizes()
+
+
+def test_what_is_paid_where_by_default(tmp_path: Path) -> None:
+    """k1 in the reward, for k3 has another gradient there; k3 in the loss."""
+    for name in TRAINERS:
+        for place, estimator in (("reward", "k1"), ("loss", "k3")):
+            changes = {"kl_in": place, "kl_coef": 0.1}
+            assert cfg_of(name, tmp_path, more=False, **changes).estimator == estimator
+    assert cfg_of("grpo", tmp_path, kl_in="reward", kl_estimator="k2").estimator == "k2"
+
+
+def test_a_fifth_of_the_limit_is_dear_by_default_in_dapo(tmp_path: Path) -> None:
+    """Half of 20 tokens' last four costs half a point; `shaping.clip` alone keeps the buffer."""
+    cfg = cfg_of("dapo", tmp_path, shaping={"clip": 5.0, "missing_eos": None})
+    shaper = Shaper(cfg.shaping, 1, 20, 0.0)
+    rollout = rows_of(8)
+    longest = rollout.rows(rollout.response_lengths.argsort()[-1:])
+    assert 17 <= int(longest.response_lengths) <= 20
+    lost = (int(longest.response_lengths) - 16) / 4
+    assert shaper.shape(torch.tensor([1.0]), longest).item() == pytest.approx(1.0 - lost)
