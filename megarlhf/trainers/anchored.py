@@ -25,7 +25,8 @@ class AnchoredConfig(PolicyConfig):
     """Rollouts in which kl_coef can change by about a fifth. Source: Ziegler et al. 2019."""
     exact_kl_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
     """Iterations between two measurements of the KL to the reference over the whole vocabulary, `kl/reference_exact`: a
-    forward pass of either model more. 0 measures none."""
+    forward pass of either model more. 0 measures none. Where nothing else asks for a reference (`kl_coef=0`, and no
+    `reference.init`), one is loaded for this, and read in these iterations alone: they alone log a KL then."""
 
     @property
     def kl_coefficient(self) -> KLCoefficient:
@@ -33,15 +34,26 @@ class AnchoredConfig(PolicyConfig):
         return KLCoefficient(self.kl_coef, self.kl_target_per_response, self.kl_horizon)
 
     @property
+    def always_measures_kl(self) -> bool:
+        """Whether the distance to a reference is asked for in every iteration, not in those of exact_kl_every alone."""
+        return super().needs_reference or self.kl_coef > 0
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the distance to a reference is asked for."""
-        return super().needs_reference or self.kl_coef > 0 or self.exact_kl_every > 0
+        return self.always_measures_kl or self.exact_kl_every > 0
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether kl/reference_mean is logged, in some iterations at least."""
+        return self.needs_reference
 
     @property
     def logged(self) -> set[str]:
         """Metrics of every iteration in which all learners learn."""
         sometimes = {"kl/reference_exact"} if self.exact_kl_every != 1 else set()
-        return super().logged | (names_of("kl") - sometimes if self.needs_reference else set())
+        always = self.always_measures_kl or self.exact_kl_every == 1
+        return super().logged | (names_of("kl") - sometimes if always else set())
 
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""

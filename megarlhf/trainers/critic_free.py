@@ -127,7 +127,7 @@ class Scored:
     logprobs: Tensor
     """The actor's, as old_logprobs says."""
     ref_logprobs: Tensor | None
-    """None where there is no reference."""
+    """None where no reference is read."""
     exact: Metrics
     """The distance to it over the whole vocabulary, in iterations in which it is measured."""
 
@@ -135,9 +135,10 @@ class Scored:
 def score(cast: Cast, rollout: Rollout, judgement: Judgement, cfg: CriticFreeConfig, turn: Turn) -> Scored:
     """Ask the actor and, where there is one, the reference. Collective; one model is resident at a time."""
     logprobs, reference = old_logprobs(cast.actor, rollout, cfg), cast.reference
-    if reference is None:
+    due = turn.due(cfg.exact_kl_every)
+    if reference is None or not (cfg.always_measures_kl or due):
         return Scored(rollout, judgement, logprobs, None, {})
-    due, temperature = turn.due(cfg.exact_kl_every), cfg.sampling.temperature
+    temperature = cfg.sampling.temperature
     exact = exact_metrics(cast.actor, reference, rollout, temperature) if due else {}
     return Scored(rollout, judgement, logprobs, reference.score(rollout), exact)
 

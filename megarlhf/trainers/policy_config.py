@@ -183,6 +183,11 @@ class PolicyConfig(RunConfig):
         return bool(self.reference.init)
 
     @property
+    def measures_kl(self) -> bool:
+        """Whether kl/reference_mean is logged."""
+        return "kl/reference_mean" in self.logged
+
+    @property
     def first_iteration(self) -> int:
         """The first iteration in which the actor learns."""
         return 0
@@ -232,7 +237,7 @@ class PolicyConfig(RunConfig):
                 "above 0, to 0.7 for example."
             )
         usual = type(self).model_fields["kl_bound"].default
-        if "kl/reference_mean" not in self.logged and self.kl_bound not in (None, usual):
+        if not self.measures_kl and self.kl_bound not in (None, usual):
             raise ConfigError(f"kl_bound={self.kl_bound:g}: nothing logs kl/reference_mean here; set kl_bound=null.")
         parts = {"group_size": self.group_size} if self.batch_unit == "rollouts" else {}
         for name, part in {**parts, "global_batch": self.global_batch}.items():

@@ -62,8 +62,8 @@ class PPOConfig(AnchoredConfig):
         return self.ppo_epochs
 
     @property
-    def needs_reference(self) -> bool:
-        """Always: the distance is logged, whatever it costs."""
+    def always_measures_kl(self) -> bool:
+        """Always, whatever it costs."""
         return True
 
     @property

@@ -15,8 +15,9 @@ from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.judges.judge import Verdict, outcome
 from megarlhf.judges.panel import Panel
 from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import Role
 from megarlhf.observe.clock import Clock
-from megarlhf.observe.metrics import GAPS
+from megarlhf.observe.metrics import GAPS, names_of
 from megarlhf.observe.writers import read_metrics
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
@@ -168,6 +169,29 @@ def metrics_of(name: str, folder: str, where: str, changes: dict[str, Any]) -> l
     cfg = config(name, folder, Path(where), ParallelLayout(), **changes)
     TRAINERS[name].train(cfg, TRAINERS[name].prepare(cfg), [], start(cfg.layout, seed=1))
     return read_metrics(Path(where)).rows
+
+
+def measured(folder: str, where: str) -> tuple[list[str], list[set[str]]]:
+    """Which models a run without a KL reads in its three iterations, and what of the KL each of them logs."""
+    changes = {"kl_coef": 0.0, "exact_kl_every": 2, "gates": "off", "save_every": 0}
+    read: list[str] = []
+
+    def noted(role: Role, batch: Any, reading: Any) -> Tensor:
+        read.append(role.name)
+        return plain(role, batch, reading)
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = Role.read
+        patch.setattr(Role, "read", noted)
+        rows = metrics_of("grpo", folder, where, changes)
+    return read, [{name for name in row if name.startswith("kl/")} for row in rows]
+
+
+def test_a_reference_that_is_there_to_be_measured_is_read_when_that_is_due(folder: str, tmp_path: Path) -> None:
+    ((read, logged),) = run_ranks(measured, 1, folder, str(tmp_path))
+    due = ["actor", "actor", "reference", "reference"]  # log-probs; then the whole vocabulary, and log-probs again
+    assert read == [*due, "actor", *due, "actor"]  # the last, before it is saved
+    assert logged == [names_of("kl"), set(), names_of("kl")]
 
 
 class Says:

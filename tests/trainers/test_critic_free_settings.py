@@ -11,6 +11,7 @@ import torch
 
 from megarlhf.errors import ConfigError
 from megarlhf.judges.shaping import Shaper
+from megarlhf.observe.metrics import names_of
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.trainers.critic_free import CriticFreeConfig, critic_free_loss
 from tests.trainers.test_critic_free import TRAINERS, config, rows_of
@@ -100,6 +101,26 @@ def test_a_reference_is_loaded_where_a_kl_asks_for_one(tmp_path: Path) -> None:
     assert "reference" not in inits("dapo")
     assert inits("dapo", reference={"init": "other"})["reference"] == "other"
     assert "kl/reference_mean" not in cfg_of("dapo", tmp_path).logged
+    assert "reference" in inits("dapo", exact_kl_every=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "logged"),
+    [
+        ({"kl_coef": 0.1}, names_of("kl") - {"kl/reference_exact"}),
+        ({"reference": {"init": "other"}, "exact_kl_every": 2}, names_of("kl") - {"kl/reference_exact"}),
+        ({"exact_kl_every": 2}, set()),
+        ({"exact_kl_every": 1}, names_of("kl")),
+        ({}, set()),
+    ],
+)
+def test_what_is_logged_of_the_kl_in_every_iteration(changes: dict[str, Any], logged: set[str], tmp_path: Path) -> None:
+    """By which a best state may be chosen; that of some iterations can warn of kl_bound all the same."""
+    cfg = cfg_of("dapo", tmp_path, **changes)
+    assert {name for name in cfg.logged if name.startswith("kl/")} == logged
+    assert cfg.measures_kl == bool(changes)
+    if changes:
+        cfg_of("dapo", tmp_path, kl_bound=3.0, **changes).check_sizes()
 
 
 def test_batches_are_of_rollouts_or_of_prompts(tmp_path: Path) -> None:
