@@ -103,13 +103,18 @@ def chosen_verifier(setting: Literal["auto", "none"] | Verifier, source: str) ->
     return setting
 
 
+def is_told_right(verifier: Verifier | None, prompts: PromptSet) -> bool:
+    """Whether it will be known of any response if it is right, so that an accuracy is logged."""
+    return verifier == "reasoning_gym" or (verifier is not None and any(prompts.answers))
+
+
 def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
     """What the logged accuracy is of, or why none is logged."""
     answered = sum(map(bool, prompts.answers))
     if verifier is None:
         there = f", though {answered:,} of {len(prompts):,} prompts have an answer" if answered else ""
         return f"verifier: none, so no accuracy is logged{there}"
-    if not answered and verifier != "reasoning_gym":
+    if not is_told_right(verifier, prompts):
         return f"verifier: {verifier}, but no prompt has an answer (column 'answer'), so no accuracy is logged"
     if verifier == "reasoning_gym":  # which needs none
         return f"verifier: {verifier}, of all {len(prompts):,} prompts"

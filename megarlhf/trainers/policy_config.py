@@ -21,7 +21,7 @@ from megarlhf.judges.reward_model import ModelJudgeConfig
 from megarlhf.judges.rules import RuleConfig, check_verified
 from megarlhf.judges.shaping import ShapingConfig
 from megarlhf.judges.texts import TextJudgeConfig
-from megarlhf.judges.verifiers import AutoVerifier, Verifier, chosen_verifier
+from megarlhf.judges.verifiers import AutoVerifier, Verifier, chosen_verifier, is_told_right
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
@@ -125,7 +125,7 @@ class PolicyConfig(RunConfig):
     the 6 nats that Ziegler et al. 2019 steer towards."""
     stop_when_over_optimised: Annotated[bool, FreeToChange()] = False
     """End the run, its state and its model saved, at the first warning: the score rises while accuracy falls, or the KL
-    passes kl_bound. Otherwise the run warns and goes on."""
+    passes kl_bound. Otherwise the run warns and goes on. Refused where neither accuracy nor such a KL is measured."""
     samples_every: Annotated[int, FreeToChange()] = Field(default=10, ge=1)
     """Iterations between two writings of sample rollouts to samples.jsonl."""
     samples: Annotated[int, FreeToChange()] = Field(default=8, ge=0)
@@ -257,6 +257,19 @@ class PolicyConfig(RunConfig):
         self.shaping.check(self.group_size, self.sampling.max_new_tokens)
         self.actor.optim.check(self.actor_steps, "actor.optim")
 
+    def check_ending(self, *, verified: bool) -> None:
+        """Raise ConfigError where the run is to end at a warning, and none can come. verified: accuracy is logged."""
+        if not self.stop_when_over_optimised or verified or (self.measures_kl and self.kl_bound is not None):
+            return
+        kl, remedy = "no KL is measured", "set reference.init, to measure one"
+        if self.measures_kl:
+            kl, remedy = "kl_bound=null", "set kl_bound"
+        raise ConfigError(
+            f"stop_when_over_optimised=true: nothing can warn in this run, for no accuracy is logged "
+            f"(verifier={self.verifier}), and {kl}; name a verifier, and prompts that have answers, or {remedy}, or "
+            "leave it out."
+        )
+
     def _check_judges(self) -> None:
         if not self.panel:
             raise ConfigError(
@@ -328,7 +341,9 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
         judge.verifier for judge in texts.values() if isinstance(judge, RuleConfig) and judge.verifier is not None
     ]
     verifier = rules[0] if rules and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
-    cfg.check_best(_best_of(cfg, verified=verifier is not None))
+    verified = is_told_right(verifier, prompts)
+    cfg.check_best(_best_of(cfg, verified=verified))
+    cfg.check_ending(verified=verified)
     if verifier is not None and verifier not in rules:
         doubts.append(check_verified(prompts, verifier, data.source))
     inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, "; ".join(filter(None, doubts)))

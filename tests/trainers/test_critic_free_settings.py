@@ -14,7 +14,9 @@ from megarlhf.judges.shaping import Shaper
 from megarlhf.observe.metrics import names_of
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.trainers.critic_free import CriticFreeConfig, critic_free_loss
-from tests.trainers.test_critic_free import TRAINERS, config, rows_of
+from megarlhf.trainers.policy_config import PolicyInputs
+from tests.helpers.models import policy_and_judge
+from tests.trainers.test_critic_free import EVENNESS, TRAINERS, config, rows_of
 
 
 def cfg_of(name: str, run_dir: Path, *, more: bool = True, **changes: Any) -> CriticFreeConfig:
@@ -56,6 +58,58 @@ def cfg_of(name: str, run_dir: Path, *, more: bool = True, **changes: Any) -> Cr
 def test_what_means_nothing_is_refused(name: str, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
         cfg_of(name, tmp_path, **changes).check_sizes()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    found = tmp_path_factory.mktemp("settings")
+    policy_and_judge(found)
+    (found / "own.py").write_text(EVENNESS)
+    (found / "unanswered.jsonl").write_text('{"prompt": "Sam has"}\n' * 9)
+    return str(found)
+
+
+def prepare(name: str, folder: str, run_dir: Path, **changes: Any) -> PolicyInputs:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return TRAINERS[name].prepare(config(name, folder, run_dir, ParallelLayout(), **changes))
+
+
+ENDS: dict[str, Any] = {"stop_when_over_optimised": True}
+UNANSWERED = {"source": "unanswered.jsonl", "template": "plain"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why", "remedy"),
+    [
+        ("dapo", {"verifier": "none"}, "(verifier=none), and no KL is measured; ", "or set reference.init, to measure"),
+        ("grpo", {"verifier": "none", "kl_bound": None}, "(verifier=none), and kl_bound=null; ", "or set kl_bound, or"),
+        (
+            "dapo",
+            {"verifier": "exact", "prompts": UNANSWERED},
+            "(verifier=exact), and no KL",
+            "name a verifier, and prompts",
+        ),
+    ],
+)
+def test_a_run_that_is_to_end_at_a_warning_must_be_able_to_warn(
+    name: str, changes: dict[str, Any], why: str, remedy: str, folder: str, tmp_path: Path
+) -> None:
+    prepare(name, folder, tmp_path, **changes)
+    with pytest.raises(ConfigError) as error:
+        prepare(name, folder, tmp_path, **ENDS, **changes)
+    assert why in str(error.value)
+    assert remedy in str(error.value)
+    with pytest.raises(ConfigError, match="keep_best=rollout/accuracy is not logged"):
+        prepare(name, folder, tmp_path, keep_best="rollout/accuracy", **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("dapo", {}), ("grpo", {"verifier": "none"}), ("dapo", {"verifier": "none", "exact_kl_every": 2})],
+)
+def test_accuracy_or_a_kl_is_enough_for_that(name: str, changes: dict[str, Any], folder: str, tmp_path: Path) -> None:
+    prepare(name, folder, tmp_path, **ENDS, **changes)
 
 
 @pytest.mark.parametrize(
