@@ -88,7 +88,7 @@ class CodeTestsConfig(RightOrWrongConfig):
         """Of one program."""
         return Limits(**{name: vars(self)[name] for name in Limits.__dataclass_fields__})
 
-    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+    def check(self, setting: str, prompts: PromptSet, source: str) -> str:
         """That programs run unguarded, where they do.
 
         Raises:   DataError where a prompt has no tests that can be run, ConfigError where there is no sandbox here.
@@ -96,16 +96,14 @@ class CodeTestsConfig(RightOrWrongConfig):
         for index, columns in zip(prompts.ids, prompts.columns, strict=True):
             found = parse_tests(columns.get(self.column))
             if isinstance(found, str):
-                raise DataError(
-                    f"{source}, row {index + 1}, column {self.column!r}: {found}; judges.{name} needs {FORM}."
-                )
-        _opened(self.isolation, self.limits, f"judges.{name}")
-        return f"judges.{name} runs generated programs unguarded, as you" if self.isolation == "none" else ""
+                raise DataError(f"{source}, row {index + 1}, column {self.column!r}: {found}; {setting} needs {FORM}.")
+        _opened(self.isolation, self.limits, setting)
+        return f"{setting} runs generated programs unguarded, as you" if self.isolation == "none" else ""
 
-    def scorer(self, name: str, reader: Reader) -> Scorer:
+    def scorer(self, setting: str, reader: Reader) -> Scorer:
         """What runs programs. Raises ConfigError where there is no sandbox on this node."""
-        sandbox = _opened(self.isolation, self.limits, f"judges.{name}")
-        return _Tester(f"judges.{name}", self, sandbox, reader.patience_s * PATIENCE)
+        sandbox = _opened(self.isolation, self.limits, setting)
+        return _Tester(setting, self, sandbox, reader.patience_s * PATIENCE)
 
 
 FORM = 'a list of {"stdin": "...", "stdout": "..."} or of statements such as "assert f(1) == 2", or a JSON text of one'

@@ -30,15 +30,15 @@ class FunctionConfig(TextJudgeConfig):
     it, the text of the response, the expected answer or "", and all columns of the prompt's row. It returns a number,
     or a dict of numbers by name, which are added. It runs on every rank, as you."""
 
-    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+    def check(self, setting: str, prompts: PromptSet, source: str) -> str:
         """Nothing. Raises ConfigError where the function cannot be had, or called so."""
-        _loaded(f"judges.{name}.function={self.function}", self.function)
+        _loaded(f"{setting}.function={self.function}", self.function)
         return ""
 
-    def scorer(self, name: str, reader: Reader) -> Scorer:
+    def scorer(self, setting: str, reader: Reader) -> Scorer:
         """What calls the function."""
-        found = _loaded(f"judges.{name}.function={self.function}", self.function)
-        return partial(_judged, f"judges.{name}: {self.function}", found)
+        found = _loaded(f"{setting}.function={self.function}", self.function)
+        return partial(_judged, f"{setting}: {self.function}", found)
 
 
 def _loaded(setting: str, function: str) -> Callable[..., Any]:

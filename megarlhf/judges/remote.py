@@ -54,20 +54,20 @@ class RemoteConfig(TextJudgeConfig):
     token_variable: Annotated[str, FreeToChange()] = ""
     """Environment variable that holds a bearer token; empty sends none. The token itself is never written down."""
 
-    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+    def check(self, setting: str, prompts: PromptSet, source: str) -> str:
         """Nothing, and nobody is asked yet. Raises ConfigError where the address is none, or the token is not there."""
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL:
             url = httpx.URL()
         if "@" in self.url.partition("?")[0]:
-            raise ConfigError(f"judges.{name}.url holds a password, which would be logged; use token_variable instead.")
+            raise ConfigError(f"{setting}.url holds a password, which would be logged; use token_variable instead.")
         if url.scheme not in ("http", "https") or not url.host:
-            raise ConfigError(f"judges.{name}.url={self.url} is no address; write http://HOST:PORT/PATH.")
+            raise ConfigError(f"{setting}.url={self.url} is no address; write http://HOST:PORT/PATH.")
         # h11 quotes a header that it refuses, so that it must never see a bad one.
         if self.token_variable and not re.fullmatch(r"[\x21-\x7e]+", os.environ.get(self.token_variable, "")):
             raise ConfigError(
-                f"judges.{name}.token_variable={self.token_variable}: that environment variable is empty, or has "
+                f"{setting}.token_variable={self.token_variable}: that environment variable is empty, or has "
                 "spaces, line ends or letters outside of ASCII; set it to the token alone."
             )
         return ""
@@ -76,10 +76,10 @@ class RemoteConfig(TextJudgeConfig):
         """So many that together they keep to `in_flight`."""
         return min(self.in_flight, world)
 
-    def scorer(self, name: str, reader: Reader) -> Scorer:
+    def scorer(self, setting: str, reader: Reader) -> Scorer:
         """What asks the service."""
         threads = self.in_flight // self.ranks(reader.mesh.size("world"))
-        return _Service(f"judges.{name}: {self.url}", self, threads, reader.patience_s * PATIENCE)
+        return _Service(f"{setting}: {self.url}", self, threads, reader.patience_s * PATIENCE)
 
 
 @dataclass(frozen=True)

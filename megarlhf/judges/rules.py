@@ -81,19 +81,19 @@ class RuleConfig(RightOrWrongConfig):
         """What is set for wrong answers; nobody knows what form they have, or what part they get."""
         return UNKNOWN if self.verifier in (None, "reasoning_gym") else self.wrong
 
-    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+    def check(self, setting: str, prompts: PromptSet, source: str) -> str:
         """How many answers can be right for no response.
 
         Raises:   a MegarlhfError where a prompt has no answer, or none can be right, or a package is missing.
         """
         if self.verifier is None:
             return ""
-        check_verifier(self.verifier, f"judges.{name}.rule")
+        check_verifier(self.verifier, f"{setting}.rule")
         if self.verifier != "reasoning_gym":
-            check_answered(prompts, source, f"judges.{name} judges by the answer")
-        return check_verified(prompts, self.verifier, source, f"judges.{name}.rule")
+            check_answered(prompts, source, f"{setting} judges by the answer")
+        return check_verified(prompts, self.verifier, source, f"{setting}.rule")
 
-    def scorer(self, name: str, reader: Reader) -> Scorer:
+    def scorer(self, setting: str, reader: Reader) -> Scorer:
         """What judges responses."""
         return partial(judged, self)
 

@@ -62,9 +62,10 @@ class TextJudgeConfig(JudgeConfig):
         return UNKNOWN
 
     @abstractmethod
-    def check(self, name: str, prompts: PromptSet, source: str) -> str:
+    def check(self, setting: str, prompts: PromptSet, source: str) -> str:
         """What is to be said, before any model is built, of how it can judge these prompts; "" for nothing.
 
+        setting: where this judge is configured, such as judges.answer.
         Raises:   a MegarlhfError where it cannot.
         """
 
@@ -73,8 +74,8 @@ class TextJudgeConfig(JudgeConfig):
         return world
 
     @abstractmethod
-    def scorer(self, name: str, reader: Reader) -> Scorer:
-        """What judges responses, on this rank."""
+    def scorer(self, setting: str, reader: Reader) -> Scorer:
+        """What judges responses, on this rank; `setting` as above."""
 
 
 class RightOrWrongConfig(TextJudgeConfig):
@@ -165,8 +166,8 @@ class TextJudge:
 
 def text_judge(name: str, cfg: TextJudgeConfig, reader: Reader) -> TextJudge:
     """Ready to judge, on this rank."""
-    world = reader.mesh.size("world")
-    return TextJudge(name, cfg.weight, cfg.wrong_score, cfg.scorer(name, reader), reader, cfg.ranks(world))
+    world, scorer = reader.mesh.size("world"), cfg.scorer(f"judges.{name}", reader)
+    return TextJudge(name, cfg.weight, cfg.wrong_score, scorer, reader, cfg.ranks(world))
 
 
 def is_score(value: object) -> bool:

@@ -336,7 +336,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
         check_tokenizer(tokenizer, model.description.spec, role)
         check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
     texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}
-    doubts = [judge.check(name, prompts, data.source) for name, judge in texts.items()]
+    doubts = [judge.check(f"judges.{name}", prompts, data.source) for name, judge in texts.items()]
     rules: list[Verifier] = [
         judge.verifier for judge in texts.values() if isinstance(judge, RuleConfig) and judge.verifier is not None
     ]

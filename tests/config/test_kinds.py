@@ -125,7 +125,7 @@ def test_the_page_about_judges_is_true(tmp_path: Path) -> None:
     ]
     (tmp_path / "my_reward.py").write_text(function)
     nobody: Any = None
-    own = FunctionConfig(kind="function", function=f"{tmp_path / 'my_reward.py'}:brief").scorer("page", nobody)
+    own = FunctionConfig(kind="function", function=f"{tmp_path / 'my_reward.py'}:brief").scorer("judges.page", nobody)
     assert own([Response("?", "The answer is 5.", "5", {}, 1)]) == [
         Opinion(1 - 0.016, {"right": 1.0, "length": -0.016}),
     ]

@@ -290,7 +290,7 @@ BAD = {
 def test_tests_that_are_none_are_named_by_row_and_column(name: str) -> None:
     value, says = BAD[name]
     with pytest.raises(DataError) as error:
-        config().check("code", prompts([["assert f(1) == 2"], value]), "x.jsonl")
+        config().check("judges.code", prompts([["assert f(1) == 2"], value]), "x.jsonl")
     assert str(error.value).startswith(f"x.jsonl, row 2, column 'tests': {says}")
     assert 'judges.code needs a list of {"stdin": "...", "stdout": "..."} or of statements' in str(error.value)
 
@@ -314,7 +314,7 @@ class Alone:
 def judged(responses: Sequence[str], tests: Any, patience_s: float = 600.0, **settings: Any) -> Sequence[Opinion]:
     nobody: Any = None
     opened()
-    scorer = config(**settings).scorer("code", Reader(nobody, nobody, cast("Any", Alone()), patience_s))
+    scorer = config(**settings).scorer("judges.code", Reader(nobody, nobody, cast("Any", Alone()), patience_s))
     return scorer([Response("p", each, "", {"tests": tests}, n + 1) for n, each in enumerate(responses)])
 
 
@@ -342,11 +342,11 @@ def test_programs_that_take_too_long_for_the_run_stop_it() -> None:
 
 
 def test_unguarded_programs_are_said_before_a_run() -> None:
-    assert config(isolation="none").check("code", prompts([HALF]), "x") == (
+    assert config(isolation="none").check("judges.code", prompts([HALF]), "x") == (
         "judges.code runs generated programs unguarded, as you"
     )
     opened()
-    assert config(column="checks").check("code", prompts([HALF], "checks"), "x") == ""
+    assert config(column="checks").check("judges.code", prompts([HALF], "checks"), "x") == ""
 
 
 PROGRAMS = ("The answer is 5.", "5", "6")

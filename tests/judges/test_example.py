@@ -32,7 +32,7 @@ def test_a_right_answer_and_a_part_for_brevity(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(ROOT)
     nobody: Any = None
     judge = own_judge()
-    judge.check("own", prompt_set()[0], "rows.jsonl")
+    judge.check("judges.own", prompt_set()[0], "rows.jsonl")
     responses = {
         "5 + 3 = 8. The answer is 8.": (1, 0),
         "It is 1,008.": (0, 0),
@@ -43,7 +43,7 @@ def test_a_right_answer_and_a_part_for_brevity(monkeypatch: pytest.MonkeyPatch) 
         "!" * 5000: (0, -0.2),  # and no number of them more than all of it.
     }
     given = [Response("How many?", text, "8", {"prompt": "How many?", "answer": "8"}, 1) for text in responses]
-    for opinion, (right, brief) in zip(judge.scorer("own", nobody)(given), responses.values(), strict=True):
+    for opinion, (right, brief) in zip(judge.scorer("judges.own", nobody)(given), responses.values(), strict=True):
         assert opinion.score == pytest.approx(right + brief)
         assert dict(opinion.parts) == pytest.approx({"right": right, "brief": brief})
         assert opinion.correct is None

@@ -24,7 +24,7 @@ def rule(**settings: Any) -> RuleConfig:
 
 def judged(cfg: RuleConfig, *responses: str, answer: str = "Blue") -> list[tuple[float, bool | None, bool]]:
     nobody: Any = None
-    said = cfg.scorer("form", nobody)([Response("?", response, answer, {}, 1) for response in responses])
+    said = cfg.scorer("judges.form", nobody)([Response("?", response, answer, {}, 1) for response in responses])
     return [(opinion.score, opinion.correct, opinion.failed) for opinion in said]
 
 

@@ -79,7 +79,7 @@ def test_the_score_is_the_verifier_s_between_wrong_and_right() -> None:
     (row,) = rows("reasoning_gym:word_sorting", rows=1)
     words = row["answer"].split(", ")
     nobody: Any = None
-    judge = RuleConfig(kind="rule", rule="reasoning_gym", right=3.0, wrong=1.0).scorer("gym", nobody)
+    judge = RuleConfig(kind="rule", rule="reasoning_gym", right=3.0, wrong=1.0).scorer("judges.gym", nobody)
     half = ", ".join([*words[:2], *["?"] * (len(words) - 2)])
     said = judge([Response("?", text, row["answer"], row, 1) for text in (row["answer"], half, "none")])
     assert [opinion.score for opinion in said] == pytest.approx([3.0, 1 + 2 * 2 / len(words), 1.0])
@@ -100,7 +100,9 @@ def test_a_verifier_that_fails_or_takes_too_long_is_counted(monkeypatch: pytest.
     assert gym_score("long", row) is None
     assert gym_score("short", row) is None
     nobody: Any = None
-    (said,) = RuleConfig(kind="rule", rule="reasoning_gym").scorer("gym", nobody)([Response("?", "long", "", row, 1)])
+    (said,) = RuleConfig(kind="rule", rule="reasoning_gym").scorer("judges.gym", nobody)(
+        [Response("?", "long", "", row, 1)]
+    )
     assert said == Opinion(0.0, correct=False, failed=True)
 
 

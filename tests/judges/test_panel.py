@@ -260,7 +260,7 @@ def test_a_function_that_cannot_be_had_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(written)
     with pytest.raises(ConfigError) as error:
-        FunctionConfig(kind="function", function=function).check("mine", prompt_set()[0], "rows.jsonl")
+        FunctionConfig(kind="function", function=function).check("judges.mine", prompt_set()[0], "rows.jsonl")
     assert says in str(error.value)
     assert str(error.value).startswith(f"judges.mine.function={function}")
 
@@ -277,7 +277,7 @@ def test_a_file_is_run_once_whatever_is_taken_from_it(tmp_path: Path) -> None:
     given, nobody = Response("?", "!", "", {}, 1), cast("Any", None)
     for name, score in (("one", 2.0), ("two", 3.0)):
         cfg = FunctionConfig(kind="function", function=f"{tmp_path / 'own.py'}:{name}")
-        cfg.check(name, prompt_set()[0], "")
-        (opinion,) = cfg.scorer(name, nobody)([given])
+        cfg.check(f"judges.{name}", prompt_set()[0], "")
+        (opinion,) = cfg.scorer(f"judges.{name}", nobody)([given])
         assert opinion.score == score
     assert (tmp_path / "runs").read_text() == "x"

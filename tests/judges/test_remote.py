@@ -117,7 +117,7 @@ def reader(patience_s: float = 60.0) -> Reader:
 
 def judge(url: str, count: int = 5, **settings: Any) -> list[float]:
     cfg = RemoteConfig.model_validate({"kind": "remote", "url": url, "timeout_s": 5, "attempts": 3, **settings})
-    return [opinion.score for opinion in cfg.scorer("taste", reader())(responses(count))]
+    return [opinion.score for opinion in cfg.scorer("judges.taste", reader())(responses(count))]
 
 
 def test_batches_are_asked_in_order_and_few_at_once() -> None:
@@ -127,7 +127,7 @@ def test_batches_are_asked_in_order_and_few_at_once() -> None:
 
     with serving(slowly) as service:
         cfg = RemoteConfig(kind="remote", url=service.url, batch=3, in_flight=3)
-        said = cfg.scorer("taste", reader())(responses(23))
+        said = cfg.scorer("judges.taste", reader())(responses(23))
         assert [(opinion.score, opinion.failed) for opinion in said] == [(n, False) for n in range(23)]
         assert sorted(len(asked["responses"]) for asked in service.asked) == [2, *[3] * 7]
         assert 1 < service.most <= 3
@@ -154,10 +154,10 @@ def test_the_token_comes_from_the_environment_and_is_in_no_message(monkeypatch: 
     for bad in ("", f"{TOKEN}\n", f" {TOKEN}", f"{TOKEN}\u00e9"):
         monkeypatch.setenv("MY_TOKEN", bad)
         with pytest.raises(ConfigError, match=r"judges\.taste\.token_variable=MY_TOKEN: that .* is empty, or") as none:
-            cfg.check("taste", prompt_set()[0], "")
+            cfg.check("judges.taste", prompt_set()[0], "")
         assert TOKEN not in str(none.value)
     monkeypatch.setenv("MY_TOKEN", TOKEN)
-    cfg.check("taste", prompt_set()[0], "")
+    cfg.check("judges.taste", prompt_set()[0], "")
     with serving() as service:
         judge(service.url, token_variable="MY_TOKEN")
         assert service.tokens == [f"Bearer {TOKEN}"]
@@ -180,7 +180,7 @@ def test_the_token_comes_from_the_environment_and_is_in_no_message(monkeypatch: 
 )
 def test_an_address_that_is_none_is_refused(url: str, says: str) -> None:
     with pytest.raises(ConfigError) as error:
-        RemoteConfig(kind="remote", url=url).check("taste", prompt_set()[0], "")
+        RemoteConfig(kind="remote", url=url).check("judges.taste", prompt_set()[0], "")
     assert says in str(error.value)
     assert "secret" not in str(error.value)
 
@@ -227,7 +227,7 @@ def test_a_service_that_is_overloaded_is_asked_again() -> None:
 
     with serving(later) as service:
         cfg = RemoteConfig(kind="remote", url=service.url, batch=5)
-        said = cfg.scorer("taste", reader())(responses(7))
+        said = cfg.scorer("judges.taste", reader())(responses(7))
         assert [opinion.score for opinion in said] == [0, 1, 2, 3, 4, 5, 6]
         assert len(service.asked) == 2 + 2
     # Which batch was put off is chance; whichever it was, its responses count as failures, and no others.
@@ -278,7 +278,7 @@ def test_one_that_is_too_slow_for_the_other_ranks_is_given_up() -> None:
     with serving(slowly) as service:
         cfg = RemoteConfig(kind="remote", url=service.url, batch=1, in_flight=1)
         with pytest.raises(JudgeSilentError, match=r"has not judged a rank's responses in 0\.8 s, four fifths"):
-            cfg.scorer("taste", reader(1.0))(responses(20))
+            cfg.scorer("judges.taste", reader(1.0))(responses(20))
         assert len(service.asked) <= 4
 
 

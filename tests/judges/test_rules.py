@@ -81,7 +81,7 @@ def test_an_answer_that_takes_too_long_is_wrong_and_counted(monkeypatch: pytest.
     pytest.importorskip("math_verify")
     monkeypatch.setattr(verifiers, "_SECONDS", 1)
     nobody: Any = None
-    judge = RuleConfig(kind="rule", rule="maths", wrong=-1.0).scorer("answer", nobody)
+    judge = RuleConfig(kind="rule", rule="maths", wrong=-1.0).scorer("judges.answer", nobody)
     given = [Response("?", rf"\boxed{{{said}}}", "12", {}, 1) for said in ("9^{9^{9^9}}", "12", "13", "9^{")]
     assert judge(given) == [
         Opinion(-1.0, correct=False, failed=True),
