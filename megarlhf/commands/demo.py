@@ -30,6 +30,8 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, OutputError, printable
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import Interval, mean, paired_difference, share
+from megarlhf.judges.rules import RuleConfig
+from megarlhf.judges.texts import Reader
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe import run_files
@@ -260,14 +262,14 @@ def _evaluated(cfg: DemoConfig, mesh: Mesh) -> Outcome:
     judge = Model("reward", where, describe_model(where))
     scores = judge.description.scores()
     reward_model = frozen("reward", judge, scores, shared, mesh)
+    reader = Reader(prompts, tokenizer, mesh, shared.timeout_s)
+    scorer = RuleConfig(kind="rule", rule="arithmetic").scorer("verifier", reader)
     results: list[list[Evaluation]] = [[], []]
     for init in inits:
         policy = frozen("policy", Model("model", init, describe_model(init)), LabelLogprobs(1.0), shared, mesh)
         for kind, temperature in zip(results, (1.0, 0.0), strict=True):
             sampling = SamplingConfig(temperature=temperature, max_new_tokens=MAX_NEW_TOKENS)
-            kind.append(
-                evaluate(policy, reward_model, prompts, tokenizer, sampling, seed=cfg.seed, verifier="arithmetic")
-            )
+            kind.append(evaluate(policy, reward_model, reader, scorer, sampling, seed=cfg.seed))
     (sampled_before, sampled_after), (greedy_before, greedy_after) = results
     return Outcome(prompts, tokenizer, (sampled_before, sampled_after), (greedy_before, greedy_after))
 

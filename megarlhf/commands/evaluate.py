@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from rich.table import Table
@@ -17,8 +18,10 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.eval.accuracy import Evaluation, evaluate
 from megarlhf.eval.intervals import mean, share
-from megarlhf.judges.rules import check_verified
-from megarlhf.judges.verifiers import AutoVerifier, Verifier, chosen_verifier
+from megarlhf.judges.code_tests import CodeTestsConfig, SandboxedTests
+from megarlhf.judges.rules import RuleConfig, check_verified
+from megarlhf.judges.texts import Reader
+from megarlhf.judges.verifiers import AutoVerifier, Decider, chosen_verifier
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.terminal import Terminal
@@ -50,17 +53,20 @@ class EvalConfig(RanksConfig):
     tokenizer: str = ""
     """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
     prompts: DataConfig = DataConfig()
-    """Problems: columns prompt and answer."""
+    """Problems: columns prompt and answer, or what verifier=code_tests reads."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the sampled responses; 1 is the policy itself. The greedy ones are at 0."""
     max_new_tokens: int = Field(default=512, ge=1)
     """A response that has not ended after this many tokens is cut."""
     rollout: RolloutConfig = RolloutConfig()
     """How much is drawn at once."""
-    verifier: AutoVerifier = "auto"
+    verifier: AutoVerifier | Literal["code_tests"] = "auto"
     """What decides that a response is right: its last sentence, digit for digit, as the built-in task has it
-    (`arithmetic`), a number (`gsm8k`), mathematics by math-verify (`maths`), or all of its text (`exact`). `auto` is
-    arithmetic for the built-in task; for your own data one must be named."""
+    (`arithmetic`), a number (`gsm8k`), mathematics by math-verify (`maths`), all of its text (`exact`), or that the
+    program in it passes all tests of its row, in a sandbox (`code_tests`). `auto` is arithmetic for the built-in task;
+    for your own data one must be named."""
+    code_tests: SandboxedTests = SandboxedTests()
+    """How programs are run with verifier=code_tests."""
     output: Path | None = None
     """File for the responses, one JSON object a line, which must not exist; none are kept without it."""
 
@@ -74,7 +80,9 @@ class EvalInputs:
     tokenizer: Tokenizer
     data: DataConfig
     prompts: PromptSet
-    verifier: Verifier
+    verifier: Decider
+    judge: RuleConfig | CodeTestsConfig
+    """It, with its settings."""
     doubts: str
     """What is to be said of answers that are right for no response."""
 
@@ -92,22 +100,34 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
         check_same_tokenizer(tokenizer, str(policy), Model("reward", cfg.reward, reward))
     data = chosen_data(cfg.prompts, "prompts", policy)
     data = data.model_copy(update={"split": data.split or ("heldout" if is_generated(data.source) else "train")})
-    verifier = chosen_verifier(cfg.verifier, data.source)
-    if verifier is None:
-        raise ConfigError(
-            f"verifier: there is none by default for data of your own, here prompts.source={data.source}; set "
-            "verifier=maths (answers equal as mathematics) or verifier=arithmetic (responses that end in 'The answer "
-            "is N.')."
-        )
+    verifier = _verifier(cfg, data.source)
     prompts = load_prompts(data, tokenizer)
-    if verifier != "reasoning_gym":
+    if verifier not in ("reasoning_gym", "code_tests"):
         check_answered(prompts, data.source, "no answer to check against")
     for name, found in (("model", model), ("reward", reward)):
         if found is not None:
             check_tokenizer(tokenizer, found.spec, name)
             check_room(prompts.longest, cfg.max_new_tokens, found.spec, name, "max_new_tokens")
-    doubts = check_verified(prompts, verifier, data.source)
-    return EvalInputs(model, reward, tokenizer, data, prompts, verifier, doubts)
+    if verifier == "code_tests":
+        judge = CodeTestsConfig(kind="code_tests", reward="all", **dict(cfg.code_tests))
+        doubts = judge.check("code_tests", prompts, data.source)
+    else:
+        judge = RuleConfig(kind="rule", rule=verifier)
+        doubts = check_verified(prompts, verifier, data.source)
+    return EvalInputs(model, reward, tokenizer, data, prompts, verifier, judge, doubts)
+
+
+def _verifier(cfg: EvalConfig, source: str) -> Decider:
+    if cfg.verifier == "code_tests":
+        return cfg.verifier
+    verifier = chosen_verifier(cfg.verifier, source)
+    if verifier is None:
+        raise ConfigError(
+            f"verifier: there is none by default for data of your own, here prompts.source={source}; set "
+            "verifier=maths (answers equal as mathematics), verifier=arithmetic (responses that end in 'The answer "
+            "is N.') or verifier=code_tests (programs that pass the tests of their row)."
+        )
+    return verifier
 
 
 def main(cfg: EvalConfig, argv: Sequence[str]) -> int:
@@ -133,16 +153,17 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
     for judge in readers:
         scores = judge.description.scores()
         reward = frozen("reward", judge, scores, cfg, mesh)
+    reader = Reader(inputs.prompts, inputs.tokenizer, mesh, cfg.timeout_s)
+    scorer = inputs.judge.scorer(inputs.verifier, reader)
     results = {
         name: evaluate(
             policy,
             reward,
-            inputs.prompts,
-            inputs.tokenizer,
+            reader,
+            scorer,
             SamplingConfig(temperature=temperature, max_new_tokens=cfg.max_new_tokens),
             rollout=cfg.rollout,
             seed=cfg.seed,
-            verifier=inputs.verifier,
         )
         for name, temperature in (("sampled", cfg.temperature), ("greedy", 0.0))
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,11 +9,7 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch.rollouts import Rollout
-from megarlhf.data.prompts import PromptSet
-from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.judges.rules import RuleConfig, judged
-from megarlhf.judges.texts import Reader, Response
-from megarlhf.judges.verifiers import Verifier
+from megarlhf.judges.texts import Reader, Response, Scorer
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
 from megarlhf.rollout.engine import RolloutEngine
@@ -41,28 +36,27 @@ class Evaluation:
 def evaluate(
     policy: FrozenRole,
     reward: FrozenRole | None,
-    prompts: PromptSet,
-    tokenizer: Tokenizer,
+    reader: Reader,
+    scorer: Scorer,
     sampling: SamplingConfig,
     *,
     rollout: RolloutConfig = USUAL,
     seed: int,
-    verifier: Verifier,
 ) -> Evaluation:
-    """One response to each prompt, verified, and scored where there is a reward model.
+    """One response to each prompt of the reader, and scored where there is a reward model.
 
+    scorer: says which responses are right.
     Ranks:    collective over the policy's mesh; every rank gets the whole Evaluation.
     """
-    mesh = policy.mesh
-    engine = RolloutEngine.of(policy, tokenizer, prompts.longest + sampling.max_new_tokens, rollout)
-    reader = Reader(prompts, tokenizer, mesh, patience_s=math.inf)
+    mesh, prompts = policy.mesh, reader.prompts
+    engine = RolloutEngine.of(policy, reader.tokenizer, prompts.longest + sampling.max_new_tokens, rollout)
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []
     with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:
         for chunk in torch.arange(len(prompts)).tensor_split(-(-len(prompts) // CHUNK)):
             drawn = engine.generate(prompts.batch(chunk), sampling, seed=seed)
             scores = torch.zeros(len(drawn)) if reward is None else reward.score(drawn)
-            parts.append(_judged(drawn.to("cpu"), scores.cpu(), reader, verifier))
+            parts.append(_judged(drawn.to("cpu"), scores.cpu(), reader, scorer))
             bar.advance(len(chunk))
     engine.release()
     return Evaluation(
@@ -74,13 +68,10 @@ def evaluate(
     )
 
 
-def _judged(rollout: Rollout, scores: Tensor, reader: Reader, verifier: Verifier) -> Evaluation:
-    rule = RuleConfig(kind="rule", rule=verifier)
+def _judged(rollout: Rollout, scores: Tensor, reader: Reader, scorer: Scorer) -> Evaluation:
+    def judged(responses: Sequence[Response]) -> list[tuple[str, bool]]:
+        opinions = scorer(responses)
+        return [(each.response, said.correct is True) for each, said in zip(responses, opinions, strict=True)]
 
-    def verified(responses: Sequence[Response]) -> list[tuple[str, bool]]:
-        return [
-            (each.response, said.correct is True) for each, said in zip(responses, judged(rule, responses), strict=True)
-        ]
-
-    texts, verdicts = zip(*reader.spread(rollout, verified), strict=True)
+    texts, verdicts = zip(*reader.spread(rollout, judged), strict=True)
     return Evaluation(texts, torch.tensor(verdicts), scores, rollout.response_lengths, rollout.terminated)

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import Field
 
+from megarlhf.config import Config
 from megarlhf.config.base import FreeToChange
 from megarlhf.data.prompts import PromptSet
 from megarlhf.errors import DataError, JudgeError
@@ -51,17 +52,12 @@ class Asserted(NamedTuple):
 Test = Printed | Asserted
 
 
-class CodeTestsConfig(RightOrWrongConfig):
-    """Tests of the program in a response."""
+class SandboxedTests(Config):
+    """Where tests of programs are, and how those are run."""
 
-    kind: Literal["code_tests"]
-    """`code_tests`: the tests that the program in a response passes; it is run in a sandbox. The program is the last
-    block that begins with ```python, or else the whole response."""
     column: str = "tests"
     """Column with a prompt's tests: a list, or a JSON text of one, of {"stdin": "...", "stdout": "..."} (also named
     "expected") for whole programs, and of statements such as "assert f(1) == 2" for what they define."""
-    reward: Literal["share", "all"] = "share"
-    """Score: from `wrong` to `right` by the share of tests passed; or `right` where all are, else `wrong`."""
     cpu_s: int = Field(default=4, ge=1, le=3600)
     """Seconds that each process of a program computes, in each test; for `processes` of them together, so much each."""
     wall_s: float = Field(default=8.0, gt=0, le=3600)
@@ -87,6 +83,21 @@ class CodeTestsConfig(RightOrWrongConfig):
     def limits(self) -> Limits:
         """Of one program."""
         return Limits(**{name: vars(self)[name] for name in Limits.__dataclass_fields__})
+
+
+class CodeTestsConfig(RightOrWrongConfig, SandboxedTests):
+    """Tests of the program in a response."""
+
+    kind: Literal["code_tests"]
+    """`code_tests`: the tests that the program in a response passes; it is run in a sandbox. The program is the last
+    block that begins with ```python, or else the whole response."""
+    reward: Literal["share", "all"] = "share"
+    """Score: from `wrong` to `right` by the share of tests passed; or `right` where all are, else `wrong`."""
+
+    @property
+    def verifier(self) -> Literal["code_tests"]:
+        """By all tests of its prompt."""
+        return "code_tests"
 
     def check(self, setting: str, prompts: PromptSet, source: str) -> str:
         """That programs run unguarded, where they do.

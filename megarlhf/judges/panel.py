@@ -14,8 +14,8 @@ from megarlhf.judges import JudgeSettings
 from megarlhf.judges.judge import UNKNOWN, Judge, Verdict, joined_verdicts, padded_cat
 from megarlhf.judges.reward_model import ModelJudge, ModelJudgeConfig, model_judge
 from megarlhf.judges.rules import RuleConfig
-from megarlhf.judges.texts import Reader, text_judge
-from megarlhf.judges.verifiers import Verifier
+from megarlhf.judges.texts import Reader, TextJudgeConfig, text_judge
+from megarlhf.judges.verifiers import Decider
 from megarlhf.models.role import Role
 from megarlhf.observe.metrics import Metrics
 from megarlhf.runtime.checks import Model
@@ -111,18 +111,19 @@ class Court:
     cfg: RanksConfig
 
 
-def build_panel(judges: Mapping[str, JudgeSettings], verifier: Verifier | None, court: Court) -> Panel:
+def build_panel(judges: Mapping[str, JudgeSettings], verifier: Decider | None, court: Court) -> Panel:
     """Load the models and make the others ready, in order. Collective.
 
-    verifier: by which responses are right or wrong for the log; a judge that is this rule is not asked twice.
+    verifier: by which responses are right or wrong for the log; a judge that knows by it is not asked twice.
     """
     built = tuple(_built(name, settings, court) for name, settings in judges.items())
     if verifier is None:
         return Panel(built)
-    rules = {name: settings for name, settings in judges.items() if isinstance(settings, RuleConfig)}
-    same = [name for name, settings in rules.items() if settings.verifier == verifier]
+    texts = {name: settings for name, settings in judges.items() if isinstance(settings, TextJudgeConfig)}
+    same = [name for name, settings in texts.items() if settings.verifier == verifier]
     if same:
         return Panel(built, next(judge for judge in built if judge.name == same[0]))
+    assert verifier != "code_tests"  # which is that of a judge
     alone = RuleConfig(kind="rule", rule=verifier)
     return Panel(built, text_judge("verifier", alone, court.reader))
 

@@ -16,6 +16,7 @@ from megarlhf.data.texts import response_texts
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import JudgeError, MegarlhfError
 from megarlhf.judges.judge import UNKNOWN, JudgeConfig, Verdict, outcome
+from megarlhf.judges.verifiers import Decider
 from megarlhf.parallel.collectives import gather_objects
 from megarlhf.parallel.mesh import Mesh
 
@@ -60,6 +61,11 @@ class TextJudgeConfig(JudgeConfig):
     def wrong_score(self) -> float:
         """Mean score that it gives to wrong responses; inf where nobody knows."""
         return UNKNOWN
+
+    @property
+    def verifier(self) -> Decider | None:
+        """How it knows whether a response is right; None where it does not."""
+        return None
 
     @abstractmethod
     def check(self, setting: str, prompts: PromptSet, source: str) -> str:

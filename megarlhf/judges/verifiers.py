@@ -21,6 +21,8 @@ from megarlhf.errors import ConfigError
 Compared = Literal["arithmetic", "gsm8k", "maths", "exact"]
 """By the text of response and answer alone."""
 Verifier = Literal["arithmetic", "gsm8k", "maths", "exact", "reasoning_gym"]
+Decider = Verifier | Literal["code_tests"]
+"""What says that a response is right: a rule that compares with the answer, or the tests of a program."""
 AutoVerifier = Literal["auto", "arithmetic", "gsm8k", "maths", "exact", "reasoning_gym"]
 """A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
 
@@ -103,12 +105,16 @@ def chosen_verifier(setting: Literal["auto", "none"] | Verifier, source: str) ->
     return setting
 
 
-def is_told_right(verifier: Verifier | None, prompts: PromptSet) -> bool:
+UNANSWERED = ("reasoning_gym", "code_tests")
+"""What needs no answer to know whether a response is right."""
+
+
+def is_told_right(verifier: Decider | None, prompts: PromptSet) -> bool:
     """Whether it will be known of any response if it is right, so that an accuracy is logged."""
-    return verifier == "reasoning_gym" or (verifier is not None and any(prompts.answers))
+    return verifier in UNANSWERED or (verifier is not None and any(prompts.answers))
 
 
-def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
+def verifier_remark(verifier: Decider | None, prompts: PromptSet) -> str:
     """What the logged accuracy is of, or why none is logged."""
     answered = sum(map(bool, prompts.answers))
     if verifier is None:
@@ -116,7 +122,7 @@ def verifier_remark(verifier: Verifier | None, prompts: PromptSet) -> str:
         return f"verifier: none, so no accuracy is logged{there}"
     if not is_told_right(verifier, prompts):
         return f"verifier: {verifier}, but no prompt has an answer (column 'answer'), so no accuracy is logged"
-    if verifier == "reasoning_gym":  # which needs none
+    if verifier in UNANSWERED:
         return f"verifier: {verifier}, of all {len(prompts):,} prompts"
     return f"verifier: {verifier}, of the {answered:,} of {len(prompts):,} prompts that have an answer"
 

@@ -18,10 +18,10 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.judges import JudgeSettings
 from megarlhf.judges.reward_model import ModelJudgeConfig
-from megarlhf.judges.rules import RuleConfig, check_verified
+from megarlhf.judges.rules import check_verified
 from megarlhf.judges.shaping import ShapingConfig
 from megarlhf.judges.texts import TextJudgeConfig
-from megarlhf.judges.verifiers import AutoVerifier, Verifier, chosen_verifier, is_told_right
+from megarlhf.judges.verifiers import AutoVerifier, Decider, chosen_verifier, is_told_right
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
@@ -118,8 +118,8 @@ class PolicyConfig(RunConfig):
     """How scores become what is learnt from."""
     verifier: AutoVerifier | Literal["none"] = "auto"
     """What says for the log whether a response is right, where its prompt has an answer: a rule that compares with the
-    answer, as judges have it, or `none`, which logs no accuracy. `auto`: that of the first judge that is such a rule,
-    else arithmetic for the built-in task, none for your own data."""
+    answer, as judges have it, or `none`, which logs no accuracy. `auto`: the first judge that is such a rule or runs
+    the tests of programs, else arithmetic for the built-in task, none for your own data."""
     kl_bound: Annotated[float | None, FreeToChange()] = Field(default=24.0, gt=0)
     """Mean KL to the reference, in nats a response, beyond which the run warns; null never warns. Source: four times
     the 6 nats that Ziegler et al. 2019 steer towards."""
@@ -303,7 +303,7 @@ class PolicyInputs:
     tokenizer: Tokenizer
     data: DataConfig
     prompts: PromptSet
-    verifier: Verifier | None
+    verifier: Decider | None
     doubts: str
     """What is to be said of answers that are right for no response."""
 
@@ -337,14 +337,12 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
         check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
     texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}
     doubts = [judge.check(f"judges.{name}", prompts, data.source) for name, judge in texts.items()]
-    rules: list[Verifier] = [
-        judge.verifier for judge in texts.values() if isinstance(judge, RuleConfig) and judge.verifier is not None
-    ]
-    verifier = rules[0] if rules and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
+    known: list[Decider] = [judge.verifier for judge in texts.values() if judge.verifier is not None]
+    verifier = known[0] if known and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
     verified = is_told_right(verifier, prompts)
     cfg.check_best(_best_of(cfg, verified=verified))
     cfg.check_ending(verified=verified)
-    if verifier is not None and verifier not in rules:
+    if verifier is not None and verifier != "code_tests" and verifier not in known:
         doubts.append(check_verified(prompts, verifier, data.source))
     inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, "; ".join(filter(None, doubts)))
     for model in inputs.distinct[1:]:
