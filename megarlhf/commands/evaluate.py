@@ -62,9 +62,10 @@ class EvalConfig(RanksConfig):
     """How much is drawn at once."""
     verifier: AutoVerifier | Literal["code_tests"] = "auto"
     """What decides that a response is right: its last sentence, digit for digit, as the built-in task has it
-    (`arithmetic`), a number (`gsm8k`), mathematics by math-verify (`maths`), all of its text (`exact`), or that the
-    program in it passes all tests of its row, in a sandbox (`code_tests`). `auto` is arithmetic for the built-in task;
-    for your own data one must be named."""
+    (`arithmetic`), a number (`gsm8k`), mathematics by math-verify (`maths`), all of its text (`exact`), what the
+    verifier of its problem's task takes (`reasoning_gym`), or that the program in it passes all tests of its row, in a
+    sandbox (`code_tests`). `auto` is arithmetic for the built-in task, reasoning_gym for that package's problems; for
+    your own data one must be named."""
     code_tests: SandboxedTests = SandboxedTests()
     """How programs are run with verifier=code_tests."""
     output: Path | None = None

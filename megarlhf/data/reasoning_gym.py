@@ -13,6 +13,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import pydantic
@@ -139,7 +141,10 @@ def _problems(name: str, config: ReasoningGymConfig) -> Iterator[dict[str, Any]]
     """Problem number n of a seed is drawn by a number of its own, that no other seed has."""
     for start in range(config.seed * _SPAN, (config.seed + 1) * _SPAN, _CHUNK):
         part = task(name, config.parameters, start, _CHUNK)
-        yield from (part[index] for index in range(_CHUNK))
+        for index in range(_CHUNK):
+            with redirect_stdout(StringIO()):  # bf prints what its programs do, in between rows that a command writes
+                problem = part[index]
+            yield problem
 
 
 def _split(question: str) -> Split:

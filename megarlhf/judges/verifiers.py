@@ -24,7 +24,8 @@ Verifier = Literal["arithmetic", "gsm8k", "maths", "exact", "reasoning_gym"]
 Decider = Verifier | Literal["code_tests"]
 """What says that a response is right: a rule that compares with the answer, or the tests of a program."""
 AutoVerifier = Literal["auto", "arithmetic", "gsm8k", "maths", "exact", "reasoning_gym"]
-"""A setting: auto is the built-in task's verifier for the built-in task, and none for any other data."""
+"""A setting: auto is the verifier of what is generated, of the built-in task or of reasoning-gym's, and none for any
+other data."""
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 _SAID = re.compile(r"answer(?:\s+is\b\s*:?|\**\s*:)|####", re.IGNORECASE)

@@ -119,7 +119,8 @@ class PolicyConfig(RunConfig):
     verifier: AutoVerifier | Literal["none"] = "auto"
     """What says for the log whether a response is right, where its prompt has an answer: a rule that compares with the
     answer, as judges have it, or `none`, which logs no accuracy. `auto`: the first judge that is such a rule or runs
-    the tests of programs, else arithmetic for the built-in task, none for your own data."""
+    the tests of programs, else arithmetic for the built-in task, reasoning_gym for that package's problems, none for
+    your own data."""
     kl_bound: Annotated[float | None, FreeToChange()] = Field(default=24.0, gt=0)
     """Mean KL to the reference, in nats a response, beyond which the run warns; null never warns. Source: four times
     the 6 nats that Ziegler et al. 2019 steer towards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from torch import Tensor
 from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, Rollout
 from megarlhf.checkpoint.model_directory import save_model
 from megarlhf.data.loader import Loader
+from megarlhf.data.reasoning_gym import ReasoningGymConfig, is_task
+from megarlhf.data.rows import DataConfig
 from megarlhf.gates.cheap import Lesson, cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
 from megarlhf.judges.panel import Court, Judgement, Panel, build_panel
@@ -252,6 +255,19 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
 def _following(cfg: PolicyConfig) -> tuple[str, ...]:
     model = shlex.quote(str(cfg.model_dir))
     return (
-        f"megarlhf eval model={model} prompts.source=FILE verifier=maths",
+        f"megarlhf eval model={model} {_held_out(cfg.prompts)}",
         f"python tools/convert_hf.py to-hf {model} OUT --verify",
     )
+
+
+def _held_out(data: DataConfig) -> str:
+    """The settings of `megarlhf eval` for problems like those of the run; of a file, the reader knows them."""
+    if not is_task(data.source):
+        return "prompts.source=FILE verifier=maths"
+    usual = ReasoningGymConfig()
+    settings = [f"prompts.source={data.source}"]
+    if data.reasoning_gym.parameters != usual.parameters:
+        settings.append(f"prompts.reasoning_gym.parameters={json.dumps(data.reasoning_gym.parameters)}")
+    if data.reasoning_gym.instruction != usual.instruction:
+        settings.append(f"prompts.reasoning_gym.instruction={json.dumps(data.reasoning_gym.instruction)}")
+    return shlex.join(settings)
