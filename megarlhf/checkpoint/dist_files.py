@@ -46,6 +46,8 @@ from megarlhf.models.transformer import HeadKind
 FORMAT = CheckpointingConfig("torch_dist", 1)
 ITEM_OVERHEAD = 1 << 12
 """Bytes that storing one piece may take beyond its numbers: names, types, alignment. Seen: 1.6 kB."""
+OPTIMIZER = "optimizer."
+"""How Megatron's names of what is the optimiser's begin."""
 AGAIN = "the directory is damaged, save the model again."
 
 
@@ -84,7 +86,9 @@ def saved_tensors(reader: PlainReader, spec: ModelSpec, head: HeadKind) -> dict[
         found = None
     if found != FORMAT:
         raise CheckpointError(f"{directory / 'metadata.json'}: expected {FORMAT}; {AGAIN}")
-    tensors: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    everything: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+    # A training state keeps the optimiser's beside the weights.
+    tensors = {key: tensor for key, tensor in everything.items() if not key.startswith(OPTIMIZER)}
     sizes = sizes_of(spec, head)
     missing, extra = sorted(sizes.keys() - tensors.keys()), sorted(tensors.keys() - sizes.keys())
     if missing or extra:
@@ -135,6 +139,8 @@ class CheckpointReader:
     def _check_files(self) -> None:
         """Every stored box has its bytes, and every file is there for some box."""
         ends: dict[str, int] = {}
+        for stored in self._reader.storage_data.values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
         for key, tensor in self._tensors.items():
             for chunk in tensor.chunks:
                 stored = self._reader.storage_data.get(MetadataIndex(key, chunk.offsets))
@@ -142,7 +148,6 @@ class CheckpointReader:
                 if stored is None or not size <= stored.length <= size + ITEM_OVERHEAD:
                     where = f"{self._directory}: {key} at {list(chunk.offsets)}"
                     raise CheckpointError(f"{where} does not fit the bytes stored for it; {AGAIN}")
-                ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
         for name, end in ends.items():
             path = self._directory / name
             if not path.is_file() or path.stat().st_size != end:

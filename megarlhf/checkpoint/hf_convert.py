@@ -28,7 +28,7 @@ from megarlhf.checkpoint.hf_files import SafetensorsDirectory, SafetensorsWriter
 from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
 from megarlhf.checkpoint.model_directory import MODEL, TOKENIZER, WEIGHTS, describe_model, say_left_out
-from megarlhf.checkpoint.nearby import check_place
+from megarlhf.checkpoint.nearby import check_place, model_of
 from megarlhf.errors import FAILED, CheckpointError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
@@ -136,9 +136,11 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
 def to_hf(source: Path, target: Path, options: Options | None = None) -> Conversion:
     """Convert the model directory `source`, saved in any layout, into one that transformers' `from_pretrained` loads.
 
+    A run, or a saved state of one, is taken for its model.
+
     Raises:   as `to_megatron`.
     """
-    options = options or Options()
+    options, source = options or Options(), Path(model_of(str(source)))
     check_place(str(source), MODEL)
     if not (source / MODEL).is_file():
         raise CheckpointError(f"{source}: {MODEL} is missing; name a directory that training or to-megatron wrote.")

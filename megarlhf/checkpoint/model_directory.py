@@ -15,6 +15,7 @@ import datetime
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ from megarlhf.checkpoint.hf_extras import EXTRAS, end_ids, kept
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory
 from megarlhf.checkpoint.hf_load import load_tensors
 from megarlhf.checkpoint.hf_names import OURS, normalisation
-from megarlhf.checkpoint.nearby import check_place
+from megarlhf.checkpoint.nearby import MODEL, check_place
 from megarlhf.checkpoint.plain_metadata import PlainLoad, PlainReader
 from megarlhf.checkpoint.random_weights import RandomTensors
 from megarlhf.config import Config
@@ -53,7 +54,6 @@ from megarlhf.models.transformer import HeadKind
 from megarlhf.observe.files import link_out, read_object
 from megarlhf.parallel.collectives import all_reduce, barrier, on_main
 
-MODEL = "model.json"
 WEIGHTS = "weights"
 TOKENIZER = "tokenizer"
 AGAIN = "save the model again"
@@ -139,21 +139,43 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
         load_tensors(role, files, backbone_only=body_only)
 
 
-def save_model(
-    role: Role,
-    directory: Path,
-    tokenizer: Tokenizer,
-    *,
-    data: DataConfig | None = None,
-    origin: str = "",
-    score_offset: float = 0.0,
-    score_scale: float = 1.0,
-    score_wrong: float | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Card:
+    """What a model directory says beside its weights."""
+
+    tokenizer: Tokenizer
+    data: DataConfig | None = None
+    """What it was trained on."""
+    origin: str = ""
+    """Where its weights started; what is not known of them here is copied from it."""
+    score_offset: float = 0.0
+    """This and the next two: what `ModelDescription` keeps of a reward model."""
+    score_scale: float = 1.0
+    score_wrong: float | None = None
+
+    def write(self, role: Role, directory: Path) -> None:
+        """Into the directory of the weights' one. Not collective. Raises OSError where the disk refuses."""
+        data = self.data
+        description = ModelDescription(
+            spec=role.spec,
+            head=role.head,
+            score_offset=self.score_offset,
+            score_scale=self.score_scale,
+            score_wrong=self.score_wrong,
+            template=data.template if data else None,
+            date=self.tokenizer.date,
+            eos_ids=self.tokenizer.eos_ids,
+            task="arithmetic" if data and data.source == BUILT_IN else "",
+        )
+        (directory / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
+        self.tokenizer.save(directory / TOKENIZER)
+        if self.origin and self.origin not in PRESETS:
+            _write_extras(directory / EXTRAS, kept(Path(self.origin), self.tokenizer.eos_id))
+
+
+def save_model(role: Role, directory: Path, card: Card) -> None:
     """Write `role` as a model directory, replacing an older one only once the new one is whole.
 
-    data: what it was trained on. origin: where its weights started; what is not known of them here is copied from it.
-    score_*: what `ModelDescription` keeps of a reward model.
     Ranks:    collective over the mesh; rank 0 renames.
     Raises:   TrainingError where the model gives numbers that are not finite, OutputError where the disk refuses.
     """
@@ -168,23 +190,9 @@ def save_model(
     save_weights(role, partial / WEIGHTS)
 
     def complete() -> None:
-        description = ModelDescription(
-            spec=role.spec,
-            head=role.head,
-            score_offset=score_offset,
-            score_scale=score_scale,
-            score_wrong=score_wrong,
-            template=data.template if data else None,
-            date=tokenizer.date,
-            eos_ids=tokenizer.eos_ids,
-            task="arithmetic" if data and data.source == BUILT_IN else "",
-        )
         old = directory.with_name(directory.name + ".old")
         with saving(partial):
-            (partial / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
-            tokenizer.save(partial / TOKENIZER)
-            if origin and origin not in PRESETS:
-                _write_extras(partial / EXTRAS, kept(Path(origin), tokenizer.eos_id))
+            card.write(role, partial)
             write_checksums(partial)
             if directory.exists():
                 directory.rename(old)

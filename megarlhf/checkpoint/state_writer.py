@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megarlhf.checkpoint.buckets import complete, on_host, write_buckets
 from megarlhf.checkpoint.checksums import leave_checksums, write_checksums
 from megarlhf.checkpoint.disk import causes, check_room, saving
+from megarlhf.checkpoint.model_directory import WEIGHTS, Card
 from megarlhf.checkpoint.training_state import STATE, Position, random_file, role_state
 from megarlhf.errors import OutputError
 from megarlhf.models.role import TrainableRole
@@ -102,14 +103,22 @@ class _Pending:
 
 
 class StateWriter:
-    """Saves training states of some roles, one at a time.
+    """Saves training states of some roles, one at a time. Those with a card can be opened as models.
 
     Ranks:    every method is collective over the mesh.
     Raises:   OutputError, on every rank, when a state cannot be written; those before it are untouched.
     """
 
-    def __init__(self, directory: Path, roles: Mapping[str, TrainableRole], retention: Retention, mesh: Mesh) -> None:
-        self._directory, self._roles, self._retention, self._mesh = directory, roles, retention, mesh
+    def __init__(
+        self,
+        directory: Path,
+        roles: Mapping[str, TrainableRole],
+        cards: Mapping[str, Card],
+        retention: Retention,
+        mesh: Mesh,
+    ) -> None:
+        self._directory, self._roles, self._cards = directory, roles, cards
+        self._retention, self._mesh = retention, mesh
         self._pending: _Pending | None = None
 
     def start(self, position: Position) -> None:
@@ -135,11 +144,11 @@ class StateWriter:
             with role.resident(*role.parts), saving(partial):
                 request: Any = dist_checkpointing.save(
                     role_state(role, loading=False),
-                    str(partial / name),
+                    str(partial / name / WEIGHTS),
                     content_metadata={},
                     async_sharded_save=True,
                 )
-                pending.parts.append(_started(request, partial / name, mesh.rank))
+                pending.parts.append(_started(request, partial / name / WEIGHTS, mesh.rank))
 
     def state_bytes(self) -> int:
         """Bytes of the numbers in a state, over all ranks. Collective."""
@@ -211,11 +220,16 @@ class StateWriter:
         for stale in self._directory.glob(f"step_*{PARTIAL}"):
             shutil.rmtree(stale, ignore_errors=True)
         for name in self._roles:
-            (partial / name).mkdir(parents=True)
+            (partial / name / WEIGHTS).mkdir(parents=True)
 
     def _publish(self, partial: Path, position: Position) -> None:
         whole = self._directory / step_name(position.step)
         (partial / STATE).write_text(json.dumps(position.model_dump(mode="json")) + "\n", encoding="utf-8")
+        for name, role in self._roles.items():
+            if name in self._cards:
+                self._cards[name].write(role, partial / name)
+            write_checksums(partial / name / WEIGHTS)
+            write_checksums(partial / name)
         write_checksums(partial)
         shutil.rmtree(whole, ignore_errors=True)
         partial.rename(whole)

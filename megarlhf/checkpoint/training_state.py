@@ -1,6 +1,7 @@
 """What a run needs to go on as if it had never stopped: weights, optimisers, schedules, and where it was.
 
-    DIR/step_00000120/ROLE/       weights, optimiser and schedule of each role that learns, loadable in any layout
+    DIR/step_00000120/ROLE/       of each role that learns a model directory, loadable in any layout, whose weights/ has
+                                  its optimiser and schedule besides
     DIR/step_00000120/state.json  the rest
     DIR/step_00000120/random_0_of_2.safetensors    each rank's random numbers
     DIR/step_00000120/checksums.json
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megarlhf.checkpoint.checksums import check_checksums
-from megarlhf.checkpoint.model_directory import load_sharded, sharded_weights
+from megarlhf.checkpoint.model_directory import WEIGHTS, load_sharded, sharded_weights
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError
 from megarlhf.models.optim import restore_schedule, torch_optimizers
@@ -149,11 +150,12 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
     """
     remedy = _elsewhere(state)
     mesh = next(iter(roles.values())).mesh
-    check_checksums(state, remedy, mesh)
+    for part in (state, *(state / name for name in roles), *(state / name / WEIGHTS for name in roles)):
+        check_checksums(part, remedy, mesh)
     position = read_position(state)
     for name, role in roles.items():
         with role.resident(*role.parts):
-            loaded = load_sharded(role_state(role, loading=True), state / name, remedy)
+            loaded = load_sharded(role_state(role, loading=True), state / name / WEIGHTS, remedy)
             try:
                 _fill(role, loaded)
             except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:

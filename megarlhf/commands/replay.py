@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megarlhf.batch.base import Batch, cat
 from megarlhf.checkpoint.checksums import check_checksums
-from megarlhf.checkpoint.model_directory import load_weights
+from megarlhf.checkpoint.model_directory import WEIGHTS, load_weights
 from megarlhf.checkpoint.training_state import latest_state
 from megarlhf.config import Config, load_config
 from megarlhf.errors import ConfigError, DataError
@@ -163,8 +163,12 @@ def _load(role: TrainableRole, capsule: Path) -> str:
     state = latest_state(capsule.absolute().parent.parent / run_files.STATES)
     if state is None:
         return "of the run's start: it had saved no state"
-    check_checksums(state, f"write the name of another state to {state.parent / run_files.LATEST}", role.mesh)
-    load_weights(role, state / role.name)
+    weights, remedy = (
+        state / role.name / WEIGHTS,
+        f"write the name of another state to {state.parent / run_files.LATEST}",
+    )
+    check_checksums(weights, remedy, role.mesh)
+    load_weights(role, weights)
     return f"of {state.name}, the newest saved state"
 
 

@@ -13,7 +13,7 @@ from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.checkpoint.hf_load import named_parameters
 from megarlhf.checkpoint.hf_names import source_of
 from megarlhf.checkpoint.hf_verify import ROWS, TOKENS, hf_logits
-from megarlhf.checkpoint.model_directory import MODEL, load_model, save_model
+from megarlhf.checkpoint.model_directory import MODEL, Card, load_model, save_model
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.gates.cheap import Lesson, fingerprint, gradients, probe_rows
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
@@ -111,7 +111,7 @@ def save_load_gate(role: Role, tokenizer: Tokenizer, directory: Path) -> Gate:
 
     Ranks:    collective; they share `directory`, a new one. Where the gate fails the role keeps what was loaded.
     """
-    save_model(role, directory, tokenizer)
+    save_model(role, directory, Card(tokenizer))
     with role.resident("weights"):
         saved = [fingerprint(tensor) for tensor in role.tensors("weights")]
         for tensor in role.tensors("weights"):

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from megarlhf.checkpoint.disk import check_room
-from megarlhf.checkpoint.model_directory import weight_bytes
+from megarlhf.checkpoint.model_directory import Card, weight_bytes
 from megarlhf.checkpoint.state_writer import Retention, StateWriter
 from megarlhf.checkpoint.training_state import Best, Number, Position, Resumable, latest_state, load_state
 from megarlhf.errors import (
@@ -49,6 +49,7 @@ from megarlhf.runtime.outputs import sole_writer
 class Run:
     """What a trainer has that must survive a stop, and when it is saved.
 
+    roles: that learn. cards: what says of them, by name, what model they are.
     Ranks:    every rank has one; saving and loading are collective.
     """
 
@@ -56,6 +57,7 @@ class Run:
         self,
         cfg: RunConfig,
         roles: Mapping[str, TrainableRole],
+        cards: Mapping[str, Card],
         parts: Mapping[str, Resumable],
         guard: StepGuard,
         mesh: Mesh,
@@ -63,7 +65,7 @@ class Run:
         self._cfg, self._roles, self._guard = cfg, roles, guard
         self._parts: dict[str, Resumable] = {**parts, "work": mesh.work}
         self.mesh = mesh
-        self.states = StateWriter(cfg.states_dir, roles, Retention(cfg.keep_last, cfg.keep_every), mesh)
+        self.states = StateWriter(cfg.states_dir, roles, cards, Retention(cfg.keep_last, cfg.keep_every), mesh)
         self._stop = StopRequest(cfg.save_before, mesh)
         self._best: Best | None = None
         self._saved = 0

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from megarlhf.parallel import launch
 from megarlhf.parallel.mesh import Mesh, start, stop
+from megarlhf.runtime.models_named import check_same_models, taken, with_models
+from megarlhf.runtime.said import say
 from megarlhf.runtime.settings import RanksConfig
 
 Cfg = TypeVar("Cfg", bound=RanksConfig)
@@ -18,11 +20,18 @@ def on_ranks(
 ) -> int:
     """`work` on every rank of `cfg.layout`, with what `prepare` has read and checked there; return the exit code.
 
+    Runs and states that name models are those models from here on.
+
     argv: the command line, for the ranks that are started here. Raises: as `launch.run`, and what `prepare` raises.
     """
 
+    found = with_models(cfg)
+
     def on_this_rank(inputs: Inputs) -> None:
-        work(cfg, inputs, start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+        mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
+        check_same_models(found, mesh)
+        say(taken(cfg, found), mesh)
+        work(found, inputs, mesh)
         stop()  # or the interpreter, in an order of its own, would take down groups whose threads still run
 
-    return launch.run(lambda: prepare(cfg), on_this_rank, cfg.layout, argv)
+    return launch.run(lambda: prepare(found), on_this_rank, cfg.layout, argv)

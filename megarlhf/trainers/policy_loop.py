@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, Rollout
-from megarlhf.checkpoint.model_directory import save_model
+from megarlhf.checkpoint.model_directory import Card, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.reasoning_gym import ReasoningGymConfig, is_task
 from megarlhf.data.rows import DataConfig
@@ -192,7 +192,18 @@ def _train(
     _say_start(cast, cfg, inputs, mesh)
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
-    run = Run(cfg, cast.learners, {"prompts": loader, **cast.shaper.parts, **cast.kl.parts}, guard, mesh)
+    cards = {
+        name: Card(
+            inputs.tokenizer,
+            inputs.data,
+            model.init,
+            score_offset=model.description.score_offset,
+            score_scale=model.description.score_scale,
+        )
+        for name, model in inputs.models.items()
+        if name in cast.learners
+    }
+    run = Run(cfg, cast.learners, cards, {"prompts": loader, **cast.shaper.parts, **cast.kl.parts}, guard, mesh)
     clock, watch = Clock(mesh.device, mesh.trail, mesh.work), Watch(cfg)
 
     def step(number: int, writer: RunWriter | None) -> Metrics:
@@ -228,7 +239,7 @@ def _train(
         )
     if watch.ends(metrics):
         print_remark(watch.conclusion(), mesh)
-    save_model(cast.actor, cfg.model_dir, inputs.tokenizer, data=inputs.data, origin=cfg.actor.init)
+    save_model(cast.actor, cfg.model_dir, cards["actor"])
     return metrics
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import scipy.stats
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megarlhf.batch.base import cat
 from megarlhf.batch.supervised import Couples, LabelledResponses, PreferencePairs
-from megarlhf.checkpoint.model_directory import ModelDescription, save_model
+from megarlhf.checkpoint.model_directory import Card, ModelDescription, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import LabelledSet, PreferenceSet, load_labelled, load_preferences
 from megarlhf.data.rows import DataConfig
@@ -210,7 +210,8 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
     point_loader = Loader(len(labelled), cfg.labelled_batch, seed=cfg.seed) if labelled else None
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     loaders = {name: loader for name, loader in (("pairs", pair_loader), ("labelled", point_loader)) if loader}
-    run = Run(cfg, pupil.learners, loaders, guard, mesh)
+    card = Card(inputs.tokenizer, next(iter(inputs.data.values())), cfg.model)
+    run = Run(cfg, pupil.learners, {role.name: card}, loaders, guard, mesh)
     clock = Clock(mesh.device, mesh.trail, mesh.work)
 
     def step(index: int) -> Metrics:
@@ -240,16 +241,8 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
     offset = 0.0 if cfg.normalise == "none" else metrics["reward/centre"]
     scale = metrics["reward/score_std"] if cfg.normalise == "standardise" else 1.0
     wrong = metrics.get("reward/score_wrong_mean")
-    save_model(
-        role,
-        cfg.model_dir,
-        inputs.tokenizer,
-        data=next(iter(inputs.data.values())),
-        origin=cfg.model,
-        score_offset=offset,
-        score_scale=scale,
-        score_wrong=None if wrong is None else (wrong - offset) / scale,
-    )
+    scored = None if wrong is None else (wrong - offset) / scale
+    save_model(role, cfg.model_dir, replace(card, score_offset=offset, score_scale=scale, score_wrong=scored))
     return metrics
 
 

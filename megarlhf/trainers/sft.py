@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from megarlhf.batch.supervised import TokenBatch
-from megarlhf.checkpoint.model_directory import ModelDescription, save_model
+from megarlhf.checkpoint.model_directory import Card, ModelDescription, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.sft import SftSet, load_sft
@@ -100,7 +100,8 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
     say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} rows"], mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
-    run = Run(cfg, pupil.learners, {"data": loader}, guard, mesh)
+    card = Card(inputs.tokenizer, inputs.data, cfg.model)
+    run = Run(cfg, pupil.learners, {role.name: card}, {"data": loader}, guard, mesh)
     clock = Clock(mesh.device, mesh.trail, mesh.work)
 
     def step(index: int) -> Metrics:
@@ -120,7 +121,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
         metrics = run_steps(inputs.steps, "SFT", step, ("sft/loss",), run=run, writer=writer)
-    save_model(role, cfg.model_dir, inputs.tokenizer, data=inputs.data, origin=cfg.model)
+    save_model(role, cfg.model_dir, card)
     return metrics
 
 

@@ -23,7 +23,7 @@ from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
 from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, pieces_of
 from megarlhf.checkpoint.hf_verify import compare_logits
-from megarlhf.checkpoint.model_directory import describe_model, load_model, save_model
+from megarlhf.checkpoint.model_directory import Card, describe_model, load_model, save_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError, OutputError
@@ -94,7 +94,9 @@ def hand_on(layout: ParallelLayout, directories: dict[str, str], targets: dict[s
         original = load_file(Path(targets["originals"], name, "model.safetensors"))
         equal.append(same(whole_weights(role), {key: tensor.float() for key, tensor in original.items()}))
         target = Path(targets["saved"], name)
-        save_model(role, target, build_tiny_tokenizer(words()), score_offset=0.25, score_scale=2.0, score_wrong=-1.5)
+        save_model(
+            role, target, Card(build_tiny_tokenizer(words()), score_offset=0.25, score_scale=2.0, score_wrong=-1.5)
+        )
     return equal
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
-from megarlhf.checkpoint.model_directory import describe_model, load_model, save_model
+from megarlhf.checkpoint.model_directory import Card, describe_model, load_model, save_model
 from megarlhf.data.rows import DataConfig
 from megarlhf.errors import CheckpointError
 from megarlhf.models.readings import LabelLogprobs
@@ -41,7 +41,7 @@ def train(init: str, target: str, data: DataConfig) -> None:
     mesh = start(ParallelLayout(), seed=1)
     role = FrozenRole("model", model.description.spec, "language", LabelLogprobs(1.0), settings(mesh), mesh)
     load_model(role, init, seed=1)
-    save_model(role, Path(target), resolve_tokenizer("", model), data=data, origin=init)
+    save_model(role, Path(target), Card(resolve_tokenizer("", model), data, init))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Doors:
         guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, self._mesh)
         torch.manual_seed(0)
         with redirect_stderr(said):
-            step = Run(cfg, {"model": role}, {"data": loader}, guard, self._mesh).restore()
+            step = Run(cfg, {"model": role}, {}, {"data": loader}, guard, self._mesh).restore()
         log = cfg.run_dir / "metrics.jsonl"
         # One that is gone, or empty, is begun anew, and the run says so.
         lost = "metrics.jsonl has lost what it said until then" in said.getvalue()

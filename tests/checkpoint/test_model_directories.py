@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from megarlhf.checkpoint import checksums
 from megarlhf.checkpoint.hf_names import tensor_names
-from megarlhf.checkpoint.model_directory import describe_model, load_model, save_model, save_weights
+from megarlhf.checkpoint.model_directory import Card, describe_model, load_model, save_model, save_weights
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError
@@ -60,7 +60,9 @@ def hand_on(layout: ParallelLayout, sources: dict[str, str], targets: dict[str, 
         weights[kind] = whole_weights(role)
         if kind in targets:
             role.leave()
-            save_model(role, Path(targets[kind]), build_tiny_tokenizer(words()), score_offset=0.25, score_scale=2.0)
+            save_model(
+                role, Path(targets[kind]), Card(build_tiny_tokenizer(words()), score_offset=0.25, score_scale=2.0)
+            )
             assert role.resident_bytes() == 0
     return weights
 

@@ -49,7 +49,7 @@ def go_on_twice(model: str, where: str) -> dict[str, tuple[str, int, bool, float
         role = make(model, mesh, distributed, dtype)
         for index in range(before):
             step(role, index)
-        writer = StateWriter(directory, {"actor": role}, Retention(last=1, every=0), mesh)
+        writer = StateWriter(directory, {"actor": role}, {}, Retention(last=1, every=0), mesh)
         position = Position(step=before, parts={}, skipped_steps=0, bytes_written={})
         writer.start(position)
         writer.finish()

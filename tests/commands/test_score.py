@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megarlhf import cli
-from megarlhf.checkpoint.model_directory import load_model, save_model
+from megarlhf.checkpoint.model_directory import Card, load_model, save_model
 from megarlhf.commands import score
 from megarlhf.commands.score import ScoreConfig
 from megarlhf.data.arithmetic import words
@@ -169,7 +169,7 @@ def save(source: str, target: str) -> None:
     spec = score.checked_model(source, mesh.layout, "model").spec
     role = FrozenRole("model", spec, "language", LabelLogprobs(1.0), settings(mesh), mesh)
     load_model(role, source, seed=1)
-    save_model(role, Path(target), load_tokenizer(Path(source)))
+    save_model(role, Path(target), Card(load_tokenizer(Path(source))))
 
 
 def test_a_megarlhf_directory_says_the_same(oracle: Oracle, tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def two_and_two_steps(layout: ParallelLayout, where: str, folder: str, distribut
 
 def save(where: Path, position: Position, role: TrainableRole) -> None:
     """Write a state and wait for it; it is the only one kept."""
-    writer = StateWriter(where, {"actor": role}, Retention(last=1, every=0), role.mesh)
+    writer = StateWriter(where, {"actor": role}, {}, Retention(last=1, every=0), role.mesh)
     writer.start(position)
     writer.finish()
 

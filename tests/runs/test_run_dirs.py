@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.checkpoint.model_directory import save_model
+from megarlhf.checkpoint.model_directory import Card, save_model
 from megarlhf.checkpoint.training_state import Position, latest_state, read_position
 from megarlhf.config import load_config
 from megarlhf.data.arithmetic import words
@@ -258,14 +258,14 @@ def save_unsound(model: str, where: str) -> list[str]:
     mesh = start(ParallelLayout(), seed=1)
     role = frozen(model, LabelLogprobs(1.0), mesh)
     tokenizer = build_tiny_tokenizer(words())
-    save_model(role, Path(where, "sound"), tokenizer)
+    save_model(role, Path(where, "sound"), Card(tokenizer))
     said = []
     for number, spoil in enumerate((lambda w: w.view(-1)[0].fill_(float("nan")), lambda w: w.mul_(1e15))):
         spoilt = frozen(model, LabelLogprobs(1.0), mesh)
         for weight in spoilt.tensors("weights"):
             spoil(weight)
         with pytest.raises(TrainingError) as refused:
-            save_model(spoilt, Path(where, str(number)), tokenizer)
+            save_model(spoilt, Path(where, str(number)), Card(tokenizer))
         said.append(str(refused.value))
     return said
 

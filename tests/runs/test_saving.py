@@ -49,7 +49,7 @@ def the_role(model: str, mesh: Mesh, **optim: Any) -> TrainableRole:
 
 
 def writer_of(role: TrainableRole, where: Path, last: int = 1) -> StateWriter:
-    return StateWriter(where, {"actor": role}, Retention(last=last, every=0), role.mesh)
+    return StateWriter(where, {"actor": role}, {}, Retention(last=last, every=0), role.mesh)
 
 
 def at(step: int, best: Best | None = None) -> Position:
@@ -120,7 +120,7 @@ def test_a_metric_that_the_run_does_not_log_is_no_measure_of_the_best(
 def save_five(model: str, where: str) -> list[str]:
     """Returns the processes that are left of it."""
     role = the_role(model, start(ParallelLayout(data=2), seed=1))
-    writer = StateWriter(Path(where), {"actor": role}, Retention(last=1, every=2), role.mesh)
+    writer = StateWriter(Path(where), {"actor": role}, {}, Retention(last=1, every=2), role.mesh)
     for step in range(1, 6):
         writer.start(at(step, Best(step=min(step, 3), value=1.0)))
     writer.finish()
@@ -244,7 +244,7 @@ def test_an_error_leaves_no_half_of_a_state(ranks: int, left: list[str], model: 
 def save_weights_that_are_none(where: str, model: str) -> str:
     cfg = ppo_settings(Path(where), ParallelLayout(), "unused")
     role = the_role(model, start(ParallelLayout(), seed=1))
-    run = Run(cfg, {"actor": role}, {}, StepGuard(cfg.run_dir, 3, role.mesh), role.mesh)
+    run = Run(cfg, {"actor": role}, {}, {}, StepGuard(cfg.run_dir, 3, role.mesh), role.mesh)
     run.save(1, {})
     run.states.finish()
     next(iter(role.tensors("weights"))).view(-1)[0].fill_(math.nan)

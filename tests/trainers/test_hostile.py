@@ -85,7 +85,7 @@ def states(init: str, where: str) -> dict[str, str]:
     mesh = start(ParallelLayout(), seed=1)
     role = learner(init, LabelLogprobs(1.0), settings(mesh, offload="none"), mesh, OptimConfig())
     folder, mark, said = Path(where), Path(where) / "ran", {}
-    writer = StateWriter(folder / "checkpoints", {role.name: role}, Retention(1, 0), mesh)
+    writer = StateWriter(folder / "checkpoints", {role.name: role}, {}, Retention(1, 0), mesh)
     writer.start(Position(step=1, parts={}, skipped_steps=0, bytes_written={}))
     writer.finish()
     state, capsule = folder / "checkpoints" / "step_00000001", folder / "capsules" / "step_00000001"
