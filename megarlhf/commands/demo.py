@@ -24,8 +24,10 @@ from rich.table import Table
 from megarlhf.checkpoint.model_directory import MODEL, describe_model
 from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig
+from megarlhf.data.preferences import LabelledData
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.rows import BUILT_IN, DataConfig
+from megarlhf.data.sft import SftData
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, OutputError, printable
 from megarlhf.eval.accuracy import Evaluation, evaluate
@@ -116,7 +118,7 @@ def sft_config(cfg: DemoConfig) -> SftConfig:
         **_shared(cfg, "sft"),
         model=cfg.model,
         tokenizer="arithmetic",
-        data=_data(cfg, cfg.demonstrations, seed=cfg.seed),
+        data=SftData(**_data(cfg, cfg.demonstrations, seed=cfg.seed)),
         epochs=cfg.sft_epochs,
         global_batch=64,
         micro_batch=32,
@@ -129,8 +131,8 @@ def reward_config(cfg: DemoConfig) -> RewardConfig:
     return RewardConfig(
         **_shared(cfg, "reward"),
         model=str(sft_config(cfg).model_dir),
-        labelled=_data(cfg, cfg.judged, seed=cfg.seed + 1),
-        heldout=_data(cfg, 1000, seed=cfg.seed + 1, split="heldout"),
+        labelled=LabelledData(**_data(cfg, cfg.judged, seed=cfg.seed + 1)),
+        heldout=LabelledData(**_data(cfg, 1000, seed=cfg.seed + 1, split="heldout")),
         normalise="standardise",
         labelled_batch=64,
         micro_batch=16,
@@ -147,7 +149,7 @@ def ppo_config(cfg: DemoConfig) -> PPOConfig:
         actor=LearnerConfig(init=str(sft_config(cfg).model_dir), optim=actor),
         critic=LearnerConfig(optim=critic),
         reward=FrozenConfig(init=str(reward_config(cfg).model_dir)),
-        prompts=_data(cfg, 8000, seed=cfg.seed + 2),
+        prompts=DataConfig(**_data(cfg, 8000, seed=cfg.seed + 2)),
         sampling=SamplingConfig(temperature=1.0, max_new_tokens=MAX_NEW_TOKENS),
         iterations=cfg.iterations,
         rollout_batch=cfg.rollouts,
@@ -164,9 +166,10 @@ def _shared(cfg: DemoConfig, stage: str) -> dict[str, Any]:
     return {"run_dir": cfg.run_dir / stage, "seed": cfg.seed, "layout": cfg.layout, "save_every": 0}
 
 
-def _data(cfg: DemoConfig, rows: int, *, seed: int, split: str = "train") -> DataConfig:
+def _data(cfg: DemoConfig, rows: int, *, seed: int, split: str = "train") -> dict[str, Any]:
     problems = ArithmeticConfig(level=cfg.level, rows=rows, seed=seed)
-    return DataConfig(source=BUILT_IN, split=split, template="plain", max_tokens=MAX_TOKENS, arithmetic=problems)
+    fixed = {"source": BUILT_IN, "template": "plain", "max_tokens": MAX_TOKENS}
+    return {**fixed, "split": split, "arithmetic": problems}
 
 
 def _run(cfg: DemoConfig, argv: Sequence[str]) -> None:
@@ -257,7 +260,7 @@ class Outcome:
 def _evaluated(cfg: DemoConfig, mesh: Mesh) -> Outcome:
     inits = [str(sft_config(cfg).model_dir), str(ppo_config(cfg).model_dir)]
     tokenizer = resolve_tokenizer("", Model("model", inits[0], describe_model(inits[0])))
-    prompts = load_prompts(_data(cfg, cfg.problems, seed=cfg.seed + 3, split="heldout"), tokenizer)
+    prompts = load_prompts(DataConfig(**_data(cfg, cfg.problems, seed=cfg.seed + 3, split="heldout")), tokenizer)
     where, shared = str(reward_config(cfg).model_dir), ppo_config(cfg)
     judge = Model("reward", where, describe_model(where))
     scores = judge.description.scores()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megarlhf.data.shapes import Shape
 from megarlhf.errors import ConfigError
 
 _USUAL = {
     "prompt": ("question", "problem", "instruction", "query", "messages"),
     "answer": ("solution", "label", "target", "final_answer"),
     "response": ("completion", "output"),
+    "correct": ("helpfulness", "score", "rating", "label"),
 }
 """Names under which public data have a column."""
 
@@ -23,8 +26,12 @@ class Columns:
     setting: str = ""
     """Of the rows, for example `prompts`."""
     names: tuple[str, ...] = ()
+    shapes: tuple[Shape, ...] = ()
+    """Forms in which rows of this kind are found."""
     mapped: Mapping[str, str] = field(default_factory=dict[str, str])
     """The data's own name of some of them."""
+    shape: Shape | None = None
+    """The form that these rows have; None where they have none of them, or are made here."""
 
     def mapping(self, chosen: Mapping[str, str]) -> Columns:
         """These, under names as chosen. Raises ConfigError where one is of another kind of rows."""
@@ -34,11 +41,41 @@ class Columns:
                     f"{self.setting}.columns.{name}={chosen[name]}: these rows have no such column; they have "
                     f"{', '.join(self.names)}."
                 )
-        return Columns(self.setting, self.names, chosen)
+        return dataclasses.replace(self, mapped=chosen)
+
+    def shaped(self, row: Mapping[str, Any], source: str) -> Columns:
+        """These, in the form of the data's first row: a form of ours where it fits, else any other.
+
+        Raises:   ConfigError where two fit alike.
+        """
+        named = self.named(row)
+        fitting = [shape for shape in self.shapes if shape.fits(named)]
+        # A form that all of its columns were named for is what was asked for.
+        asked = [shape for shape in fitting if self.mapped and set(shape.columns) <= self.mapped.keys()]
+        found = asked or [shape for shape in fitting if shape.own] or fitting
+        if len(found) > 1:
+            forms = " and as ".join(shape.said for shape in found[:2])
+            ways = " or ".join(filter(None, map(self._asking_for, found)))
+            remedy = f"set {ways}" if ways else "remove the columns of one of them"
+            raise ConfigError(f"{self.setting}.source={source} can be read as {forms}; {remedy}.")
+        return dataclasses.replace(self, shape=found[0] if found else None)
+
+    def _asking_for(self, shape: Shape) -> str:
+        """The settings that choose a form; "" where it takes more than names."""
+        chosen = {name: name for name in shape.columns} if shape.own else shape.took
+        if not shape.own and {"messages", "conversations"} & set(shape.columns):
+            return ""
+        return " ".join(f"{self.setting}.columns.{name}={own}" for name, own in chosen.items())
 
     def named(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the data with its mapped columns under both names; one that is not there is under neither."""
-        return {**row, **{name: row[own] for name, own in self.mapped.items() if own in row}}
+        """A row of the data with its columns of ours: those of its shape, and above them the mapped ones.
+
+        One that is mapped stays under its own name too; one that is not there is under neither.
+        Raises:   MisfitError where the row is not of its shape.
+        """
+        mapped = {name: row[own] for name, own in self.mapped.items() if own in row}
+        shaped = {**row, **mapped}
+        return {**shaped, **self.shape.of(shaped), **mapped} if self.shape else shaped
 
     def lacking(self, row: Mapping[str, Any]) -> str | None:
         """The first mapped column that the row does not have."""
@@ -46,8 +83,9 @@ class Columns:
 
     def said(self, name: str) -> str:
         """A column as the data name it, for messages."""
-        own = self.mapped.get(name)
-        return repr(name) if own is None else f"{own!r} ({self.setting}.columns.{name})"
+        if name in self.mapped:
+            return f"{self.mapped[name]!r} ({self.setting}.columns.{name})"
+        return repr(self.shape.took.get(name, name) if self.shape else name)
 
     def hint(self, name: str, row: Mapping[str, Any]) -> str:
         """The setting that takes a column of a usual name for the one that is missing; "" where there is none."""

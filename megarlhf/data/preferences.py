@@ -1,35 +1,50 @@
 """What reward models learn from.
 
-Pairs have the columns `prompt` (text or a conversation), `chosen`, `rejected` (text) and, optionally, `margin` (a
-number > 0: how much better the chosen response is; it weighs the pair in the loss, and 1 is assumed without it).
-Judged responses have `prompt`, `response` and `correct` (a number from 0 to 1; soft labels allowed).
+Pairs have the columns `prompt` (text or a conversation), `chosen`, `rejected` (text or a turn) and, optionally,
+`margin` (a number > 0: how much better the chosen response is; it weighs the pair in the loss, and 1 is assumed without
+it).
+Judged responses have `prompt`, `response` and `correct` (a number from 0 to 1, or to `scale`; soft labels allowed).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import pydantic
 import torch
 from torch import Tensor
 
 from megarlhf.batch.supervised import LabelledResponses, PreferencePairs
 from megarlhf.data.arithmetic import labelled_rows, preference_rows
 from megarlhf.data.columns import Columns
-from megarlhf.data.rows import DataConfig, Row, load_rows, pad_right, within_limit
+from megarlhf.data.rows import HERE, DataConfig, Origin, Row, pad_right, read_rows, within_limit
+from megarlhf.data.shapes import JUDGED, PAIRS
 from megarlhf.data.tokenizer import Template, Tokenizer
+
+
+class LabelledData(DataConfig):
+    """Where judged responses come from and how they become tokens."""
+
+    scale: float = pydantic.Field(default=1.0, gt=0)
+    """The best grade that `correct` can be, where 0 is the worst: 4 for HelpSteer2's helpfulness. Grades are divided by
+    it."""
 
 
 @dataclass(frozen=True)
 class PreferenceSet:
     """Tokenised pairs: each entry of `chosen` and `rejected` is the prompt with that response, EOS included."""
 
+    prompt_lengths: Sequence[int]
+    """How many tokens of both are the prompt."""
     chosen: Sequence[Sequence[int]]
     rejected: Sequence[Sequence[int]]
     margins: Sequence[float]
     pad_id: int
     dropped: int
     """Rows left out because they were over the limit."""
+    origin: Origin = HERE
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -66,6 +81,7 @@ class LabelledSet:
     pad_id: int
     dropped: int
     """Rows left out because they were over the limit."""
+    origin: Origin = HERE
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -93,39 +109,63 @@ class LabelledSet:
         return LabelledResponses(tokens, lengths, correct, torch.ones_like(correct))
 
 
-def load_preferences(config: DataConfig, tokenizer: Tokenizer) -> PreferenceSet:
-    """Read, check and tokenise preference pairs; a pair counts as long as its longer side.
+def load_preferences(config: DataConfig, tokenizer: Tokenizer, setting: str = "pairs") -> PreferenceSet:
+    """Read, check and tokenise preference pairs, of the setting that is named; a pair is as long as its longer side.
 
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
-    rows = load_rows(config, preference_rows, Columns("pairs", ("prompt", "chosen", "rejected", "margin")))
+    kind = Columns(setting, ("prompt", "chosen", "rejected", "margin"), PAIRS)
     tokenizer = tokenizer.taking(config.control_tokens)
-    margins = [_margin(row) for row in rows]
-    chosen = [_encode(row, "chosen", tokenizer, config.rendering) for row in rows]
-    rejected = [_encode(row, "rejected", tokenizer, config.rendering) for row in rows]
-    for row in rows:
-        if row.columns["chosen"] == row.columns["rejected"]:
-            raise row.fault("rejected", "the same text as chosen; a pair must differ")
-    kept = within_limit(config, rows, [max(len(c), len(r)) for c, r in zip(chosen, rejected, strict=True)])
-    chosen, rejected, margins = zip(*((chosen[i], rejected[i], margins[i]) for i in kept), strict=True)
-    return PreferenceSet(chosen, rejected, margins, tokenizer.pad_id, len(rows) - len(kept))
+    loaded = read_rows(config, preference_rows, kind, lambda row: _pair(row, tokenizer, config.rendering))
+    kept = within_limit(config, loaded.rows, [max(len(pair.chosen), len(pair.rejected)) for pair in loaded.values])
+    pairs = [loaded.values[index] for index in kept]
+    return PreferenceSet(
+        [pair.prompt_length for pair in pairs],
+        [pair.chosen for pair in pairs],
+        [pair.rejected for pair in pairs],
+        [pair.margin for pair in pairs],
+        tokenizer.pad_id,
+        dropped=len(loaded.rows) - len(kept),
+        origin=loaded.origin,
+    )
 
 
-def load_labelled(config: DataConfig, tokenizer: Tokenizer, setting: str = "labelled") -> LabelledSet:
-    """Read, check and tokenise judged responses, of the setting that is named.
+def load_labelled(
+    config: DataConfig, tokenizer: Tokenizer, setting: str = "labelled", scale: float = 1.0
+) -> LabelledSet:
+    """Read, check and tokenise judged responses, of the setting that is named, whose best grade is `scale`.
 
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
-    rows = load_rows(config, labelled_rows, Columns(setting, ("prompt", "response", "correct")))
+    kind = Columns(setting, ("prompt", "response", "correct"), JUDGED)
     tokenizer = tokenizer.taking(config.control_tokens)
-    correct = [row.number_in("correct", 0, 1) for row in rows]
-    tokens = [_encode(row, "response", tokenizer, config.rendering) for row in rows]
-    kept = within_limit(config, rows, [len(ids) for ids in tokens])
-    return LabelledSet([tokens[i] for i in kept], [correct[i] for i in kept], tokenizer.pad_id, len(rows) - len(kept))
+
+    def read(row: Row) -> tuple[float, list[int]]:
+        correct = row.number_in("correct", 0, scale, f", or set {setting}.scale") / scale
+        prompt, response = row.answered_ids("response", tokenizer, config.rendering)
+        return correct, [*prompt, *response]
+
+    loaded = read_rows(config, labelled_rows, kind, read)
+    kept = within_limit(config, loaded.rows, [len(ids) for _, ids in loaded.values])
+    judged = [loaded.values[index] for index in kept]
+    correct, tokens = [grade for grade, _ in judged], [ids for _, ids in judged]
+    return LabelledSet(tokens, correct, tokenizer.pad_id, len(loaded.rows) - len(kept), loaded.origin)
 
 
-def _encode(row: Row, column: str, tokenizer: Tokenizer, template: Template) -> list[int]:
-    return [*row.prompt_ids(tokenizer, template), *row.response_ids(column, tokenizer)]
+class _Pair(NamedTuple):
+    prompt_length: int
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+
+
+def _pair(row: Row, tokenizer: Tokenizer, template: Template) -> _Pair:
+    margin = _margin(row)
+    prompt, chosen = row.answered_ids("chosen", tokenizer, template)
+    _, rejected = row.answered_ids("rejected", tokenizer, template)
+    if chosen == rejected:
+        raise row.fault("rejected", "the same text as chosen; a pair must differ")
+    return _Pair(len(prompt), [*prompt, *chosen], [*prompt, *rejected], margin)
 
 
 def _margin(row: Row) -> float:

@@ -3,7 +3,6 @@ a number, which is taken as JSON writes it)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +15,12 @@ from megarlhf.batch.rollouts import Prompts
 from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.columns import Columns
 from megarlhf.data.reasoning_gym import is_task
-from megarlhf.data.rows import DataConfig, Row, load_rows, pad_right, within_limit
+from megarlhf.data.rows import HERE, DataConfig, Origin, Row, pad_right, read_rows, within_limit
+from megarlhf.data.shapes import PROMPTS, as_text
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, DataError
 
-COLUMNS = Columns("prompts", ("prompt", "answer"))
+COLUMNS = Columns("prompts", ("prompt", "answer"), PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class PromptSet:
     """Rows left out because they were over the limit."""
     columns: Sequence[Mapping[str, Any]]
     """The rows as the data has them, `prompt` among them: text, or a conversation."""
+    origin: Origin = HERE
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -77,28 +78,28 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
 
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or prompts over the limit.
     """
-    rows = load_rows(config, prompt_rows, COLUMNS)
     tokenizer = tokenizer.taking(config.control_tokens)
-    tokens = [row.prompt_ids(tokenizer, config.rendering) for row in rows]
-    answers = [_answer(row) for row in rows]
-    kept = within_limit(config, rows, [len(ids) for ids in tokens])
+    loaded = read_rows(
+        config, prompt_rows, COLUMNS, lambda row: (row.prompt_ids(tokenizer, config.rendering), _answer(row))
+    )
+    rows, values = loaded.rows, loaded.values
+    kept = within_limit(config, rows, [len(ids) for ids, _ in values])
     return PromptSet(
-        [tokens[i] for i in kept],
-        [answers[i] for i in kept],
-        kept,
+        [values[i][0] for i in kept],
+        [values[i][1] for i in kept],
+        [rows[i].number - 1 for i in kept],
         tokenizer.pad_id,
         len(rows) - len(kept),
         [rows[i].columns for i in kept],
+        loaded.origin,
     )
 
 
 def _answer(row: Row) -> str:
     given = row.columns.get("answer")
-    if given == "" and is_task(row.source):
-        return ""  # the right one of some problems, which their verifier knows
-    if isinstance(given, int | float) and not isinstance(given, bool) and -math.inf < given < math.inf:
-        return str(given)
-    return "" if given is None else row.text("answer")
+    if given is None or (given == "" and is_task(row.source)):
+        return ""  # "" is the right one of some of the tasks' problems, which their verifier knows
+    return row.text("answer") if as_text(given) is given else as_text(given)
 
 
 def check_answered(prompts: PromptSet, source: str, why: str) -> None:

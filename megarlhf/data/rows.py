@@ -1,14 +1,10 @@
-"""Rows from where they lie: JSON lines, parquet, a hub name or directory, or the built-in task; checked one by one."""
+"""Rows of a source in the columns that their kind needs, checked one by one."""
 
 from __future__ import annotations
 
-import json
-import re
-from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import pydantic
 import torch
@@ -17,26 +13,28 @@ from torch import Tensor
 from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig, Split
 from megarlhf.data.columns import UNNAMED, Columns
-from megarlhf.data.inside import check_inside
+from megarlhf.data.dialogue import Dialogue, Supervise, encode_dialogue
 from megarlhf.data.reasoning_gym import ReasoningGymConfig, is_task, task_rows
+from megarlhf.data.shapes import MisfitError
+from megarlhf.data.sources import raw_rows, shown
 from megarlhf.data.tokenizer import ControlTokens, Message, Template, Tokenizer
 from megarlhf.errors import ConfigError, DataError
 
 BUILT_IN = "arithmetic"
-_FILE_ENDINGS = frozenset(
-    (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt", ".md", ".arrow", ".gz", ".zip", ".zst", ".xz")
-)
-"""No hub name ends so."""
 _NAMED = 5
-"""How many row numbers an error lists."""
+"""How many rows an error lists."""
+_CALLS = ("tool_calls", "function_call")
+"""Keys of a turn that calls tools. Templates differ in whether, and how, they write them."""
+T = TypeVar("T")
 
 
 class DataConfig(Config):
     """Where rows come from and how they become tokens."""
 
     source: str = ""
-    """A .jsonl or .parquet file, a directory or hub name that `datasets` loads, `arithmetic` (the built-in task), or
-    for prompts `reasoning_gym:TASK`, problems that the package makes.
+    """A file (.jsonl, .json, either as .gz, or .parquet), a directory or hub name that `datasets` loads, `arithmetic`
+    (the built-in task), or for prompts `reasoning_gym:TASK`, problems that the package makes. docs/data.md has the
+    forms of public data that are read as they are.
     Required, except where the model is a preset or was trained on the built-in task: then empty means that task."""
     subset: str = ""
     """Configuration of a hub data set; empty for its default."""
@@ -56,6 +54,9 @@ class DataConfig(Config):
     (`text`), or what ends turns and responses (`control`), for prompts in which the template is written out."""
     overlong: Literal["error", "drop"] = "error"
     """What to do with longer rows: stop and list them, or drop and count them. Rows are never cut."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """What to do with rows that cannot be used (no JSON, a column missing or of another kind, two responses of a pair
+    alike): stop and list the first of them, or drop, count and list them."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """What the built-in task generates."""
     reasoning_gym: ReasoningGymConfig = ReasoningGymConfig()
@@ -94,34 +95,60 @@ class Row:
         if value is None:
             raise self._missing(column, "text")
         if not isinstance(value, str):
-            raise self.fault(column, f"{_shown(value)} is not text; put it in quotes")
+            raise self.fault(column, f"{shown(value)} is not text; put it in quotes")
         if not value.strip():
             raise self.fault(column, "empty; write some text or remove the row")
         return self._whole(column, value)
 
-    def number_in(self, column: str, low: float, high: float) -> float:
-        """The column as a number in low..high; true and false are 1 and 0."""
+    def number_in(self, column: str, low: float, high: float, remedy: str = "") -> float:
+        """The column as a number in low..high; true and false are 1 and 0. remedy: what helps besides."""
         value = self.columns.get(column)
         if value is None:
             raise self._missing(column, "a number")
         if not isinstance(value, (int, float)):
-            raise self.fault(column, f"{_shown(value)} is not a number; write one without quotes")
+            raise self.fault(column, f"{shown(value)} is not a number; write one without quotes")
         if not low <= value <= high:
-            raise self.fault(column, f"{_shown(value)} is out of range; use {low:g} to {high:g}")
+            raise self.fault(column, f"{shown(value)} is out of range; use {low:g} to {high:g}{remedy}")
         return float(value)
 
     def prompt_ids(self, tokenizer: Tokenizer, template: Template) -> list[int]:
         """Ids of the column `prompt`, text or a conversation [{role, content}, ...]."""
-        conversation = isinstance(self.columns.get("prompt"), list)
-        prompt = self.messages("prompt") if conversation else self.text("prompt")
+        prompt = self._prompt()
         return self.encoded("prompt", lambda: tokenizer.encode_prompt(prompt, template))
 
-    def response_ids(self, column: str, tokenizer: Tokenizer) -> list[int]:
-        """Ids of a text column with the EOS that ends a response."""
-        response = self.text(column)
-        return self.encoded(column, lambda: tokenizer.encode_response(response))
+    def answered_ids(self, column: str, tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[int]]:
+        """Ids of the column `prompt`, and of a response to it with the EOS that ends it.
 
-    def encoded(self, column: str, encode: Callable[[], list[int]]) -> list[int]:
+        A response that is text is what a sampler would have written; one that is a turn, [{role, content}], is what
+        the chat template makes of the whole conversation.
+        """
+        if not isinstance(self.columns.get(column), list):
+            response = self.text(column)
+            ids = self.encoded(column, lambda: tokenizer.encode_response(response))
+            return self.prompt_ids(tokenizer, template), ids
+        prompt, turns = self._prompt(), self.messages(column)
+        before: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if len(turns) != 1:
+            raise self.fault(column, f"{len(turns)} turns; a response is one, of the assistant")
+        ((start, _),), ids = self.dialogue(column, [*before, *turns], tokenizer, template)
+        return ids[:start], ids[start:]
+
+    def dialogue(
+        self,
+        column: str,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        template: Template,
+        supervise: Supervise = "last",
+    ) -> Dialogue:
+        """Ids of a conversation that ends with the assistant, and where the turns that it is taught are."""
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise self.fault(column, "the conversation must end with the assistant, after at least one other turn")
+        if not messages[-1]["content"].strip():
+            raise self.fault(column, "the last turn is empty; write some text or remove the row")
+        return self.encoded(column, lambda: encode_dialogue(tokenizer, messages, template, supervise))
+
+    def encoded(self, column: str, encode: Callable[[], T]) -> T:
         """`encode()`, with what the tokenizer has against the text said of this row and column."""
         try:
             return encode()
@@ -132,12 +159,17 @@ class Row:
         """The column as a conversation of at least one turn, each with a role and content."""
         turns = self.columns.get(column)
         if not isinstance(turns, list) or not turns:
-            raise self.fault(column, f"{_shown(turns)} is not a conversation; give [{{role, content}}, ...]")
+            raise self.fault(column, f"{shown(turns)} is not a conversation; give [{{role, content}}, ...]")
         for turn in turns:
+            if isinstance(turn, dict) and any(turn.get(key) for key in _CALLS):
+                raise self.fault(column, f"turn {shown(turn)} calls a tool, and calls are not rendered; remove the row")
             if not isinstance(turn, dict) or any(not isinstance(turn.get(key), str) for key in ("role", "content")):
-                raise self.fault(column, f"turn {_shown(turn)} needs a role and a content, both text")
+                raise self.fault(column, f"turn {shown(turn)} needs a role and a content, both text")
             self._whole(column, turn["role"] + turn["content"])
         return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+    def _prompt(self) -> str | list[Message]:
+        return self.messages("prompt") if isinstance(self.columns.get("prompt"), list) else self.text("prompt")
 
     def _whole(self, column: str, text: str) -> str:
         """`text`, unless it has half of a surrogate pair, which JSON can spell and no tokenizer takes."""
@@ -149,41 +181,104 @@ class Row:
         return text
 
 
-def load_rows(
-    config: DataConfig, generate: Callable[[ArithmeticConfig, Split], list[dict]], kind: Columns = UNNAMED
-) -> list[Row]:
-    """All rows of `config.source` in order, with the columns of their kind; `generate` makes the built-in task's.
+@dataclass(frozen=True)
+class Origin:
+    """How rows were read, for a run to say at its start."""
 
-    JSON lines are parsed here, line by line, because the type inference of `datasets` reads a column of dates as
-    timestamps and turns "1" beside 2 into numbers, after which no bad row could be named.
+    shape: str = ""
+    """Their form; empty for rows that are made here."""
+    bad: Sequence[str] = ()
+    """What is wrong with each of those that were dropped."""
 
-    Raises:   DataError if the source is missing, empty or unreadable, or has no column that was named; ConfigError
-    for an unknown split, or a column that rows of this kind do not have.
+
+HERE = Origin()
+"""Of rows that are made here."""
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[T]):
+    """The rows of a source that can be used, and what was made of each."""
+
+    rows: Sequence[Row]
+    values: Sequence[T]
+    origin: Origin
+
+
+def read_rows(
+    config: DataConfig,
+    generate: Callable[[ArithmeticConfig, Split], list[dict]],
+    kind: Columns,
+    read: Callable[[Row], T],
+) -> Loaded[T]:
+    """`read` of every row of `config.source` in order, in the columns of their kind; `generate` makes the built-in
+    task's. `read` raises DataError for a row that cannot be used.
+
+    Raises:   DataError if the source is missing, empty or unreadable, if a row is bad and `config.bad_rows` says
+    error, or if all are; ConfigError for an unknown split, or a column that rows of this kind do not have.
     """
     kind = kind.mapping(config.columns)
     if not config.source:
         raise ConfigError(
             f"source is empty; name a file, directory or hub data set, or {BUILT_IN} (the built-in task)."
         )
-    source = Path(config.source)
     if is_generated(config.source):
-        if config.split not in ("", "train", "heldout"):
-            raise ConfigError(f"split: {config.source} has no {config.split!r}; choose train or heldout.")
-        rows: Iterable[Any] = _generated(config, generate, kind)
-    elif is_there(source, Path.is_dir) or not (_is_path(config.source) or is_there(source, Path.exists)):
-        rows = _datasets(config)
+        found: Iterable[dict[str, Any] | DataError] = _generated(config, generate, kind)
     else:
-        _check_file(config.source, config.split)
-        rows = _json_lines(source) if source.suffix == ".jsonl" else _datasets(config)
-    found = [Row(config.source, number, kind.named(row), kind) for number, row in enumerate(rows, start=1)]
-    if not found:
+        found = raw_rows(config.source, config.subset, config.split)
+    rows: list[Row] = []
+    values: list[T] = []
+    bad: list[str] = []
+    total, shaped = 0, is_generated(config.source)
+    for total, raw in enumerate(found, start=1):
+        try:
+            if isinstance(raw, DataError):
+                raise raw
+            if not shaped:
+                kind, shaped = kind.shaped(raw, config.source), True
+            row = _row(config.source, total, raw, kind)
+            value = read(row)
+        except DataError as error:
+            bad.append(str(error))
+            if config.bad_rows == "error" and len(bad) == _NAMED:
+                break
+        else:
+            rows.append(row)
+            values.append(value)
+    if not total:
         split = f", split {config.split}" if config.split else ""
         raise DataError(f"data is empty: {config.source}{split}; it needs at least one row.")
-    for row in found:
-        lacking = kind.lacking(row.columns)
-        if lacking is not None:
-            raise row.fault(lacking, f"not there; the row has {sorted(row.columns)}, name one of them")
-    return found
+    if bad and config.bad_rows == "error":
+        raise DataError(_said_of(bad, f"{kind.setting}.bad_rows=drop" if rows and kind.setting else ""))
+    if not rows:
+        raise DataError(f"no row is left: all {total} of {config.source} are bad, the first so: {bad[0]}")
+    return Loaded(rows, values, Origin(kind.shape.said if kind.shape else "", bad))
+
+
+def load_rows(
+    config: DataConfig, generate: Callable[[ArithmeticConfig, Split], list[dict]], kind: Columns = UNNAMED
+) -> Sequence[Row]:
+    """The rows alone, as `read_rows` has them."""
+    return read_rows(config, generate, kind, lambda row: row).rows
+
+
+def _row(source: str, number: int, raw: dict[str, Any], kind: Columns) -> Row:
+    try:
+        row = Row(source, number, kind.named(raw), kind)
+    except MisfitError as error:
+        raise Row(source, number, raw).fault(error.column, error.problem) from error
+    lacking = kind.lacking(raw)
+    if lacking is not None:
+        raise row.fault(lacking, f"not there; the row has {sorted(raw)}, name one of them")
+    return row
+
+
+def _said_of(bad: Sequence[str], drop: str) -> str:
+    """The first bad rows in one message, with the setting that drops them, where some are not bad."""
+    listed = "\n".join(bad)
+    if len(bad) == 1:
+        return f"{listed} Or leave such rows out: {drop}." if drop else listed
+    more = "\nThere may be more." if len(bad) == _NAMED else ""
+    return f"{listed}{more}" + (f" Mend them, or leave such rows out: {drop}." if drop else "")
 
 
 def is_generated(source: str) -> bool:
@@ -194,6 +289,8 @@ def is_generated(source: str) -> bool:
 def _generated(
     config: DataConfig, generate: Callable[[ArithmeticConfig, Split], list[dict]], kind: Columns
 ) -> list[dict]:
+    if config.split not in ("", "train", "heldout"):
+        raise ConfigError(f"split: {config.source} has no {config.split!r}; choose train or heldout.")
     split = "heldout" if config.split == "heldout" else "train"
     if config.source == BUILT_IN:
         return generate(config.arithmetic, split)
@@ -234,103 +331,3 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tenso
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
     return tokens, lengths
-
-
-def is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
-    """`kind(path)`, and False for what cannot be looked at: a name that no file system takes, a forbidden directory."""
-    try:
-        return kind(path)
-    except (OSError, ValueError):
-        return False
-
-
-def _check_file(source: str, split: str) -> None:
-    path = Path(source)
-    if not is_there(path, Path.exists):
-        local = len(path.parts) == 2 and is_there(path.parent, Path.is_dir)
-        hint = f", or start elsewhere if it is the hub's: a directory {path.parent} is here" if local else ""
-        raise DataError(f"data file does not exist: {source}; check the path{hint}.")
-    if path.suffix not in (".jsonl", ".parquet") or not path.is_file():
-        raise DataError(
-            f"data file has another form: {source}; give JSON lines (.jsonl: one object a line, where a .json list has "
-            "them in brackets) or .parquet."
-        )
-    if split not in ("", "train"):
-        raise ConfigError(f"split: {split!r} of {source}; a file is one split, leave it empty.")
-
-
-def _json_lines(path: Path) -> Iterator[dict]:
-    try:
-        lines = path.open("rb")
-    except OSError as error:
-        raise DataError(f"data file cannot be read: {path}: {error.strerror}; check it.") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield _json_object(line.removeprefix(BOM_UTF8) if number == 1 else line)
-            except _BadLineError as error:
-                raise DataError(f"bad row: {path}, row {number}{error}") from error.__cause__
-
-
-class _BadLineError(Exception):
-    """What to say after file and row."""
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode().rstrip(), object_pairs_hook=_columns)
-    except json.JSONDecodeError as error:
-        where = f", character {error.pos + 1}: not JSON ({error.msg}); every line must be one object."
-        raise _BadLineError(where) from error
-    except UnicodeDecodeError as error:
-        raise _BadLineError(f": not UTF-8 ({error.reason} at byte {error.start + 1}); re-encode it.") from error
-    except RecursionError as error:
-        raise _BadLineError(": lists or objects nested too deep; every line must be one object of columns.") from error
-    except ValueError as error:
-        raise _BadLineError(f": {error}; mend or remove the row.") from error
-    if not isinstance(row, dict):
-        raise _BadLineError(f": {_shown(row)}; every line must be one JSON object.")
-    return row
-
-
-def _columns(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    columns = dict(pairs)
-    if len(columns) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
-    return columns
-
-
-def _datasets(config: DataConfig) -> Iterable[Any]:
-    """Rows through `datasets`, which since version 4 runs no code from the hub."""
-    import datasets
-
-    directory = Path(config.source) if is_there(Path(config.source), Path.is_dir) else None
-    split = config.split or "train"
-    try:
-        if config.source.endswith(".parquet"):
-            return datasets.load_dataset("parquet", data_files=config.source, split="train")
-        if directory is not None:
-            check_inside(directory)
-        return datasets.load_dataset(config.source, config.subset or None, split=split)
-    except DataError:
-        raise
-    except Exception as error:  # hub, cache and format errors share no base class
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise DataError(
-            f"data cannot be read: {config.source}, split {split}: {reason}; give a .jsonl or .parquet file, or "
-            "a directory or hub name that `datasets` can load."
-        ) from error
-
-
-def _is_path(source: str) -> bool:
-    """Whether `source` cannot be a hub name (name or owner/name): asking the hub for it would only waste retries."""
-    owner, slash, _ = source.partition("/")
-    is_name = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source, re.ASCII) is not None and len(source) <= 96
-    is_local = bool(slash) and is_there(Path(owner), Path.is_dir)
-    return not is_name or is_local or Path(source).suffix.lower() in _FILE_ENDINGS
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -18,6 +18,7 @@ import torch
 
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.data.arithmetic import sft_rows
+from megarlhf.data.dialogue import Dialogue
 from megarlhf.data.rows import DataConfig, Row, load_rows
 from megarlhf.data.sft import SftSet, encode_demonstration
 from megarlhf.data.tokenizer import Template, Tokenizer
@@ -40,8 +41,8 @@ class ScoreSet:
 
     def batch(self, indices: Sequence[int]) -> TokenBatch:
         """The rows at `indices`, padded to the longest of them; what is predicted is what the loss mask marks."""
-        prompts, responses = zip(*(self._encoded(self.rows[index]) for index in indices), strict=True)
-        return SftSet(prompts, responses, _PADDING, dropped=0).batch(torch.arange(len(indices)))
+        rows = [self._encoded(self.rows[index]) for index in indices]
+        return SftSet(rows, _PADDING, dropped=0).batch(torch.arange(len(rows)))
 
     def check(self, vocab_size: int, context: int, added: Sequence[str]) -> None:
         """Tokenise every row once, to find what a model of this vocabulary and context (tokens) could not read.
@@ -53,10 +54,9 @@ class ScoreSet:
             for name in added:
                 if name in row.columns:
                     raise row.fault(name, "the output adds a field of this name; rename or remove this one")
-            prompt, response = self._encoded(row)
-            ids = [*prompt, *response]
-            if not prompt or not response:
-                counts = f"it has {len(prompt)} and {len(response)}"
+            ((read, _),), ids = self._encoded(row)
+            if not 0 < read < len(ids):
+                counts = f"it has {read} and {len(ids) - read}"
                 raise row.fault(_kind(row), f"a row needs a token to read and one to predict, {counts}; lengthen it")
             if len(ids) > context:
                 raise row.fault(_kind(row), f"{len(ids)} tokens, but the model's context is {context}; shorten the row")
@@ -64,11 +64,11 @@ class ScoreSet:
             if foreign is not None:
                 raise row.fault(_kind(row), f"the model has no token {foreign}; use ids of 0 to {vocab_size - 1}")
 
-    def _encoded(self, row: Row) -> tuple[list[int], list[int]]:
-        """(what is read, what is predicted)."""
+    def _encoded(self, row: Row) -> Dialogue:
+        """What is read, and where in it what is predicted is."""
         if _kind(row) == "tokens":
             ids = _token_ids(row)
-            return ids[:1], ids[1:]
+            return Dialogue([(min(1, len(ids)), len(ids))], ids)
         given = {name: value for name, value in row.columns.items() if value is not None}
         return encode_demonstration(Row(row.source, row.number, given), self.tokenizer(), self.template)
 

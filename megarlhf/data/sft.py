@@ -1,7 +1,7 @@
-"""Supervised text. Columns: `prompt` (text or a conversation) and `response` (text), or `messages`.
+"""Supervised text. Columns: `prompt` (text or a conversation) and `response` (text or a turn), or `messages`.
 
-`messages` is a conversation [{role, content}, ...] that ends with the assistant: that last turn is the response, and
-it alone is supervised.
+`messages` is a conversation [{role, content}, ...] that ends with the assistant. Its last turn is supervised, or with
+`supervise: all` every turn of the assistant.
 """
 
 from __future__ import annotations
@@ -15,70 +15,89 @@ from torch import Tensor
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.data.arithmetic import sft_rows
 from megarlhf.data.columns import Columns
-from megarlhf.data.rows import DataConfig, Row, load_rows, pad_right, within_limit
+from megarlhf.data.dialogue import Dialogue, Supervise
+from megarlhf.data.rows import HERE, DataConfig, Origin, Row, pad_right, read_rows, within_limit
+from megarlhf.data.shapes import DEMONSTRATIONS
 from megarlhf.data.tokenizer import Template, Tokenizer
+
+COLUMNS = Columns("data", ("prompt", "response", "messages"), DEMONSTRATIONS)
+
+
+class SftData(DataConfig):
+    """Where demonstrations come from and how they become tokens."""
+
+    supervise: Supervise = "last"
+    """Turns of a conversation (`messages`) that are learnt from: the `last`, or `all` of the assistant's, which are
+    what the chat template marks by {% generation %}, or else what it writes for them."""
 
 
 @dataclass(frozen=True)
 class SftSet:
-    """Tokenised prompts with their responses (EOS included)."""
+    """Tokenised demonstrations, EOS included."""
 
-    prompts: Sequence[Sequence[int]]
-    responses: Sequence[Sequence[int]]
+    rows: Sequence[Dialogue]
     pad_id: int
     dropped: int
     """Rows left out because they were over the limit."""
+    origin: Origin = HERE
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.rows)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True))
+        return max(len(row.ids) for row in self.rows)
 
     @property
     def count(self) -> int:
         """Tokens of all rows, prompts too."""
-        return sum(map(len, [*self.prompts, *self.responses]))
+        return sum(len(row.ids) for row in self.rows)
 
     @property
     def example(self) -> dict[str, Sequence[int]]:
         """The parts of the first row, by name."""
-        return {"prompt": self.prompts[0], "response": self.responses[0]}
+        row, read = self.rows[0], 0
+        parts: dict[str, Sequence[int]] = {}
+        for turn, (start, end) in enumerate(row.spans, start=1):
+            number = f" {turn}" if len(row.spans) > 1 else ""
+            parts |= {f"prompt{number}": row.ids[read:start], f"response{number}": row.ids[start:end]}
+            read = end
+        return parts
 
     def batch(self, indices: Tensor) -> TokenBatch:
         """The rows at `indices` (int64 [B]), padded to the longest of them; responses are supervised, EOS in."""
-        chosen: list[int] = indices.tolist()
-        tokens, lengths = pad_right([[*self.prompts[i], *self.responses[i]] for i in chosen], self.pad_id)
-        starts = torch.tensor([len(self.prompts[i]) for i in chosen], dtype=torch.int64)
-        label = torch.arange(1, tokens.shape[1])
-        return TokenBatch(tokens, lengths, (label >= starts[:, None]) & (label < lengths[:, None]))
+        chosen = [self.rows[index] for index in indices.tolist()]
+        tokens, lengths = pad_right([row.ids for row in chosen], self.pad_id)
+        taught = torch.zeros_like(tokens, dtype=torch.bool)
+        for at, row in enumerate(chosen):
+            for start, end in row.spans:
+                taught[at, start:end] = True
+        return TokenBatch(tokens, lengths, taught[:, 1:])
 
 
-def load_sft(config: DataConfig, tokenizer: Tokenizer) -> SftSet:
+def load_sft(config: DataConfig, tokenizer: Tokenizer, supervise: Supervise = "last") -> SftSet:
     """Read, check and tokenise demonstrations.
 
     Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
     """
-    rows = load_rows(config, sft_rows, Columns("data", ("prompt", "response", "messages")))
     tokenizer = tokenizer.taking(config.control_tokens)
-    encoded = [encode_demonstration(row, tokenizer, config.rendering) for row in rows]
-    kept = within_limit(config, rows, [len(prompt) + len(response) for prompt, response in encoded])
-    prompts, responses = zip(*(encoded[i] for i in kept), strict=True)
-    return SftSet(prompts, responses, tokenizer.pad_id, len(rows) - len(kept))
-
-
-def encode_demonstration(row: Row, tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[int]]:
-    """The ids of a row's prompt and of its response, EOS included. Raises DataError naming row and column."""
-    if "messages" not in row.columns:
-        return row.prompt_ids(tokenizer, template), row.response_ids("response", tokenizer)
-    messages = row.messages("messages")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise row.fault("messages", "the conversation must end with the assistant, after at least one other turn")
-    # Stripped as chat templates strip it: the headers end in a line break, and models read on from there.
-    response = messages[-1]["content"].strip()
-    return (
-        row.encoded("messages", lambda: tokenizer.encode_prompt(messages[:-1], template)),
-        row.encoded("messages", lambda: tokenizer.encode_response(response)),
+    loaded = read_rows(
+        config,
+        sft_rows,
+        COLUMNS,
+        lambda row: encode_demonstration(row, tokenizer, config.rendering, supervise),
     )
+    kept = within_limit(config, loaded.rows, [len(row.ids) for row in loaded.values])
+    rows = [loaded.values[index] for index in kept]
+    return SftSet(rows, tokenizer.pad_id, len(loaded.rows) - len(kept), loaded.origin)
+
+
+def encode_demonstration(row: Row, tokenizer: Tokenizer, template: Template, supervise: Supervise = "last") -> Dialogue:
+    """The ids of a row, EOS included, and where its responses are. Raises DataError naming row and column."""
+    if row.columns.get("tools"):
+        raise row.fault("tools", "definitions of tools are not rendered; remove the row, or the column")
+    if "messages" in row.columns:
+        return row.dialogue("messages", row.messages("messages"), tokenizer, template, supervise)
+    prompt, response = row.answered_ids("response", tokenizer, template)
+    return Dialogue([(len(prompt), len(prompt) + len(response))], [*prompt, *response])

@@ -25,17 +25,21 @@ MEMORY = 1 << 30
 LONGEST = 10_000_000
 """Characters that it may write, some 20 times the longest context."""
 
+OPENS, CLOSES = "generation_opens", "generation_closes"
+"""Variables: what to write before and after what an assistant wrote, nothing where they are not given."""
+
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an assistant wrote, for training; the text is the same without it."""
+    """`{% generation %}` is around what an assistant wrote, for training; the text is the same without it."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """Take the text between the tags as it is."""
+        """Take the text between the tags as it is, between two marks."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        opens, closes = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in (OPENS, CLOSES))
+        return [opens, nodes.Scope(body, lineno=line), closes]
 
 
 def environment() -> ImmutableSandboxedEnvironment:

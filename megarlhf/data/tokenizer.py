@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
+from megarlhf.data.rendered import Rendered, between
 from megarlhf.data.same_tokenizer import encoding_of, first_difference
 from megarlhf.errors import ConfigError, DataError
 from megarlhf.observe.files import link_out
 
 if TYPE_CHECKING:  # imported where used: transformers takes seconds that `--help` should not cost
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -136,8 +138,11 @@ class Tokenizer:
 
         Raises:   DataError if a word-level vocabulary lacks a word, or the tokenizer cannot read the text.
         """
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            return self._backend.encode(text, add_special_tokens=False)
         except BaseException as error:
             # The Rust library raises plain Exception, told apart by its text, or panics, which is no Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -191,30 +196,61 @@ class Tokenizer:
         Raises:   ConfigError if the tokenizer has no chat template; DataError if the template refuses the turns, writes
                   nothing or does not end, or a turn has a control token that is refused.
         """
-        texts = "".join(message["role"] + message["content"] for message in messages)
-        if self.control_tokens == "control" or not self._control.search(texts):
-            return self.encode(self.render_chat(messages, add_generation_prompt))
-        # Control tokens of the turns, and of the template, are told apart by a mark that only the former get.
-        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in texts)
-
-        def marked(text: str) -> str:
-            return self._control.sub(lambda token: mark + token[0] + mark, text)
-
-        turns: list[Message] = [{"role": marked(m["role"]), "content": marked(m["content"])} for m in messages]
-        pieces = re.split(f"{mark}({self._control.pattern}){mark}", self.render_chat(turns, add_generation_prompt))
-        if any(mark in piece for piece in pieces):
-            raise DataError(f"the chat template of {self.source} cuts control tokens of a turn in two; remove them.")
         encoders = (self.encode, self.encode_text)
+        pieces = self.rendered(messages, add_generation_prompt).pieces
         return [number for at, piece in enumerate(pieces) for number in encoders[at % 2](piece)]
+
+    def encode_rendered(self, rendered: Rendered) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a rendered conversation, and of each the characters of its text: from, and up to.
+
+        Raises:   DataError as `encode_chat` does.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for at, piece in enumerate(rendered.pieces):
+            end = start + len(piece)
+            if at % 2:  # the letters of a control token, which nothing divides
+                letters = self.encode_text(piece)
+                ids, offsets = ids + letters, offsets + [(start, end)] * len(letters)
+            else:
+                encoding = self._encoding(piece)
+                ids += encoding.ids
+                offsets += [(start + first, start + last) for first, last in encoding.offsets]
+            start = end
+        return ids, offsets
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text that `encode_chat` encodes."""
+        return self._render(messages, add_generation_prompt, ("", ""))
+
+    def rendered(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+        """The same, with what in it is to be told apart."""
+        texts = "".join(message["role"] + message["content"] for message in messages)
+        marks = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in texts)
+        mark, opens, closes = next(marks), next(marks), next(marks)
+        turns: Sequence[Message] = messages
+        if self.control_tokens != "control" and self._control.search(texts):
+            # Control tokens of the turns, and of the template, are told apart by a mark that only the former get.
+            def marked(text: str) -> str:
+                return self._control.sub(lambda token: mark + token[0] + mark, text)
+
+            turns = [{"role": marked(m["role"]), "content": marked(m["content"])} for m in messages]
+        text = self._render(turns, add_generation_prompt, (opens, closes))
+        generated = between(text.replace(mark, ""), opens, closes)
+        pieces = re.split(f"{mark}({self._control.pattern}){mark}", text.replace(opens, "").replace(closes, ""))
+        if any(mark in piece for piece in pieces):
+            raise DataError(f"the chat template of {self.source} cuts control tokens of a turn in two; remove them.")
+        return Rendered(pieces, generated)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, marks: tuple[str, str]) -> str:
         template = self._chat_template
         if template is None:
             raise ConfigError(
                 f"tokenizer has no chat template: {self.source}; add chat_template.jinja, or set template=plain."
             )
         from megarlhf.data.chat_template import render
+        from megarlhf.data.template_worker import CLOSES, OPENS
 
         roles = [message["role"] for message in messages]
         variables = {
@@ -223,6 +259,7 @@ class Tokenizer:
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
+            **dict(zip((OPENS, CLOSES), marks, strict=True)),
         }
         try:
             return render(_clock(self.date) + template, variables, trusted=template == LLAMA3_CHAT_TEMPLATE)

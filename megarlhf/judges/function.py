@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from megarlhf.data.prompts import PromptSet
-from megarlhf.data.rows import is_there
+from megarlhf.data.sources import is_there
 from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.judges.texts import MOST, Opinion, Reader, Response, Scorer, TextJudgeConfig, is_score
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megarlhf.data.rows import DataConfig
+from megarlhf.data.rows import DataConfig, Origin
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.spec import PRESETS
 from megarlhf.observe.terminal import Terminal
@@ -18,6 +18,8 @@ from megarlhf.runtime.checks import Model
 
 HEAD, TAIL = 400, 200
 """Characters shown of a long text: where it begins, and how it ends."""
+LISTED = 5
+"""Dropped rows that are shown."""
 
 
 class TokenRows(Protocol):
@@ -31,6 +33,11 @@ class TokenRows(Protocol):
     @property
     def count(self) -> int:
         """Tokens of all rows."""
+        ...
+
+    @property
+    def origin(self) -> Origin:
+        """How they were read."""
         ...
 
     @property
@@ -73,9 +80,18 @@ def say_data(sets: Iterable[DataSet], tokenizer: Tokenizer, mesh: Mesh, *, epoch
     """Say of each set its numbers, and its first row as the model reads it. epochs: passes over it, by name."""
     for each in sets:
         passes = f", epochs {epochs[each.name]:.3g}" if each.name in epochs else ""
-        say([f"{each}{passes}"], mesh)
+        say([f"{each}{passes}", *_how(each)], mesh)
         shown = each.rows.example.items()
         say([f"{each.name}, first row, {part}: {_cut(tokenizer.decode_all(ids))}" for part, ids in shown], mesh)
+
+
+def _how(each: DataSet) -> list[str]:
+    """The form in which rows were found, and those that were left out because they are bad."""
+    origin, bad = each.rows.origin, each.rows.origin.bad
+    lines = [f"{each.name}, read as: {origin.shape}"] if origin.shape else []
+    if bad:
+        lines += [f"{each.name}: {len(bad):,} bad rows dropped ({each.name}.bad_rows=drop), such as", *bad[:LISTED]]
+    return lines
 
 
 def remarks(sets: Iterable[DataSet], tokenizer: Tokenizer, model: Model, readers: Iterable[Model] = ()) -> list[str]:

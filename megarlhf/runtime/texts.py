@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import TypeVar
 
 import torch
 
@@ -14,8 +15,10 @@ from megarlhf.parallel.collectives import all_reduce
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.runtime.checks import Model
 
+Data = TypeVar("Data", bound=DataConfig)
 
-def chosen_data(data: DataConfig, name: str, model: Model) -> DataConfig:
+
+def chosen_data(data: Data, name: str, model: Model) -> Data:
     """`data`, the setting `name`, with a source and a template: where it has none, those of the model that reads it.
 
     Raises:   ConfigError when no source is named, and the model is neither a preset nor one of the built-in task.

@@ -25,7 +25,7 @@ from megarlhf.batch.base import cat
 from megarlhf.batch.supervised import Couples, LabelledResponses, PreferencePairs
 from megarlhf.checkpoint.model_directory import Card, ModelDescription, save_model
 from megarlhf.data.loader import Loader
-from megarlhf.data.preferences import LabelledSet, PreferenceSet, load_labelled, load_preferences
+from megarlhf.data.preferences import LabelledData, LabelledSet, PreferenceSet, load_labelled, load_preferences
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
@@ -67,9 +67,9 @@ class RewardConfig(RunConfig):
     """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
     pairs: DataConfig | None = None
     """Preference pairs: columns prompt, chosen, rejected, and optionally margin."""
-    labelled: DataConfig | None = None
-    """Judged responses: columns prompt, response, correct (0 to 1)."""
-    heldout: DataConfig | None = None
+    labelled: LabelledData | None = None
+    """Judged responses: columns prompt, response, correct (0 to 1, or to `labelled.scale`)."""
+    heldout: LabelledData | None = None
     """Judged responses to measure AUC on, and to normalise the scores by; without them it is done by training rows."""
     pointwise_weight: float = Field(default=1.0, gt=0)
     """Weight of the pointwise term. Source: the paper gives none; 1 weighs the terms equally."""
@@ -171,11 +171,18 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
     start_from = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
-    given = {"pairs": cfg.pairs, "labelled": cfg.labelled, "heldout": cfg.heldout}
-    data = {name: chosen_data(rows, name, start_from) for name, rows in given.items() if rows}
-    pairs = load_preferences(data["pairs"], tokenizer) if cfg.pairs else None
-    labelled = load_labelled(data["labelled"], tokenizer) if cfg.labelled else None
-    heldout = load_labelled(data["heldout"], tokenizer, "heldout") if cfg.heldout else None
+    asked = chosen_data(cfg.pairs, "pairs", start_from) if cfg.pairs else None
+    judged = {
+        name: chosen_data(rows, name, start_from)
+        for name, rows in (("labelled", cfg.labelled), ("heldout", cfg.heldout))
+        if rows
+    }
+    data = {**({"pairs": asked} if asked else {}), **judged}
+    pairs = load_preferences(asked, tokenizer) if asked else None
+    labelled, heldout = (
+        load_labelled(judged[name], tokenizer, name, judged[name].scale) if name in judged else None
+        for name in ("labelled", "heldout")
+    )
     couples = (cfg.pairs_batch if pairs else 0) + (cfg.labelled_batch // 2 if labelled else 0)
     check_batch("pairs_batch + labelled_batch / 2", couples, cfg.layout, cfg.micro_batch)
     steps = 1

@@ -12,8 +12,7 @@ from pydantic import Field
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.model_directory import Card, ModelDescription, save_model
 from megarlhf.data.loader import Loader
-from megarlhf.data.rows import DataConfig
-from megarlhf.data.sft import SftSet, load_sft
+from megarlhf.data.sft import SftData, SftSet, load_sft
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
@@ -47,7 +46,7 @@ class SftConfig(RunConfig):
     """Where the weights start: a model directory (Hugging Face or megarlhf), or a preset drawn from `seed`."""
     tokenizer: str = ""
     """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
-    data: DataConfig = DataConfig()
+    data: SftData = SftData()
     """Demonstrations: columns prompt and response, or messages."""
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine")
     """Optimiser. Source of the rate: Llama 3's SFT."""
@@ -63,7 +62,7 @@ class SftInputs:
 
     model: ModelDescription
     tokenizer: Tokenizer
-    data: DataConfig
+    data: SftData
     rows: SftSet
     steps: int
 
@@ -78,7 +77,7 @@ def prepare(cfg: SftConfig) -> SftInputs:
     check_tokenizer(tokenizer, model.spec, "model")
     check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
     data = chosen_data(cfg.data, "data", start_from)
-    rows = load_sft(data, tokenizer)
+    rows = load_sft(data, tokenizer, data.supervise)
     check_longest("data", rows.longest, model.spec)
     check_rows("global_batch", cfg.global_batch, "data", len(rows))
     steps = max(1, round(cfg.epochs * len(rows) / cfg.global_batch))

@@ -79,7 +79,7 @@ def test_numbers_are_answers_as_json_writes_them() -> None:
             loaded()
 
 
-@pytest.mark.parametrize("usual", ["question", "problem", "instruction", "query", "messages"])
+@pytest.mark.parametrize("usual", ["problem", "query", "messages"])
 def test_the_setting_that_takes_a_usual_name_is_said_and_works(usual: str) -> None:
     write({usual: "Tom has 5.", "answer": "5"})
     with pytest.raises(DataError) as error:
@@ -119,7 +119,7 @@ def test_a_column_that_is_not_there_is_named() -> None:
         loaded(prompt="question")
     assert str(error.value) == (
         "bad row: rows.jsonl, row 2, column 'question' (prompts.columns.prompt): not there; the row has ['prompt'], "
-        "name one of them."
+        "name one of them. Or leave such rows out: prompts.bad_rows=drop."
     )
     write({"question": 5})
     with pytest.raises(DataError, match=r"column 'question' \(prompts\.columns\.prompt\): 5 is not text; put it in q"):
@@ -140,6 +140,6 @@ def test_other_kinds_of_rows_take_it_too() -> None:
     pairs = load_preferences(config(chosen="good", rejected="bad"), TOKENIZER)
     assert [TOKENIZER.decode(row) for row in (*pairs.chosen, *pairs.rejected)] == ["Tom has 5. 5", "Tom has 5. 6"]
     assert load_labelled(config(response="good", correct="right"), TOKENIZER).correct == [1.0]
-    assert [TOKENIZER.decode(row) for row in load_sft(config(response="good"), TOKENIZER).responses] == ["5"]
+    assert [TOKENIZER.decode(row.ids) for row in load_sft(config(response="good"), TOKENIZER).rows] == ["Tom has 5. 5"]
     with pytest.raises(ConfigError, match=r"^heldout\.columns\.answer=good: these rows have no such column"):
         load_labelled(config(answer="good"), TOKENIZER, "heldout")

@@ -184,7 +184,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_looks_like_a_file_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "list.json").write_text('[{"prompt": "a"}]')
+    (tmp_path / "data" / "list.csv").write_text("prompt")
     (tmp_path / "rows").write_text('{"prompt": "a"}')
     missing = [
         "data/sft.json",
@@ -200,7 +200,7 @@ def test_what_looks_like_a_file_is_never_asked_of_the_hub(tmp_path: Path, monkey
     for source in missing:
         with pytest.raises(DataError, match="data file does not exist: "):
             load_rows(DataConfig(source=source), lambda config, split: [])
-    for source in ("data/list.json", "rows", "/dev/null"):
+    for source in ("data/list.csv", "rows", "/dev/null"):
         with pytest.raises(DataError, match=r"another form: .*; give JSON lines \(\.jsonl"):
             load_rows(DataConfig(source=source), lambda config, split: [])
     with pytest.raises(DataError, match="asked for"):
