@@ -8,6 +8,7 @@ Source: Shao et al. 2024 (arXiv 2402.03300).
 from __future__ import annotations
 
 from megarlhf.batch.rollouts import Prompts
+from megarlhf.errors import ConfigError
 from megarlhf.ops.group_advantages import group_advantages, to_tokens
 from megarlhf.trainers.critic_free import (
     LEARNERS,
@@ -29,6 +30,25 @@ class GRPOConfig(CriticFreeConfig):
 
     group_std: GroupStdConfig | None = GroupStdConfig()
     """What a group's advantages are divided by; null divides by nothing."""
+
+    @property
+    def remarks(self) -> list[str]:
+        """That a group's scores are divided by their standard deviation twice, where they are."""
+        twice = (
+            "shaping.normalise=group divides a group's scores by their standard deviation, and group_std what came of "
+            "that once more: by about 1, unless later steps of shaping or a KL in the reward move it; "
+            "shaping.normalise=none divides once."
+        )
+        return [*super().remarks, *([twice] if self.shaping.normalise == "group" else [])]
+
+    def check_sizes(self) -> None:
+        """Raise where the numbers of a run do not go together, before anything is read."""
+        if self.group_std is None and self.shaping.normalise == "group":
+            raise ConfigError(
+                "shaping.normalise=group with group_std=null: it divides by the standard deviation that is to be left "
+                "out; set shaping.normalise to none or batch, or divide by group_std, as grpo does."
+            )
+        super().check_sizes()
 
 
 def grpo_iteration(cast: Cast, prompts: Prompts, cfg: GRPOConfig, turn: Turn) -> CriticFreeIteration:

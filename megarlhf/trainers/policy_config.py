@@ -229,6 +229,11 @@ class PolicyConfig(RunConfig):
         unknown = GAPS if self.old_logprobs == "sampler" else set[str]()
         return (names_of("rollout", "policy") - unknown) | judges | failures | correction
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a start says of settings that are odd together, though they mean something."""
+        return []
+
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
         check_rolls_out(self.layout, self.rollout, offload=self.offload, fp8=self.compute.fp8 != "off")

@@ -260,7 +260,7 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
     say([verifier_remark(inputs.verifier, inputs.prompts), *filter(None, [inputs.doubts])], mesh)
     each = f"{cfg.rollouts_per_iteration:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
     say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
-    print_remark(cut_score_remark(cfg, cast.panel.wrong_score), mesh)
+    print_remark("\n".join(filter(None, [*cfg.remarks, cut_score_remark(cfg, cast.panel.wrong_score)])), mesh)
 
 
 def _following(cfg: PolicyConfig) -> tuple[str, ...]:

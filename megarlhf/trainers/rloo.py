@@ -37,6 +37,15 @@ class RLOOConfig(CriticFreeConfig):
     kl_in: Literal["loss", "reward"] = "reward"
     """Where the KL is paid: in the reward that advantages are made of. Source: RLOO, eq. 3."""
 
+    @property
+    def remarks(self) -> list[str]:
+        """That a group's scores are divided by their standard deviation, where they are."""
+        divided = (
+            "shaping.normalise=group divides a group's scores by their standard deviation, and RLOO by nothing: "
+            "advantages become GRPO's, times n / (n - 1); shaping.normalise=none leaves RLOO's."
+        )
+        return [*super().remarks, *([divided] if self.shaping.normalise == "group" else [])]
+
 
 def rloo_iteration(cast: Cast, prompts: Prompts, cfg: RLOOConfig, turn: Turn) -> CriticFreeIteration:
     """Roll out, score, estimate, optimise: once. Collective: every rank calls it with the same prompts."""

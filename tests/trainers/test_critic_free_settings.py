@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -12,11 +14,16 @@ import torch
 from megarlhf.errors import ConfigError
 from megarlhf.judges.shaping import Shaper
 from megarlhf.observe.metrics import names_of
+from megarlhf.ops.group_advantages import group_advantages, leave_one_out
+from megarlhf.ops.scores import group_moments, normalised
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.trainers.critic_free import CriticFreeConfig, critic_free_loss
+from megarlhf.trainers.critic_free import CriticFreeConfig, GroupStdConfig, critic_free_loss
 from megarlhf.trainers.policy_config import PolicyInputs
 from tests.helpers.models import policy_and_judge
-from tests.trainers.test_critic_free import EVENNESS, TRAINERS, config, rows_of
+from tests.helpers.ranks import run_ranks
+from tests.trainers.test_critic_free import EVENNESS, TRAINERS, config, metrics_of, rows_of
+
+BY_GROUP: dict[str, Any] = {"shaping": {"normalise": "group"}}
 
 
 def cfg_of(name: str, run_dir: Path, *, more: bool = True, **changes: Any) -> CriticFreeConfig:
@@ -47,6 +54,8 @@ def cfg_of(name: str, run_dir: Path, *, more: bool = True, **changes: Any) -> Cr
             "sampler_correction.rule=mask with old_logprobs=sampler: the ratio has the gap in it already",
         ),
         ("grpo", {"rollout_batch": 6}, "rollout_batch=6 is not divisible by group_size=4"),
+        ("dr_grpo", BY_GROUP, "shaping.normalise=group with group_std=null: it divides by the standard deviation that"),
+        ("grpo", {**BY_GROUP, "group_std": None}, "group_std=null: .*; set shaping.normalise to none or batch, or"),
         ("dapo", {"kl_bound": 3.0}, "kl_bound=3: nothing logs kl/reference_mean here"),
         (
             "gspo",
@@ -144,6 +153,43 @@ def test_a_run_of_gspo_goes_on_whose_settings_say_fused_as_all_once_did(tmp_path
     assert cfg.changes() == {}
     with pytest.raises(ConfigError, match=r"other settings \(ratio 'sequence' -> 'token'\)"):
         cfg.model_copy(update={"ratio": "token"}).check_run_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        *((name, ["group_std what came of that once more: by about 1"]) for name in ("grpo", "dapo", "gspo", "cispo")),
+        ("rloo", ["advantages become GRPO's, times n / (n - 1); shaping.normalise=none leaves RLOO's."]),
+        ("reinforce", []),
+    ],
+)
+def test_what_is_odd_is_said_at_the_start(name: str, says: list[str], tmp_path: Path) -> None:
+    cfg = cfg_of(name, tmp_path, **BY_GROUP)
+    cfg.check_sizes()
+    assert [part in remark for part, remark in zip(says, cfg.remarks, strict=True)] == [True] * len(says)
+    assert cfg_of(name, tmp_path).remarks == []
+
+
+def start_of(folder: str, where: str) -> str:
+    """What a run says, which has one iteration."""
+    with redirect_stderr(StringIO()) as said:
+        metrics_of("rloo", folder, where, {"iterations": 1, "gates": "off", **BY_GROUP})
+    return said.getvalue()
+
+
+def test_a_start_says_it(folder: str, tmp_path: Path) -> None:
+    (said,) = run_ranks(start_of, 1, folder, str(tmp_path))
+    assert said.count("shaping.normalise=none leaves RLOO's.\n") == 1
+
+
+def test_a_second_division_by_a_groups_spread_is_by_about_1_and_rloo_with_one_is_grpo() -> None:
+    scores = torch.tensor([0.0, 3.0, 1.0, 8.0, 2.0, 2.0, 2.0, 5.0])
+    std = GroupStdConfig().divisor
+    once, (mean, spread) = group_advantages(scores, 4, std), group_moments(scores, 4)
+    divided = normalised(scores, mean, spread)
+    torch.testing.assert_close(group_advantages(divided, 4, std), once, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(group_advantages(divided, 4, None), once)  # what Dr.GRPO would do again
+    torch.testing.assert_close(leave_one_out(divided, 4), once * 4 / 3)
 
 
 def test_a_reference_is_loaded_where_a_kl_asks_for_one(tmp_path: Path) -> None:
