@@ -11,20 +11,19 @@ from torch import Tensor
 from megarlhf_kernels import (
     Clip,
     Discount,
-    PolicyTerms,
     Shaping,
     clipped_policy_loss,
     full_kl,
     linear_logprob,
-    linear_ppo,
     rewards_gae,
     token_logprob,
 )
+from megarlhf_kernels.dispatch import Impl
 from megarlhf_kernels.full_kl import definition as exact_kl
 from megarlhf_kernels.linear_logprob import definition as exact_linear
-from megarlhf_kernels.linear_ppo import definition as exact_ppo
 from megarlhf_kernels.token_logprob import definition as exact_token
-from tests.kernels.linear_cases import worst
+from tests.kernels import linear_cases
+from tests.kernels.linear_cases import LOSSES, Case, a_case, worst
 
 pytestmark = pytest.mark.gpu
 
@@ -80,23 +79,10 @@ def test_linear_logprob() -> None:
     )
 
 
-def test_linear_ppo() -> None:
-    at, hidden, weight = labels(), draw(ROWS, HIDDEN, seed=1), draw(VOCAB, HIDDEN, seed=2, scale=0.1)
-    old, _ = linear_logprob(hidden, weight, at)
-    terms = PolicyTerms(old + draw(ROWS, seed=3), draw(ROWS, seed=4), clip=Clip(0.2, 0.2), entropy_coef=0.1)
-    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss, *_ = linear_ppo(h, w, at, terms, impl="triton")
-    got = [loss.detach(), *torch.autograd.grad(loss, (h, w))]
-
-    def by_definition(dtype: torch.dtype) -> list[Tensor]:
-        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
-        tensors = PolicyTerms(terms.logprobs.to(dtype), terms.advantages.to(dtype), clip=terms.clip, entropy_coef=0.1)
-        total = exact_ppo(h, w, at, tensors)
-        return [total.detach(), *torch.autograd.grad(total, (h, w))]
-
-    exact, plain = by_definition(torch.float64), by_definition(torch.float32)
-    for ours, theirs, expected in zip(got, plain, exact, strict=True):
-        assert worst([ours], [expected]) <= 2 * worst([theirs], [expected]) + 1e-5
+@pytest.mark.parametrize("loss", LOSSES)
+def test_linear_ppo(loss: str) -> None:
+    case = Case(*(x.cuda() for x in a_case(ROWS, VOCAB, HIDDEN, scale=2.0)))
+    linear_cases.assert_as_good_as_torch(case, LOSSES[loss](case), impl="triton")
 
 
 def test_half_precision_goes_through_matmuls_with_fp32_output() -> None:
@@ -124,10 +110,11 @@ def test_full_kl() -> None:
     )
 
 
-def test_losses_and_estimates_equal_their_references() -> None:
+@pytest.mark.parametrize("clip", [Clip(0.2, 0.2), Clip(0.1, 0.3, 1.5)], ids=["clip", "dual clip"])
+def test_losses_and_estimates_equal_their_references(clip: Clip) -> None:
     tokens = [draw(64, 1500, seed=i) for i in range(3)]
     mask = torch.arange(1500, device="cuda") < torch.randint(1, 1500, (64, 1), device="cuda")
-    for got, want in zip(*(_policy(tokens, mask, impl) for impl in ("triton", "reference")), strict=True):
+    for got, want in zip(*(_policy(tokens, mask, clip, impl) for impl in ("triton", "reference")), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     shaping, discount = Shaping(tokens[1], draw(64, seed=8), 0.1), Discount(1.0, 0.95)
     ended = draw(64, seed=7) > 0
@@ -138,7 +125,7 @@ def test_losses_and_estimates_equal_their_references() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def _policy(tokens: list[Tensor], mask: Tensor, impl) -> list[Tensor]:
+def _policy(tokens: list[Tensor], mask: Tensor, clip: Clip, impl: Impl) -> list[Tensor]:
     new = tokens[0].clone().requires_grad_()
-    total, count, metrics = clipped_policy_loss(new, tokens[1], tokens[2], mask, clip=Clip(0.2, 0.2), impl=impl)
+    total, count, metrics = clipped_policy_loss(new, tokens[1], tokens[2], mask, clip=clip, impl=impl)
     return [total.detach(), count, *metrics.values(), *torch.autograd.grad(total, new)]
