@@ -16,7 +16,7 @@ from megarlhf.judges.panel import Judgement
 from megarlhf.models.exact_kl import exact_kl
 from megarlhf.models.role import Role, Update
 from megarlhf.observe.metrics import Metrics
-from megarlhf.ops.kl import kl_estimate, kl_k1, kl_k3
+from megarlhf.ops.kl import kl_estimate
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
 from megarlhf.ops.sampler_correction import token_mult_prob_error
 from megarlhf_kernels.linear_ppo import Estimator
@@ -72,13 +72,14 @@ def reference_metrics(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float, estimator: Estimator = "k1"
 ) -> Metrics:
     """How far the policy is from its reference, [B, T] each, and what `kl_coef` a nat of the estimator takes for it."""
-    kl, rows = kl_k1(logprobs, ref_logprobs), len(mask)
-    mean = float(masked_sum(kl, mask)) / rows
+    names: set[Estimator] = {"k1", "k3", estimator}
+    sums = {name: float(masked_sum(kl_estimate(logprobs, ref_logprobs, name), mask)) for name in names}
+    rows, tokens = len(mask), int(mask.sum())
     return {
-        "kl/reference_mean": mean,
-        "kl/reference_k3_mean": float(masked_sum(kl_k3(logprobs, ref_logprobs), mask)) / rows,
-        "kl/reference_per_token": float(masked_mean(kl, mask)),
-        "kl/penalty_mean": kl_coef * float(masked_sum(kl_estimate(logprobs, ref_logprobs, estimator), mask)) / rows,
+        "kl/reference_mean": sums["k1"] / rows,
+        "kl/reference_k3_mean": sums["k3"] / rows,
+        "kl/reference_per_token": sums["k1"] / max(tokens, 1),
+        "kl/penalty_mean": kl_coef * sums[estimator] / rows,
         "kl/coef": kl_coef,
     }
 

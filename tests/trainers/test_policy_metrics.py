@@ -1,0 +1,38 @@
+"""What an iteration reports of its rollouts, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megarlhf.trainers.policy_metrics import reference_metrics
+from megarlhf_kernels.linear_ppo import Estimator
+
+
+@pytest.mark.parametrize(
+    ("estimator", "paid"),
+    [("k1", 3 * math.log(2)), ("k2", 5 * math.log(2) ** 2 / 2), ("k3", 0.75 - 2 + 3 * math.log(2))],
+)
+def test_the_distance_to_the_reference_by_hand(estimator: Estimator, paid: float) -> None:
+    """Two responses: tokens twice and four times as likely as by the reference; and one as likely, with padding."""
+    gap = math.log(2) * torch.tensor([[1.0, 2.0], [0.0, 9.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    found = reference_metrics(gap - 3.0, torch.full_like(gap, -3.0), mask, kl_coef=0.1, estimator=estimator)
+    assert found == pytest.approx(
+        {
+            "kl/reference_mean": 3 * math.log(2) / 2,
+            # e^-x - 1 + x at log 2 and log 4
+            "kl/reference_k3_mean": (0.5 - 1 + 0.25 - 1 + 3 * math.log(2)) / 2,
+            "kl/reference_per_token": 3 * math.log(2) / 3,
+            "kl/penalty_mean": 0.1 * paid / 2,
+            "kl/coef": 0.1,
+        }
+    )
+
+
+def test_where_nothing_was_said_there_is_no_distance() -> None:
+    nothing = torch.zeros(2, 3)
+    found = reference_metrics(nothing - 1.0, nothing, nothing.bool(), kl_coef=0.1)
+    assert found == {**dict.fromkeys(found, 0.0), "kl/coef": 0.1}
