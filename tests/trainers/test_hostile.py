@@ -102,12 +102,12 @@ def states(init: str, where: str) -> dict[str, str]:
     for file in (".metadata", "common.pt", "__0_0.distcp"):
         shutil.rmtree(state)
         shutil.copytree(folder / "whole", state)
-        poison(state / role.name / file, mark)
+        poison(state / role.name / "weights" / file, mark)
         attempt(f"{file}, replay, unsummed", lambda: replay._load(role, capsule))
         sum_again(state)
         attempt(f"{file}, resume", lambda: load_state(state, {role.name: role}))
         attempt(f"{file}, replay", lambda: replay._load(role, capsule))
-        shutil.copytree(state / role.name, capsule / "weights")
+        shutil.copytree(state / role.name / "weights", capsule / "weights")
         write_checksums(capsule / "weights")
         attempt(f"{file}, capsule", lambda: replay._load(role, capsule))
         shutil.rmtree(capsule / "weights")
@@ -122,7 +122,7 @@ def test_hostile_training_states_and_capsules(models: Path, tmp_path: Path) -> N
     for name, message in said.items():
         file = name.partition(",")[0]
         if name.endswith("unsummed"):
-            assert f"learner/{file} was changed after it was saved; write the name of another state" in message
+            assert f"learner/weights/{file} was changed after it was saved; write the name of another state" in message
         elif file == ".metadata":
             assert SAYS in message
         else:
