@@ -25,8 +25,8 @@ class ShapingConfig(Config):
     """1. Scores are clipped to +- this, in reward; null clips nothing."""
     normalise: Literal["none", "group", "batch", "running"] = "none"
     """2. Their mean is taken off and they are divided by their standard deviation + 1e-6: those of the responses to one
-    prompt (`group`, divided by their number less one), of the iteration (`batch`), or of all iterations so far
-    (`running`)."""
+    prompt (`group`, divided by their number less one), of what the iteration learns from (`batch`), or of all that was
+    learnt from so far (`running`)."""
     positive: float = Field(default=1.0, ge=0)
     """3. Scores above 0 are multiplied by this. Source: arXiv 2412.06000, which does not say how much."""
     negative: float = Field(default=1.0, ge=0)

@@ -29,6 +29,9 @@ class UnknownMetricError(KeyError):
 
 
 _ROLLOUTS = "mean over the rollouts of the iteration"
+_LEARNT = "mean over the rollouts that the iteration learns from"
+"""All of them, but in dapo, which draws more than it keeps."""
+_LEARNT_TOKENS = "mean over the response tokens that the iteration learns from"
 _TOKENS = "sum over response tokens / their global count; mean over the optimiser steps of the iteration"
 _TOKENS_ONCE = "sum over response tokens / their global count"
 _STEPS = "mean over the optimiser steps of the iteration"
@@ -42,19 +45,17 @@ _ROLLOUT = {
     "rollout/score_max": Metric("reward", "max(scores)", "over the rollouts of the iteration"),
     "rollout/accuracy": Metric("fraction", "[response verified as correct]", _ROLLOUTS),
     "rollout/verified": Metric("rollouts", "rollouts whose prompt has an answer", "count over the iteration"),
-    "rollout/reward_mean": Metric("reward", "sum over t of token_level_rewards", _ROLLOUTS),
+    "rollout/reward_mean": Metric("reward", "sum over t of token_level_rewards", _LEARNT),
     "rollout/response_length_mean": Metric("tokens", "response tokens, EOS included", _ROLLOUTS),
     "rollout/response_length_max": Metric("tokens", "longest response", "over the rollouts of the iteration"),
     "rollout/prompt_length_mean": Metric("tokens", "prompt tokens", _ROLLOUTS),
     "rollout/truncated_fraction": Metric("fraction", "[response ended without EOS]", _ROLLOUTS),
     "rollout/sampler_gap_max": Metric(
-        "nats", "max over response tokens of |sampler_logprobs - logprobs|", "over the rollouts of the iteration"
+        "nats", "max over response tokens of |sampler_logprobs - logprobs|", "over the rollouts learnt from"
     ),
-    "rollout/sampler_gap_mean": Metric(
-        "nats", "|sampler_logprobs - logprobs|", "mean over the response tokens of the iteration"
-    ),
+    "rollout/sampler_gap_mean": Metric("nats", "|sampler_logprobs - logprobs|", _LEARNT_TOKENS),
     "rollout/token_mult_prob_error": Metric(
-        "1", "exp(|logprobs - sampler_logprobs|): 1 where both agree", "mean over the response tokens of the iteration"
+        "1", "exp(|logprobs - sampler_logprobs|): 1 where both agree", _LEARNT_TOKENS
     ),
     "rollout/tokens": Metric("tokens", "response tokens", "sum over the rollouts of the iteration"),
 }
@@ -64,10 +65,10 @@ GAPS = {"rollout/sampler_gap_max", "rollout/sampler_gap_mean", "rollout/token_mu
 
 _SAMPLER = {
     "sampler/changed_fraction": Metric(
-        "fraction", "[sampler_correction changed or dropped the token's weight]", "mean over the response tokens"
+        "fraction", "[sampler_correction changed or dropped the token's weight]", _LEARNT_TOKENS
     ),
     "sampler/effective_sample_fraction": Metric(
-        "fraction", "(sum w)^2 / (N sum w^2) of the weights w of sampler_correction", "response tokens"
+        "fraction", "(sum w)^2 / (N sum w^2) of the weights w of sampler_correction", "response tokens learnt from"
     ),
 }
 
@@ -84,13 +85,13 @@ _DRAWS = {
 }
 
 _KL = {
-    "kl/reference_mean": Metric("nats", "sum over t of k1 = logprobs - ref_logprobs", _ROLLOUTS),
-    "kl/reference_k3_mean": Metric("nats", "sum over t of k3 = exp(-k1) - 1 + k1 (never negative)", _ROLLOUTS),
-    "kl/reference_per_token": Metric("nats/token", "k1", "mean over the response tokens of the iteration"),
+    "kl/reference_mean": Metric("nats", "sum over t of k1 = logprobs - ref_logprobs", _LEARNT),
+    "kl/reference_k3_mean": Metric("nats", "sum over t of k3 = exp(-k1) - 1 + k1 (never negative)", _LEARNT),
+    "kl/reference_per_token": Metric("nats/token", "k1", _LEARNT_TOKENS),
     "kl/reference_exact": Metric(
-        "nats", "sum over t and v of p(v) (log p(v) - log ref_p(v)), every exact_kl_every iterations", _ROLLOUTS
+        "nats", "sum over t and v of p(v) (log p(v) - log ref_p(v)), every exact_kl_every iterations", _LEARNT
     ),
-    "kl/penalty_mean": Metric("reward", "kl_coef * sum over t of the estimator that is paid", _ROLLOUTS),
+    "kl/penalty_mean": Metric("reward", "kl_coef * sum over t of the estimator that is paid", _LEARNT),
     "kl/coef": Metric("reward/nat", "kl_coef in force", _LAST),
 }
 
@@ -112,7 +113,7 @@ _POLICY = {
     "policy/first_ratio_gap": Metric("1", "|ratio - 1| of the mean ratio in the first optimiser step", _TOKENS_ONCE),
     "policy/first_clip_fraction": Metric("fraction", "policy/clip_fraction of the first optimiser step", "as there"),
     "policy/advantage_std": Metric(
-        "1", "standard deviation of the advantages, before whitening over the batch", "response tokens"
+        "1", "standard deviation of the advantages, before whitening over the batch", "response tokens learnt from"
     ),
     "policy/grad_norm": Metric("1", "2-norm of the gradient before clipping", _STEPS),
     "policy/learning_rate": Metric("1", "the schedule's value", _LAST),

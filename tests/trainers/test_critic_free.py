@@ -27,7 +27,7 @@ from megarlhf.trainers import cispo, dapo, dr_grpo, grpo, gspo, reinforce, rloo
 from megarlhf.trainers.critic_free import CriticFreeConfig
 from megarlhf.trainers.policy_config import PolicyInputs
 from megarlhf.trainers.policy_loop import Cast, Turn
-from tests.helpers.models import frozen, name_of, policy_and_judge, ragged_rollout, whole_weights, worst
+from tests.helpers.models import frozen, policy_and_judge, ragged_rollout, whole_weights, worst
 from tests.helpers.ranks import run_ranks
 from tests.runs.test_resume import CLOCKED, stopped_after
 
@@ -251,6 +251,8 @@ def iterate(name: str, cfg: CriticFreeConfig, rollout: Rollout, scores: Callable
         "asked": asked,
         "judged": judge.asked,
         "drawn": len(done.rollout),
+        "rows": done.rows,
+        "rewards": done.token_level_rewards,
     }
 
 
@@ -275,38 +277,6 @@ def test_groups_of_equal_scores_move_nothing(name: str, folder: str, tmp_path: P
         (done,) = run_ranks(iterate, 1, name, cfg, rows_of(8), scores)
         assert (worst(done["after"], done["before"]) > 0) == moves
         assert done["metrics"]["group/equal_fraction"] == float(not moves)
-
-
-def first_draws(rollout: Rollout) -> Tensor:
-    """Of groups 0, 1, 2, ... only every third says something."""
-    return torch.where(rollout.prompt_ids // 4 % 3 == 2, by_row(rollout), 1.0)
-
-
-@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(data=2)], ids=name_of)
-def test_dynamic_sampling_draws_until_the_batch_is_full(layout: ParallelLayout, folder: str, tmp_path: Path) -> None:
-    changes = {"max_draws": 5, "rollout_batch": 12, "global_batch": 4, "batch_unit": "rollouts"}
-    cfg = config("dapo", folder, tmp_path, layout, **changes)
-    for done in run_ranks(iterate, layout.world_size, "dapo", cfg, rows_of(80), first_draws):
-        # 3 groups, of which 1 is kept; a third of the next 1.25 * 2 / (1/3) -> 3 at most; then 1 is missing: 3 more.
-        assert done["asked"] == [3, 3]
-        assert (done["drawn"], done["judged"]) == (36, 36)
-        metrics = done["metrics"]
-        assert (metrics["draws/count"], metrics["draws/filled_groups"]) == (3.0, 0.0)
-        assert metrics["draws/kept_fraction"] == pytest.approx(1 / 3)
-        rows = rows_of(80)
-        tokens = rows.response_lengths.view(-1, 4).sum(1)
-        assert metrics["draws/discarded_tokens"] == float(tokens[[0, 1, 3, 4, 6, 7]].sum())
-        assert metrics["rollout/score_mean"] == pytest.approx((6 * 1.0 + 3 * 1.5) / 9)
-        assert metrics["policy/grad_norm"] > 0
-
-
-def test_after_the_last_draw_groups_of_equal_scores_fill_the_batch(folder: str, tmp_path: Path) -> None:
-    changes = {"max_draws": 2, "rollout_batch": 12, "global_batch": 12, "batch_unit": "rollouts", "shaping": PLAIN}
-    cfg = config("dapo", folder, tmp_path, ParallelLayout(), **changes)
-    (done,) = run_ranks(iterate, 1, "dapo", cfg, rows_of(80), by_prompt)
-    assert done["asked"] == [3]
-    assert done["metrics"]["draws/filled_groups"] == 3.0
-    assert worst(done["after"], done["before"]) == 0.0
 
 
 def test_padding_and_the_order_of_groups_change_nothing(folder: str, tmp_path: Path) -> None:
