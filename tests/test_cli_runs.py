@@ -131,8 +131,8 @@ def test_a_run_leaves_its_metrics_and_its_provenance(stage: str, steps: int, run
 NEXT = {
     "sft": "generate model=MODEL prompt='...', or megarlhf reward model=MODEL pairs.source=FILE",
     "reward": "ppo actor.init=runs/tiny/sft/model reward.init=MODEL prompts.source=FILE",
-    "ppo": "eval model=MODEL prompts.source=FILE verifier=maths, or python tools/convert_hf.py to-hf MODEL OUT "
-    "--verify",
+    "ppo": "eval model=MODEL prompts.source=arithmetic prompts.arithmetic.level=1 max_new_tokens=12, or python "
+    "tools/convert_hf.py to-hf MODEL OUT --verify",
 }
 
 

@@ -205,6 +205,12 @@ class PolicyConfig(RunConfig):
         return {**short, **self.judges}
 
     @property
+    def deciders(self) -> list[Decider]:
+        """What the judges say is right and wrong by: those that compare with the answer, or run tests; in order."""
+        judges = [judge for judge in self.panel.values() if isinstance(judge, TextJudgeConfig)]
+        return [judge.verifier for judge in judges if judge.verifier is not None]
+
+    @property
     def reference_init(self) -> str:
         """Where the reference starts."""
         return self.reference.init or self.actor.init
@@ -343,7 +349,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
         check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
     texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}
     doubts = [judge.check(f"judges.{name}", prompts, data.source) for name, judge in texts.items()]
-    known: list[Decider] = [judge.verifier for judge in texts.values() if judge.verifier is not None]
+    known = cfg.deciders
     verifier = known[0] if known and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
     verified = is_told_right(verifier, prompts)
     cfg.check_best(_best_of(cfg, verified=verified))

@@ -15,7 +15,7 @@ from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, Rollout
 from megarlhf.checkpoint.model_directory import Card, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.reasoning_gym import ReasoningGymConfig, is_task
-from megarlhf.data.rows import DataConfig
+from megarlhf.data.rows import BUILT_IN
 from megarlhf.gates.cheap import Lesson, cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
 from megarlhf.judges.panel import Court, Judgement, Panel, build_panel
@@ -265,20 +265,20 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
 
 def _following(cfg: PolicyConfig) -> tuple[str, ...]:
     model = shlex.quote(str(cfg.model_dir))
-    return (
-        f"megarlhf eval model={model} {_held_out(cfg.prompts)}",
-        f"python tools/convert_hf.py to-hf {model} OUT --verify",
-    )
+    asked = shlex.join([*_held_out(cfg), f"max_new_tokens={cfg.sampling.max_new_tokens}"])
+    return (f"megarlhf eval model={model} {asked}", f"python tools/convert_hf.py to-hf {model} OUT --verify")
 
 
-def _held_out(data: DataConfig) -> str:
-    """The settings of `megarlhf eval` for problems like those of the run; of a file, the reader knows them."""
-    if not is_task(data.source):
-        return "prompts.source=FILE verifier=maths"
-    usual = ReasoningGymConfig()
-    settings = [f"prompts.source={data.source}"]
-    if data.reasoning_gym.parameters != usual.parameters:
-        settings.append(f"prompts.reasoning_gym.parameters={json.dumps(data.reasoning_gym.parameters)}")
-    if data.reasoning_gym.instruction != usual.instruction:
-        settings.append(f"prompts.reasoning_gym.instruction={json.dumps(data.reasoning_gym.instruction)}")
-    return shlex.join(settings)
+def _held_out(cfg: PolicyConfig) -> list[str]:
+    """The settings of `megarlhf eval` for problems like those of the run; FILE where only the reader knows them."""
+    data, usual = cfg.prompts, ReasoningGymConfig()
+    if is_task(data.source):
+        settings = {name: dict(data.reasoning_gym)[name] for name in ("parameters", "instruction")}
+        changed = {name: value for name, value in settings.items() if value != dict(usual)[name]}
+        of_task = [f"prompts.reasoning_gym.{name}={json.dumps(value)}" for name, value in changed.items()]
+        return [f"prompts.source={data.source}", *of_task]
+    if data.source in ("", BUILT_IN):
+        return [f"prompts.source={BUILT_IN}", f"prompts.arithmetic.level={data.arithmetic.level}"]
+    columns = [f"prompts.columns.{name}={theirs}" for name, theirs in data.columns.items()]
+    verifier = cfg.verifier if cfg.verifier not in ("auto", "none") else (*cfg.deciders, "maths")[0]
+    return ["prompts.source=FILE", *columns, f"verifier={verifier}"]

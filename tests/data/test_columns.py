@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from megarlhf.data.rows import DataConfig
 from megarlhf.data.sft import load_sft
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, DataError
-from megarlhf.trainers import ppo
+from megarlhf.trainers import grpo, ppo, sft
 from megarlhf.trainers.ppo import PPOConfig
 
 TOKENIZER = build_tiny_tokenizer(words())
@@ -29,6 +31,7 @@ RUN = (
     *("actor.init=tiny-xs", "critic.init=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain", "run_dir=run"),
     *("prompts.source=rows.jsonl", "rollout_batch=2", "global_batch=2", "micro_batch=1", "sampling.max_new_tokens=8"),
 )
+ROLLED_OUT = (*(setting for setting in RUN if not setting.startswith("critic")), "group_size=2")
 MODEL = ("model=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain", "prompts.source=rows.jsonl")
 EVAL, GENERATE = (*MODEL, "max_new_tokens=8"), (*MODEL, "sampling.max_new_tokens=8")
 
@@ -56,18 +59,30 @@ def test_a_mapped_column_is_there_under_both_names() -> None:
     ]
 
 
-def test_rows_as_gsm8k_has_them_are_judged_by_its_rule() -> None:
-    """As docs/judges.md has it; in eval and generate too."""
+def test_rows_as_gsm8k_has_them_are_read_by_the_commands_of_the_page() -> None:
+    """Those of docs/judges.md; by generate too, which needs no more than eval."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "judges.md").read_text(encoding="utf-8")
+    recipe = page.partition("## Data that name their columns otherwise")[2].partition("\n## ")[0]
+    shown = re.findall(r"^megarlhf (\w+) \.\.\. (.*)$", recipe, re.MULTILINE)
+    assert [command for command, _ in shown] == ["sft", "grpo", "eval"]
+    learnt, rolled_out, asked = (re.sub(r"=\w+\.jsonl", "=rows.jsonl", settings).split() for _, settings in shown)
     write(*GSM8K)
-    judge = ("judges.answer.kind=rule", "judges.answer.rule=gsm8k")
-    inputs = ppo.TRAINER.prepare(load_config(PPOConfig, None, [*RUN, "prompts.columns.prompt=question", *judge]))
+    inputs = grpo.TRAINER.prepare(load_config(grpo.GRPOConfig, None, [*ROLLED_OUT, *rolled_out]))
     assert [columns["prompt"] for columns in inputs.prompts.columns] == [row["question"] for row in GSM8K]
     assert list(inputs.prompts.answers) == [row["answer"] for row in GSM8K]
     assert (inputs.verifier, inputs.doubts) == ("gsm8k", "")
+    assert shlex.split(grpo.TRAINER.following(load_config(grpo.GRPOConfig, None, [*ROLLED_OUT, *rolled_out]))[0])[
+        3:
+    ] == [*("prompts.source=FILE", "prompts.columns.prompt=question", "verifier=gsm8k", "max_new_tokens=8")], (
+        "what a run says to come next"
+    )
+    tested = evaluate.prepare(load_config(evaluate.EvalConfig, None, [*EVAL, *asked])).prompts
     mapped = "prompts.columns.prompt=question"
-    tested = evaluate.prepare(load_config(evaluate.EvalConfig, None, [*EVAL, mapped, "verifier=gsm8k"])).prompts
     drawn = generate.prepare(load_config(generate.GenerateConfig, None, [*GENERATE, mapped])).prompts
     assert list(tested.tokens) == list(drawn.tokens) == list(inputs.prompts.tokens)
+    data = load_config(sft.SftConfig, None, ["run_dir=run", "model=tiny-xs", *learnt]).data
+    write(*({**row, "answer": row["question"]} for row in GSM8K))  # whose words the tokenizer knows
+    assert len(load_sft(data.model_copy(update={"template": "plain"}), TOKENIZER).responses) == len(GSM8K)
 
 
 def test_numbers_are_answers_as_json_writes_them() -> None:

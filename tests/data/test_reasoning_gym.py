@@ -119,7 +119,7 @@ def test_what_is_said_to_come_next_evaluates_what_was_held_out_of_the_same_probl
     directory, said = trained
     (following,) = (line for line in said.splitlines() if line.startswith("next: "))
     command = shlex.split(following.removeprefix("next: megarlhf ").partition(", or ")[0])
-    few = ("prompts.reasoning_gym.rows=8", "max_new_tokens=6", "output=heldout.jsonl")
+    few = ("prompts.reasoning_gym.rows=8", "output=heldout.jsonl")
     megarlhf(*command, *few, directory=directory)
     asked = {row["prompt"] for row in rows(directory / "heldout.jsonl")}
     trained_on = load_config(grpo.GRPOConfig, directory / "run/config.yaml", []).prompts
