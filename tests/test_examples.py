@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import pytest
 from megarlhf import cli
 from megarlhf.config import load_config
 from megarlhf.models.spec import preset
-from megarlhf.runtime.checks import check_batch
+from megarlhf.runtime.checks import check_batch, check_room
 from megarlhf.runtime.settings import RanksConfig
+from megarlhf.trainers.policy_config import PolicyConfig
+from megarlhf.trainers.ppo import PPOConfig
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
+ON_H100 = sorted(EXAMPLES.glob("llama3_8b_*.yaml"))
+GIB = 2**30
 
 
 def settings(path: Path) -> tuple[str, RanksConfig]:
@@ -27,7 +32,8 @@ def settings(path: Path) -> tuple[str, RanksConfig]:
 
 
 def test_there_are_examples() -> None:
-    assert {path.name for path in FILES} >= {"sft_tiny.yaml", "reward_tiny.yaml", "ppo_tiny.yaml", "llama3_8b_ppo.yaml"}
+    assert {path.name for path in FILES} >= {"sft_tiny.yaml", "reward_tiny.yaml", "ppo_tiny.yaml"}
+    assert {path.stem for path in ON_H100} == {f"llama3_8b_{name}" for name in ("ppo", "grpo", "dapo")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -45,6 +51,35 @@ def test_example_loads_and_its_numbers_fit(path: Path) -> None:
     for name in ("llama3-8b", "tiny-xs"):
         if name.replace("-", "_") in path.stem or (name == "tiny-xs" and "tiny" in path.stem):
             preset(name).check_layout(cfg.layout)
+
+
+def policy_settings(path: Path) -> PolicyConfig:
+    cfg = settings(path)[1]
+    assert isinstance(cfg, PolicyConfig)
+    return cfg
+
+
+@pytest.mark.parametrize("path", ON_H100, ids=lambda path: path.stem)
+def test_a_large_example_says_what_its_models_take_of_the_host(path: Path) -> None:
+    """bf16 weights on each data rank; fp32 weights and two moments of what learns once, which data ranks share."""
+    cfg, spec = policy_settings(path), preset("llama3-8b")
+    cfg.check_sizes()
+    check_room(cfg.prompts.max_tokens, cfg.sampling.max_new_tokens, spec, "actor")
+    learners = 2 if isinstance(cfg, PPOConfig) else 1
+    models = len(cfg.inits)
+    weights, states = 2 * spec.parameters * cfg.layout.data, 12 * spec.parameters
+    comment = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
+    (said,) = re.findall(r"host (?:holds )?(\d+) GiB", comment)
+    assert int(said) == pytest.approx((models * weights + learners * states) / GIB, rel=0.005)
+
+
+@pytest.mark.parametrize("path", ON_H100, ids=lambda path: path.stem)
+def test_a_large_example_takes_no_more_of_a_gpu_than_ppo_s(path: Path) -> None:
+    """Of weights, gradients and states it has as much, on the same layout; the rest is of a micro-batch's tokens."""
+    cfg, ppo = policy_settings(path), policy_settings(EXAMPLES / "llama3_8b_ppo.yaml")
+    assert (cfg.layout, cfg.compute, cfg.offload) == (ppo.layout, ppo.compute, ppo.offload)
+    tokens = [each.micro_batch * (each.prompts.max_tokens + each.sampling.max_new_tokens) for each in (cfg, ppo)]
+    assert tokens[0] <= tokens[1]
 
 
 def test_the_tiny_examples_hand_models_to_each_other() -> None:
