@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.data.prompts import PromptSet, check_answered, load_prompts
-from megarlhf.data.rows import DataConfig, is_generated
+from megarlhf.data.rows import PROGRAMS, DataConfig, is_generated
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.eval.accuracy import Evaluation, evaluate
@@ -51,7 +51,7 @@ class EvalConfig(RanksConfig):
     reward: str = ""
     """Reward model whose mean score is reported too; empty for none."""
     tokenizer: str = ""
-    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     prompts: DataConfig = DataConfig()
     """Problems: columns prompt and answer, or what verifier=code_tests reads."""
     temperature: float = Field(default=1.0, gt=0)
@@ -64,8 +64,8 @@ class EvalConfig(RanksConfig):
     """What decides that a response is right: its last sentence, digit for digit, as the built-in task has it
     (`arithmetic`), a number (`gsm8k`), mathematics by math-verify (`maths`), all of its text (`exact`), what the
     verifier of its problem's task takes (`reasoning_gym`), or that the program in it passes all tests of its row, in a
-    sandbox (`code_tests`). `auto` is arithmetic for the built-in task, reasoning_gym for that package's problems; for
-    your own data one must be named."""
+    sandbox (`code_tests`). `auto` is arithmetic for the built-in task, code_tests for the built-in programs,
+    reasoning_gym for that package's problems; for your own data one must be named."""
     code_tests: SandboxedTests = SandboxedTests()
     """How programs are run with verifier=code_tests."""
     output: Path | None = None
@@ -119,8 +119,8 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
 
 
 def _verifier(cfg: EvalConfig, source: str) -> Decider:
-    if cfg.verifier == "code_tests":
-        return cfg.verifier
+    if cfg.verifier == "code_tests" or (cfg.verifier == "auto" and source == PROGRAMS):
+        return "code_tests"
     verifier = chosen_verifier(cfg.verifier, source)
     if verifier is None:
         raise ConfigError(

@@ -45,7 +45,7 @@ class GenerateConfig(RanksConfig):
     model: str
     """Directory of a language model, Hugging Face or megarlhf; or a preset, drawn at random from `seed`."""
     tokenizer: str = ""
-    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     prompt: str = ""
     """One prompt, as text; `prompts` then says only how it is rendered. Empty reads the prompts of `prompts.source`."""
     prompts: DataConfig = DataConfig()

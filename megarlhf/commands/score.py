@@ -51,7 +51,8 @@ class ScoreConfig(RanksConfig):
     """Directory of a language or a reward model, Hugging Face or megarlhf; or a preset, drawn at random from `seed`.
     A language model adds logprobs (nats, one a predicted token) and logprob_sum to each row, a reward model score."""
     tokenizer: str = ""
-    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own; rows of ids need none."""
+    """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own; rows of ids
+    need none."""
     input: Path
     """JSON lines file. A row has prompt (text or a conversation) and response, whose tokens are predicted, EOS in; or
     messages, a conversation whose last turn, the assistant's, is predicted likewise; or tokens, a list of ids of which

@@ -14,6 +14,7 @@ from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig, Split
 from megarlhf.data.columns import UNNAMED, Columns
 from megarlhf.data.dialogue import Dialogue, Supervise, encode_dialogue
+from megarlhf.data.programs import ProgramsConfig, program_rows
 from megarlhf.data.reasoning_gym import ReasoningGymConfig, is_task, task_rows
 from megarlhf.data.shapes import MisfitError
 from megarlhf.data.sources import raw_rows, shown
@@ -21,6 +22,7 @@ from megarlhf.data.tokenizer import ControlTokens, Message, Template, Tokenizer
 from megarlhf.errors import ConfigError, DataError
 
 BUILT_IN = "arithmetic"
+PROGRAMS = "programs"
 _NAMED = 5
 """How many rows an error lists."""
 _CALLS = ("tool_calls", "function_call")
@@ -33,8 +35,9 @@ class DataConfig(Config):
 
     source: str = ""
     """A file (.jsonl, .json, either as .gz, or .parquet), a directory or hub name that `datasets` loads, `arithmetic`
-    (the built-in task), or for prompts `reasoning_gym:TASK`, problems that the package makes. docs/data.md has the
-    forms of public data that are read as they are.
+    (the built-in task), `programs` (built-in programs, for prompts and demonstrations), or for prompts
+    `reasoning_gym:TASK`, problems that the package makes. docs/data.md has the forms of public data that are read as
+    they are.
     Required, except where the model is a preset or was trained on the built-in task: then empty means that task."""
     subset: str = ""
     """Configuration of a hub data set; empty for its default."""
@@ -59,6 +62,8 @@ class DataConfig(Config):
     alike): stop and list the first of them, or drop, count and list them."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """What the built-in task generates."""
+    programs: ProgramsConfig = ProgramsConfig()
+    """What `programs` generates."""
     reasoning_gym: ReasoningGymConfig = ReasoningGymConfig()
     """What `reasoning_gym:TASK` generates."""
 
@@ -282,8 +287,8 @@ def _said_of(bad: Sequence[str], drop: str) -> str:
 
 
 def is_generated(source: str) -> bool:
-    """Whether rows are made here: of the built-in task, or one of reasoning-gym's."""
-    return source == BUILT_IN or is_task(source)
+    """Whether rows are made here: of a built-in task, or one of reasoning-gym's."""
+    return source in (BUILT_IN, PROGRAMS) or is_task(source)
 
 
 def _generated(
@@ -294,6 +299,8 @@ def _generated(
     split = "heldout" if config.split == "heldout" else "train"
     if config.source == BUILT_IN:
         return generate(config.arithmetic, split)
+    if config.source == PROGRAMS:
+        return program_rows(config.programs, split)
     if "answer" not in kind.names:
         raise ConfigError(f"{kind.setting}.source={config.source} makes prompts alone; name rows of another source.")
     return task_rows(config.source, config.reasoning_gym, split)

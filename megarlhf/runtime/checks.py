@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarlhf.checkpoint.model_directory import ModelDescription, describe_model, tokenizer_directory
-from megarlhf.data.arithmetic import words
+from megarlhf.data import arithmetic, programs
 from megarlhf.data.tokenizer import Tokenizer, build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.models.spec import PRESETS, ModelSpec
@@ -15,6 +15,8 @@ from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
 
 BUILT_IN_TOKENIZER = "arithmetic"
+_WORDS = {BUILT_IN_TOKENIZER: arithmetic.words, "programs": programs.words}
+"""Of the built-in tokenizers."""
 
 
 def checked_model(init: str, layout: ParallelLayout, name: str, *, needs: HeadKind = "scalar") -> ModelDescription:
@@ -111,14 +113,14 @@ class Model:
 
 
 def resolve_tokenizer(tokenizer: str, model: Model, date: datetime.date | None = None) -> Tokenizer:
-    """The tokenizer called `tokenizer` ("" for the model's own, "arithmetic" for the tiny one, else a directory).
+    """The tokenizer called `tokenizer` ("" for the model's own, a built-in one's name, else a directory).
 
     It ends responses where the model does. date: what a chat template is told; by default what it was when the model
     was trained, or today's.
     Raises:   ConfigError or DataError when there is none, or when the model has another.
     """
-    if tokenizer == BUILT_IN_TOKENIZER:
-        found = build_tiny_tokenizer(words())
+    if tokenizer in _WORDS:
+        found = build_tiny_tokenizer(_WORDS[tokenizer]())
     elif not tokenizer and model.init in PRESETS:
         raise ConfigError(
             f"tokenizer is empty and the preset {model.init} has none of its own; set tokenizer={BUILT_IN_TOKENIZER} "

@@ -74,7 +74,7 @@ class PolicyConfig(RunConfig):
     """What scores responses, by names of yours: each has a `kind` and a `weight`, and what its kind needs. The weighted
     scores are added; each is logged as judge/NAME_mean."""
     tokenizer: str = ""
-    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the actor's own."""
+    """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the actor's own."""
     prompts: DataConfig = DataConfig()
     """Prompts to roll out: columns prompt and, optionally, answer."""
     sampling: SamplingConfig = SamplingConfig()

@@ -64,7 +64,7 @@ class RewardConfig(RunConfig):
     model: str = ""
     """Where the body starts: a model directory (usually the SFT model), or a preset drawn from `seed`."""
     tokenizer: str = ""
-    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     pairs: DataConfig | None = None
     """Preference pairs: columns prompt, chosen, rejected, and optionally margin."""
     labelled: LabelledData | None = None

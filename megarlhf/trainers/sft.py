@@ -45,7 +45,7 @@ class SftConfig(RunConfig):
     model: str = "tiny-s"
     """Where the weights start: a model directory (Hugging Face or megarlhf), or a preset drawn from `seed`."""
     tokenizer: str = ""
-    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     data: SftData = SftData()
     """Demonstrations: columns prompt and response, or messages."""
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine")

@@ -82,7 +82,7 @@ def test_rows_as_gsm8k_has_them_are_read_by_the_commands_of_the_page() -> None:
     assert list(tested.tokens) == list(drawn.tokens) == list(inputs.prompts.tokens)
     data = load_config(sft.SftConfig, None, ["run_dir=run", "model=tiny-xs", *learnt]).data
     write(*({**row, "answer": row["question"]} for row in GSM8K))  # whose words the tokenizer knows
-    assert len(load_sft(data.model_copy(update={"template": "plain"}), TOKENIZER).responses) == len(GSM8K)
+    assert len(load_sft(data.model_copy(update={"template": "plain"}), TOKENIZER)) == len(GSM8K)
 
 
 def test_numbers_are_answers_as_json_writes_them() -> None:

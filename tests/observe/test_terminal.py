@@ -106,7 +106,10 @@ def test_nothing_speaks_to_the_terminal_without_escaping() -> None:
         'data/template_worker.py: sys.stdout.write(f"{json.dumps(answer)}\\n")',
         "judges/two_sides.py: print(json.dumps(asked), file=self.writing, flush=True)",
         "judges/two_sides.py: print(json.dumps(said), file=writing, flush=True)",
-        # A program that the sandbox is tried with.
+        # Programs that are demonstrated, and one that the sandbox is tried with.
+        "data/programs.py: n = int(input()); n = n + 3; n = n * 2; print(n)",
+        'data/programs.py: return f"print({self.totals(self.example)[-1]})"',
+        'data/programs.py: return f"n = int(input()); {steps}print(n)"',
         'judges/sandbox.py: (said,), reason = _tried(sandbox, Job({"program.py": "print(6 * 7)"}, ["program.py"]))',
         "observe/terminal.py: from rich.console import Console, ConsoleOptions, RenderableType",
     }
