@@ -206,12 +206,16 @@ class _Tester:
     patience_s: float
 
     def __call__(self, responses: Sequence[Response]) -> list[Opinion]:
-        """One opinion a response."""
+        """One opinion a response; programs of one prompt that are equal are run once."""
+        programs = [(each.row, program_of(each.response)) for each in responses]
+        distinct = dict(zip(programs, responses, strict=True))
         pool = ThreadPoolExecutor(self.cfg.workers)
         try:
-            return list(pool.map(partial(self._opinion, time.monotonic() + self.patience_s), responses))
+            said = pool.map(partial(self._opinion, time.monotonic() + self.patience_s), distinct.values())
+            opinions = dict(zip(distinct, said, strict=True))
         finally:
             pool.shutdown(cancel_futures=True)
+        return [opinions[program] for program in programs]
 
     def _opinion(self, deadline: float, of: Response) -> Opinion:
         program, tests = program_of(of.response), parse_tests(of.columns[self.cfg.column])

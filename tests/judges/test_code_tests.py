@@ -13,6 +13,7 @@ from megarlhf.data.arithmetic import words
 from megarlhf.data.prompts import PromptSet
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, DataError, JudgeError
+from megarlhf.judges import code_tests
 from megarlhf.judges.code_tests import Asserted, CodeTestsConfig, Printed, parse_tests, passes, program_of
 from megarlhf.judges.sandbox import Job, Limits, Sandbox, open_sandbox, run
 from megarlhf.judges.texts import Opinion, Reader, Response, text_judge
@@ -332,6 +333,24 @@ def test_scores_are_by_the_share_of_tests_or_all(reward: str, scores: list[float
     assert [each.score for each in said] == scores  # three of four tests: -1 + 3 * 3/4
     assert [each.correct for each in said] == [False, True, False]
     assert config(wrong=-1.0).wrong_score == -1.0
+
+
+def test_equal_programs_of_a_prompt_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[str, str]] = []
+
+    def passes(sandbox: Sandbox, program: str, test: Printed) -> bool:
+        tried.append((program, test.stdout))
+        return program == f"print({test.stdout})"
+
+    monkeypatch.setattr(code_tests, "passes", passes)
+    monkeypatch.setattr(code_tests, "open_sandbox", lambda *_: Sandbox("none", LIMITS, mapped=False))
+    rows = [(1, "print(4)"), (2, "print(4)"), (1, "Well:\n```python\nprint(4)"), (1, "print(5)"), (1, "print(4)")]
+    nobody: Any = None
+    scorer = config(wall_s=19).scorer("judges.code", Reader(nobody, nobody, nobody, 600.0))
+    tests = {1: [{"stdout": "4"}], 2: [{"stdout": "5"}]}
+    said = scorer([Response("p", response, "", {"tests": tests[row]}, row) for row, response in rows])
+    assert [each.correct for each in said] == [True, False, True, False, True]
+    assert sorted(tried) == [("print(4)", "4"), ("print(4)", "5"), ("print(5)", "4")]
 
 
 def test_programs_that_take_too_long_for_the_run_stop_it() -> None:
