@@ -50,6 +50,7 @@ EXTRAS = {
         "trl>=1.16,<1.17",
     ],
     "dev": [
+        "llama-models>=0.3",  # Llama 3's tokenizer, and Meta's own code for its format: tests/helpers/llama3.py
         "math-verify>=0.8",
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -10,9 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from tokenizers import Regex, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, pre_tokenizers
 
 from megarlhf.data.arithmetic import words
 from megarlhf.data.preferences import load_labelled, load_preferences
@@ -20,34 +18,12 @@ from megarlhf.data.prompts import load_prompts
 from megarlhf.data.rows import DataConfig, load_rows
 from megarlhf.data.score_rows import load_score_rows
 from megarlhf.data.sft import load_sft
-from megarlhf.data.tokenizer import LLAMA3_CHAT_TEMPLATE, Tokenizer, build_tiny_tokenizer
+from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, DataError, MegarlhfError
+from tests.helpers.bytes_tokenizer import of_bytes
 from tests.helpers.hostile import within
 
 TINY = build_tiny_tokenizer(words())
-SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
-
-
-def of_bytes(pre_tokenizer: pre_tokenizers.PreTokenizer | None = None) -> Tokenizer:
-    """One token a byte, as Llama 3's spells what it has no word for."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE({token: at for at, token in enumerate([*SPECIAL, *alphabet])}, []))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_tokenizer is None)
-    backend.pre_tokenizer = (
-        byte_level if pre_tokenizer is None else pre_tokenizers.Sequence([pre_tokenizer, byte_level])
-    )
-    backend.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=SPECIAL[0],
-        eos_token=SPECIAL[3],
-        pad_token=SPECIAL[4],
-        extra_special_tokens=SPECIAL[1:3],
-        chat_template=LLAMA3_CHAT_TEMPLATE,
-    )
-    return Tokenizer(fast, "a tokenizer of bytes")
-
-
 BYTES = of_bytes()
 
 
