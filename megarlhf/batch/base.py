@@ -192,6 +192,12 @@ class TokenRows(Protocol):
 RowsT = TypeVar("RowsT", bound=TokenRows)
 
 
+def response_labels(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T] bool of tokens [B, T+1]: True where the label is a response token (EOS in, prompt and padding out)."""
+    token = torch.arange(1, tokens.shape[1], device=tokens.device)
+    return (token >= prompt_lengths[:, None]) & (token < lengths[:, None])
+
+
 def cat(parts: Sequence[RowsT]) -> RowsT:
     """All rows of batches of one type, in order, padded to the longest T."""
     longest = max(part.tokens.shape[1] for part in parts) - 1

@@ -9,7 +9,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megarlhf.batch.base import Batch, SequenceCounts, SequenceMask, Texts, TokenNumbers, Tokens
+from megarlhf.batch.base import (
+    Batch,
+    SequenceCounts,
+    SequenceMask,
+    Texts,
+    TokenNumbers,
+    Tokens,
+    response_labels,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +68,7 @@ class Rollout(Batch):
     @property
     def response_mask(self) -> Tensor:
         """[B, T] bool: True where the label is a response token (EOS in, prompt and padding out)."""
-        token = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
-        return (token >= self.prompt_lengths[:, None]) & (token < self.lengths[:, None])
+        return response_labels(self.tokens, self.prompt_lengths, self.lengths)
 
     @property
     def response_lengths(self) -> Tensor:

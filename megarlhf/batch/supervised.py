@@ -7,7 +7,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from megarlhf.batch.base import Batch, RowNumbers, SequenceCounts, SequenceNumbers, TokenMask, Tokens
+from megarlhf.batch.base import (
+    Batch,
+    RowNumbers,
+    SequenceCounts,
+    SequenceNumbers,
+    TokenMask,
+    TokenNumbers,
+    Tokens,
+    response_labels,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +44,57 @@ class PreferencePairs(Batch):
 
     Interleaved, so that any even split of the rows keeps pairs together. `rows` selects pairs, not sequences.
 
-    Shapes:   tokens [2P, T+1] int64 right-padded; lengths [2P] int64; weight [P] fp32 (loss weight of a pair).
-              A sequence's score is read at its last real token, index `lengths - 1` of `tokens`.
-    Raises:   ValueError naming the field and both shapes.
+    Shapes:   tokens [2P, T+1] int64, prompt directly followed by response, right-padded; prompt_lengths, lengths [2P]
+              int64; weight [P] fp32 (loss weight of a pair). A sequence's score is read at its last real token, index
+              `lengths - 1` of `tokens`.
+    Raises:   ValueError naming the field and both shapes, or lengths outside 1 <= prompt <= length <= T+1.
     """
 
     sequences_per_row: ClassVar[int] = 2
 
     tokens: Tokens
+    prompt_lengths: SequenceCounts
     lengths: SequenceCounts
+    """Prompt plus response, EOS included."""
     weight: RowNumbers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_range("prompt_lengths", self.prompt_lengths, 1, self.lengths)
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[2P, T] bool: True where the label is a response token (EOS in, prompt and padding out)."""
+        return response_labels(self.tokens, self.prompt_lengths, self.lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class AnchoredPairs(Batch):
+    """Preference pairs, and what a reference says of them.
+
+    Shapes:   ref_logprobs [2P, T] fp32, as `pairs.labels`, in nats; 0 where there is no response token.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    sequences_per_row: ClassVar[int] = 2
+
+    pairs: PreferencePairs
+    ref_logprobs: TokenNumbers
+
+    @property
+    def tokens(self) -> Tensor:
+        """[2P, T+1]: the pairs'."""
+        return self.pairs.tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """[2P]: the pairs'."""
+        return self.pairs.lengths
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[2P, T] bool: the pairs'."""
+        return self.pairs.response_mask
 
 
 @dataclass(frozen=True, eq=False)

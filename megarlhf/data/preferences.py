@@ -1,4 +1,4 @@
-"""What reward models learn from.
+"""What reward models and direct preference optimisation learn from.
 
 Pairs have the columns `prompt` (text or a conversation), `chosen`, `rejected` (text or a turn) and, optionally,
 `margin` (a number > 0: how much better the chosen response is; it weighs the pair in the loss, and 1 is assumed without
@@ -68,8 +68,10 @@ class PreferenceSet:
         """The pairs at `indices` (int64 [P]), chosen and rejected interleaved, padded to the longest of them."""
         chosen: list[int] = indices.tolist()
         sequences = [sequence for index in chosen for sequence in (self.chosen[index], self.rejected[index])]
+        tokens, lengths = pad_right(sequences, self.pad_id)
+        prompts = torch.tensor([self.prompt_lengths[index] for index in chosen], dtype=torch.int64)
         weight = torch.tensor([self.margins[index] for index in chosen], dtype=torch.float32)
-        return PreferencePairs(*pad_right(sequences, self.pad_id), weight)
+        return PreferencePairs(tokens, prompts.repeat_interleave(2), lengths, weight)
 
 
 @dataclass(frozen=True)

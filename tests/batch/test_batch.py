@@ -10,7 +10,7 @@ import torch
 
 from megarlhf.batch.base import Axes, Batch, cat
 from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout
-from megarlhf.batch.supervised import LabelledResponses, PreferencePairs, TokenBatch
+from megarlhf.batch.supervised import AnchoredPairs, LabelledResponses, PreferencePairs, TokenBatch
 
 
 def a_rollout(rows: int = 4, width: int = 8) -> Rollout:
@@ -70,9 +70,13 @@ def test_trimming_undoes_padding_in_every_field():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(vars(after)[name], value)
     assert back.rollout.answers == given.rollout.answers
-    pairs = PreferencePairs(torch.ones(4, 3, dtype=torch.int64), torch.full((4,), 2), torch.ones(2))
+    tokens, ones, two = torch.ones(4, 3, dtype=torch.int64), torch.full((4,), 1), torch.full((4,), 2)
+    pairs = PreferencePairs(tokens, ones, two, torch.ones(2))
     assert pairs.trimmed(1).tokens.shape == (4, 2)
     assert pairs.padded_to(5).weight.shape == (2,)
+    against = AnchoredPairs(pairs, torch.arange(8.0).view(4, 2)).padded_to(5)
+    assert against.ref_logprobs.shape == against.response_mask.shape == (4, 5)
+    assert torch.equal(against.trimmed(2).ref_logprobs, torch.arange(8.0).view(4, 2))
 
 
 @pytest.mark.parametrize("index", [torch.tensor([3, 0, 3]), slice(1, 3), torch.tensor([], dtype=torch.int64)])
@@ -104,13 +108,18 @@ def test_mini_batches_visit_every_row_once_and_repeat_with_the_seed():
 
 def test_preference_pairs_select_pairs():
     tokens = torch.arange(6)[:, None].repeat(1, 3)
-    pairs = PreferencePairs(tokens, torch.tensor([3, 2, 3, 2, 3, 2]), torch.tensor([0.5, 1.0, 2.0]))
+    prompts = torch.tensor([1, 1, 2, 2, 1, 1])
+    pairs = PreferencePairs(tokens, prompts, torch.tensor([3, 2, 3, 2, 3, 2]), torch.tensor([0.5, 1.0, 2.0]))
+    against = AnchoredPairs(pairs, torch.arange(12.0).view(6, 2))
+    assert against.response_mask.tolist() == [[1, 1], [1, 0], [0, 1], [0, 0], [1, 1], [1, 0]]
     for index in (torch.tensor([2, 0]), slice(2, None, None)):
         chosen = torch.arange(3)[index]
         selected = pairs.rows(index)
         assert selected.tokens[0::2, 0].tolist() == (2 * chosen).tolist()
         assert selected.tokens[1::2, 0].tolist() == (2 * chosen + 1).tolist()
         assert torch.equal(selected.weight, pairs.weight[index])
+        assert torch.equal(against.rows(index).pairs.weight, pairs.weight[index])
+        assert against.rows(index).ref_logprobs[0::2, 0].tolist() == (4.0 * chosen).tolist()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -218,8 +227,10 @@ def test_other_errors_name_field_and_shapes():
     with pytest.raises(ValueError, match=r"TokenBatch.loss_mask: got torch.bool \[4, 3\]; .* \[4, 2\]"):
         TokenBatch(tokens, lengths, torch.ones(4, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"PreferencePairs.weight: got torch.float32 \[4\]; .* \[2\]"):
-        PreferencePairs(tokens, lengths, torch.ones(4))
+        PreferencePairs(tokens, lengths, lengths, torch.ones(4))
     with pytest.raises(ValueError, match=r"PreferencePairs.tokens: 3 sequences; there must be 2 a row"):
-        PreferencePairs(tokens[:3], lengths[:3], torch.ones(1))
+        PreferencePairs(tokens[:3], lengths[:3], lengths[:3], torch.ones(1))
+    with pytest.raises(ValueError, match=r"PreferencePairs.prompt_lengths: row 1 is 4; must be in 1..3"):
+        PreferencePairs(tokens, torch.tensor([1, 4, 1, 1]), lengths, torch.ones(2))
     with pytest.raises(ValueError, match=r"LabelledResponses.correct: got torch.int64 \[4\]; must be torch.float32"):
         LabelledResponses(tokens, lengths, lengths, torch.ones(4))

@@ -90,6 +90,9 @@ def test_preferences_interleave_chosen_and_rejected(tmp_path: Path) -> None:
     texts = [TOKENIZER.decode(row.tolist()) for row in batch.tokens]
     assert texts == ["Tom? 7.", "Tom? 8.", "How many? 3.", "How many? 5 books."]
     assert batch.lengths.tolist() == [6, 6, 7, 8]
+    said = [TOKENIZER.decode(row[read].tolist()) for row, read in zip(batch.labels, batch.response_mask, strict=True)]
+    assert said == ["7.", "8.", "3.", "5 books."]
+    assert (batch.labels[batch.response_mask] == TOKENIZER.eos_id).sum() == 4  # EOS is learnt
     ends = batch.tokens.gather(1, batch.lengths[:, None] - 1)
     assert (ends == TOKENIZER.eos_id).all()
     assert batch.weight.tolist() == [2.5, 1.0]

@@ -61,7 +61,7 @@ def test_positions_are_padded_to_what_tensor_ranks_can_share() -> None:
 def test_a_pair_stays_together() -> None:
     tokens = torch.arange(6)[:, None] * 10 + torch.arange(5)
     lengths = torch.tensor([2, 3, 5, 1, 4, 4])
-    pairs = PreferencePairs(tokens, lengths, torch.tensor([0.0, 1.0, 2.0]))
+    pairs = PreferencePairs(tokens, torch.ones_like(lengths), lengths, torch.tensor([0.0, 1.0, 2.0]))
     at = torch.arange(5) == (lengths - 1)[:, None]
     result = torch.zeros(at.shape)
     for part in split(pairs, at, shapes(2), may_repeat=False):
