@@ -1,7 +1,8 @@
-"""What a reward model learns from: pairs, and single judgements."""
+"""What is learnt from pairs, by a reward model or by a policy itself, and from single judgements."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +24,52 @@ def bradley_terry_loss(
     seen = gap.detach()
     metrics = {"accuracy": (weight * (0.5 + 0.5 * seen.sign())).sum(), "score_gap": (weight * seen).sum()}
     return (-weight * F.logsigmoid(gap)).sum(), metrics
+
+
+def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, row: Tensor, sequences: int, *, beta: float) -> Tensor:
+    """What a policy's distance from its reference says that responses are worth.
+
+        reward_i = beta * sum over the response tokens t of i of (logprobs_t - ref_logprobs_t)
+
+    Shapes:   logprobs, ref_logprobs [n] fp32, of response tokens; row [n] int64: whose token each is, of `sequences`.
+              Returns [sequences] fp64, for a sum over a long response is far larger than what tells two apart.
+    Units:    logprobs in nats, beta in reward/nat.
+    Raises:   ValueError if shapes differ.
+    Source:   DPO (Rafailov et al. 2023, arXiv 2305.18290), section 5; the term that depends on the prompt alone, which
+              no difference of two responses shows, is left out.
+    """
+    _check_equal(logprobs=logprobs, ref_logprobs=ref_logprobs, row=row)
+    gap = logprobs.double() - ref_logprobs.double()
+    return beta * gap.new_zeros(sequences).index_add(0, row, gap)
+
+
+def dpo_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, weight: Tensor, *, label_smoothing: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed over pairs.
+
+        margin = chosen - rejected
+        loss = -weight * ((1 - label_smoothing) * log sigmoid(margin) + label_smoothing * log sigmoid(-margin))
+
+    Shapes:   chosen_rewards, rejected_rewards, weight [P], of `implicit_rewards`. Returns scalars (sum, metrics).
+    Units:    loss in nats. label_smoothing: the share of pairs whose labels are taken to be the wrong way round.
+              Metrics are weighted sums: `accuracy` (chosen above rejected; a tie is half), `margin_mean`,
+              `chosen_reward_mean`, `rejected_reward_mean`.
+    Raises:   ValueError if shapes differ.
+    Source:   DPO (Rafailov et al. 2023, arXiv 2305.18290), eq. 7; with label_smoothing conservative DPO (Mitchell 2023,
+              "A note on DPO with noisy preferences").
+    """
+    _check_equal(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, weight=weight)
+    margin = chosen_rewards - rejected_rewards
+    said, denied = F.logsigmoid(margin), F.logsigmoid(-margin)
+    with torch.no_grad():
+        metrics = {
+            "accuracy": (weight * (0.5 + 0.5 * margin.sign())).sum(),
+            "margin_mean": (weight * margin).sum(),
+            "chosen_reward_mean": (weight * chosen_rewards).sum(),
+            "rejected_reward_mean": (weight * rejected_rewards).sum(),
+        }
+    return -(weight * ((1 - label_smoothing) * said + label_smoothing * denied)).sum(), metrics
 
 
 def pointwise_loss(scores: Tensor, correct: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
