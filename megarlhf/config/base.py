@@ -20,7 +20,7 @@ MOST_WHOLE = 10**18
 """Largest whole number, a seed for example: what 64 bits keep with room for sums."""
 LONGEST_PATH, LONGEST_NAME = 4096, 255
 """Bytes that Linux's file systems take, of a path and of each name in it."""
-PLACES = ("init", "model", "reward", "source", "tokenizer")
+PLACES = ("init", "model", "reference", "reward", "source", "tokenizer")
 """Settings that are a path or a name of another kind: as paths, they must be ones that can be looked for."""
 
 

@@ -39,6 +39,10 @@ PANELS = (
     Panel("SFT loss", ("sft/loss",)),
     Panel("Reward-model loss", ("reward/loss",)),
     Panel("Reward-model accuracy", ("reward/pair_accuracy", "reward/auc")),
+    Panel("DPO loss", ("dpo/loss", "dpo/heldout_loss")),
+    Panel("Pairs in the right order", ("dpo/accuracy", "dpo/heldout_accuracy")),
+    Panel("Implicit rewards", ("dpo/chosen_reward_mean", "dpo/rejected_reward_mean", "dpo/margin_mean")),
+    Panel("Gradient norm, DPO", ("dpo/grad_norm",)),
 )
 """What a report draws, in this order; a panel none of whose metrics was logged is left out."""
 

@@ -155,6 +155,26 @@ _REWARD = {
     "reward/learning_rate": Metric("1", "the schedule's value", "of the step"),
 }
 
+_PAIRS = "weighted mean over the pairs of the step"
+_HELDOUT_PAIRS = "weighted mean over the held-out pairs, after the last step"
+_IMPLICIT = "beta * sum over response tokens of (logprobs - ref_logprobs)"
+_DPO = {
+    "dpo/loss": Metric(
+        "nats", "-(1 - label_smoothing) log sigmoid(margin) - label_smoothing log sigmoid(-margin)", _PAIRS
+    ),
+    "dpo/accuracy": Metric("fraction", "[margin > 0], ties 1/2", _PAIRS),
+    "dpo/margin_mean": Metric("reward", "implicit reward of the chosen response - of the rejected one", _PAIRS),
+    "dpo/chosen_reward_mean": Metric("reward", f"{_IMPLICIT}, chosen", _PAIRS),
+    "dpo/rejected_reward_mean": Metric("reward", f"{_IMPLICIT}, rejected", _PAIRS),
+    "dpo/grad_norm": Metric("1", "2-norm of the gradient before clipping", "of the step"),
+    "dpo/learning_rate": Metric("1", "the schedule's value", "of the step"),
+    "dpo/heldout_loss": Metric("nats", "as dpo/loss", _HELDOUT_PAIRS),
+    "dpo/heldout_accuracy": Metric("fraction", "as dpo/accuracy", _HELDOUT_PAIRS),
+    "dpo/heldout_margin_mean": Metric("reward", "as dpo/margin_mean", _HELDOUT_PAIRS),
+    "dpo/heldout_chosen_reward_mean": Metric("reward", "as dpo/chosen_reward_mean", _HELDOUT_PAIRS),
+    "dpo/heldout_rejected_reward_mean": Metric("reward", "as dpo/rejected_reward_mean", _HELDOUT_PAIRS),
+}
+
 _TRAIN = {
     "train/epoch": Metric("epochs", "rows seen / rows in the data set", "over all data ranks"),
     "train/skipped_steps": Metric("steps", "optimiser steps skipped: non-finite loss or gradient", "sum since start"),
@@ -236,6 +256,7 @@ GLOSSARY: dict[str, Metric] = {
     **_VALUE,
     **_SFT,
     **_REWARD,
+    **_DPO,
     **_TRAIN,
     **_WARNING,
     **_RESOURCES,

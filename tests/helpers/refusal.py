@@ -22,6 +22,10 @@ REWARD = (
     *("reward", "model=tiny-xs", "tokenizer=arithmetic", "labelled.template=plain", "labelled.arithmetic.rows=64"),
     *("labelled_batch=16",),
 )
+DPO = (
+    *("dpo", "model=tiny-xs", "tokenizer=arithmetic", "pairs.template=plain", "pairs.arithmetic.rows=64"),
+    "global_batch=16",
+)
 PPO = (
     *("ppo", "actor.init=tiny-xs", "reward.init=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain"),
     *(

@@ -15,7 +15,7 @@ from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.models.spec import preset
 from tests.helpers.models import score_model
-from tests.helpers.refusal import GENERATE, PPO, REWARD, SFT, assert_matches, write_model
+from tests.helpers.refusal import DPO, GENERATE, PPO, REWARD, SFT, assert_matches, write_model
 
 
 def missing(path: Path) -> str:
@@ -88,7 +88,8 @@ def test_heads(tmp_path: Path, refused: Callable[..., str]) -> None:
     score_model(tmp_path / "hf", vocab_size=160)
     to_megatron(tmp_path / "hf", tmp_path / "judge", Options(progress=False))
     write_model(tmp_path / "speaker")
-    for command, setting in ((SFT, "model"), (PPO, "actor.init"), (PPO, "reference.init"), (GENERATE, "model")):
+    policies = ((PPO, "actor.init"), (PPO, "reference.init"), (DPO, "model"), (DPO, "reference"))
+    for command, setting in ((SFT, "model"), *policies, (GENERATE, "model")):
         said = refused(command, f"{setting}=judge")
         assert_matches(said, f"{setting}=judge has a scalar head, .* a language model is needed; name another")
     assert_matches(
@@ -108,6 +109,8 @@ def test_tokenizers(tmp_path: Path, refused: Callable[..., str]) -> None:
     write_model(tmp_path / "small", vocab_size=100)
     said = refused(PPO, "critic.init=small")
     assert_matches(said, "the tokenizer tiny .* tokens but critic has 100 embedding rows; use")
+    said = refused(DPO, "reference=small")
+    assert_matches(said, "the tokenizer tiny .* tokens but reference has 100 embedding rows; use")
     assert_matches(refused(SFT, "tokenizer=nowhere"), "tokenizer directory does not exist: nowhere; give a directory")
     assert_matches(
         refused(SFT, "tokenizer=''"), "tokenizer is empty and the preset tiny-xs has none .*; set tokenizer="
@@ -143,7 +146,8 @@ def test_data_files(lines: list[str], message: str, tmp_path: Path, refused: Cal
 
 
 @pytest.mark.parametrize(
-    ("command", "setting"), [(SFT, "data"), (REWARD, "labelled"), (REWARD, "heldout"), (PPO, "prompts")]
+    ("command", "setting"),
+    [(SFT, "data"), (REWARD, "labelled"), (REWARD, "heldout"), (DPO, "pairs"), (DPO, "heldout"), (PPO, "prompts")],
 )
 def test_missing_data_files(command: tuple[str, ...], setting: str, refused: Callable[..., str]) -> None:
     said = refused(command, f"{setting}.source=no.jsonl")
@@ -175,6 +179,12 @@ def test_rows_beyond_the_context(tmp_path: Path, refused: Callable[..., str]) ->
     assert_matches(
         said, "longest row of data has 323 tokens, but the model's context is 256; set data.max_tokens=256 and"
     )
+    pair = {"prompt": row["prompt"], "chosen": "5", "rejected": "4"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    said = refused(DPO, "pairs.source=pairs.jsonl", "global_batch=1", "micro_batch=1", "optim.schedule=constant")
+    assert_matches(
+        said, "longest row of pairs has 323 tokens, but the model's context is 256; set pairs.max_tokens=256 and"
+    )
     (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
     said = refused(GENERATE, "prompts.source=prompts.jsonl")
     assert_matches(
@@ -182,7 +192,7 @@ def test_rows_beyond_the_context(tmp_path: Path, refused: Callable[..., str]) ->
     )
 
 
-@pytest.mark.parametrize("command", [SFT, REWARD, PPO], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [SFT, REWARD, DPO, PPO], ids=lambda command: command[0])
 def test_run_directories(command: tuple[str, ...], tmp_path: Path, refused: Callable[..., str]) -> None:
     for trace in ("metrics.jsonl", "config.yaml", "model"):
         (tmp_path / trace / "used" / trace).mkdir(parents=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megarlhf.parallel import mesh
-from tests.helpers.refusal import EVAL, GENERATE, PPO, REWARD, SFT, ModelWasBuiltError, assert_matches, write_model
+from tests.helpers.refusal import DPO, EVAL, GENERATE, PPO, REWARD, SFT, ModelWasBuiltError, assert_matches, write_model
 
 
-@pytest.mark.parametrize("command", [SFT, REWARD, PPO, GENERATE], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [SFT, REWARD, DPO, PPO, GENERATE], ids=lambda command: command[0])
 def test_the_good_input_that_the_cases_spoil_gets_as_far_as_the_model(
     command: tuple[str, ...], refused: Callable[..., str]
 ) -> None:
@@ -38,6 +38,9 @@ def test_an_output_that_is_there_is_kept(command: tuple[str, ...], refused: Call
         (PPO, "tensor=2", "unknown setting tensor = 2 .*did you mean layout.tensor?"),
         (SFT, "global_batch=many", "setting global_batch = 'many': .*; give int >= 1"),
         (SFT, "epochs=-1", "setting epochs = -1: .*greater than 0; give float > 0"),
+        (DPO, "beta=0", "setting beta = 0: .*greater than 0; give float > 0"),
+        (DPO, "label_smoothing=0.5", "setting label_smoothing = 0.5: .*less than 0.5; give float >= 0, < 0.5"),
+        (DPO, "label_smoothing=-0.1", "setting label_smoothing = -0.1: .*; give float >= 0, < 0.5"),
     ],
 )
 def test_settings(command: tuple[str, ...], override: str, message: str, refused: Callable[..., str]) -> None:
@@ -111,6 +114,12 @@ def test_rank_counts(ranks: str, refused: Callable[..., str], monkeypatch: pytes
             "labelled_batch=128 is more than the 64 rows of labelled; lower labelled",
         ),
         (REWARD, ["labelled=null"], "pairs and labelled are both unset; set pairs.source or labelled.source"),
+        (DPO, ["layout.data=3"], "global_batch=16 does not divide over layout.data=3 ranks; use a multiple of 3"),
+        (
+            DPO,
+            ["global_batch=128"],
+            "global_batch=128 is more than the .* rows of pairs; lower global_batch to at most",
+        ),
         (PPO, ["group_size=3"], "rollout_batch=16 is not divisible by group_size=3; change"),
         (PPO, ["global_batch=12"], "rollout_batch=16 is not divisible by global_batch=12; change"),
         (PPO, ["micro_batch=3"], "global_batch=16 is 16 rows a data rank, .* micro_batch=3; set"),

@@ -22,7 +22,7 @@ from megarlhf.parallel.mesh import start
 from tests.helpers.hostile import poison, sum_again
 from tests.helpers.models import learner, score_model, settings
 from tests.helpers.ranks import run_ranks
-from tests.helpers.refusal import GENERATE, PPO, REWARD, SFT, assert_matches, write_model
+from tests.helpers.refusal import DPO, GENERATE, PPO, REWARD, SFT, assert_matches, write_model
 
 DOCTOR = ("doctor", *PPO[1:])
 EVAL = ("eval", "model=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain", "prompts.arithmetic.rows=4")
@@ -36,6 +36,7 @@ DOORS = [
         (SCORE, "model"),
         (DOCTOR, "actor.init"),
     ),
+    *((DPO, "model"), (DPO, "reference")),
     *((PPO, "actor.init"), (PPO, "critic.init"), (PPO, "reference.init"), (PPO, "reward.init")),
 ]
 SAYS = ".metadata names 'builtins.eval', which no metadata of tensors does and which may run code; "

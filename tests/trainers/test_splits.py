@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megarlhf.batch.rollouts import Anchored, PolicyRows, ValueRows
-from megarlhf.batch.supervised import LabelledResponses, PreferencePairs, TokenBatch
+from megarlhf.batch.supervised import AnchoredPairs, LabelledResponses, PreferencePairs, TokenBatch
 from megarlhf.data.rows import DataConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
@@ -20,6 +20,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.trainers import dpo
 from megarlhf.trainers.cispo import CISPOConfig
 from megarlhf.trainers.critic_free import CriticFreeConfig, critic_free_loss
 from megarlhf.trainers.dr_grpo import DrGRPOConfig
@@ -117,12 +118,21 @@ def couples(step: int) -> Any:
     generator = torch.Generator().manual_seed(80 + step)
     pairs, judged = ragged_rollout(6, vocab=VOCAB, seed=90 + step), ragged_rollout(10, vocab=VOCAB, seed=95 + step)
     return couple(
-        PreferencePairs(pairs.tokens, pairs.lengths, torch.tensor([1.0, 0.5, 2.0])),
+        PreferencePairs(pairs.tokens, pairs.prompt_lengths, pairs.lengths, torch.tensor([1.0, 0.5, 2.0])),
         LabelledResponses(
             judged.tokens, judged.lengths, torch.rand(10, generator=generator).round(decimals=1), torch.ones(10)
         ),
         0.7,
     )
+
+
+def against_reference(step: int) -> AnchoredPairs:
+    """Eight weighted pairs, of which some are in the right order and some are not."""
+    rows = ragged_rollout(16, vocab=VOCAB, seed=100 + step)
+    noise = torch.randn(rows.labels.shape, generator=torch.Generator().manual_seed(110 + step))
+    weight = torch.linspace(0.5, 2.0, 8)
+    pairs = PreferencePairs(rows.tokens, rows.prompt_lengths, rows.lengths, weight)
+    return dpo.anchored(pairs, (noise - torch.tensor(float(VOCAB)).log()) * rows.response_mask)
 
 
 def steps_of(role: TrainableRole, loss: Loss, batches: Sequence[Any]) -> dict[str, Any]:
@@ -150,6 +160,9 @@ def learn(split: Split, language: str, tied: str, scalar: str) -> dict[str, dict
     for name, cfg in ALGORITHMS.items():
         role = learner(language, LabelLogprobs(0.7), shared, mesh, optim)
         result[name] = steps_of(role, critic_free_loss(role, cfg), [anchored(i) for i in range(STEPS)])
+    direct = dpo.DPOConfig.model_validate({"run_dir": "unused", "beta": 0.3, "label_smoothing": 0.1})
+    role = learner(language, LabelLogprobs(1.0), shared, mesh, optim)
+    result["dpo"] = steps_of(role, dpo.preference_loss(role, direct), [against_reference(i) for i in range(STEPS)])
     role = learner(scalar, PositionValues(), shared, mesh, optim)
     result["value"] = steps_of(role, value_loss(role, ppo), [lessons(i)[1] for i in range(STEPS)])
     role = learner(scalar, SequenceScores(), shared, mesh, optim)
@@ -178,6 +191,7 @@ def test_the_reference_is_not_trivial(whole: dict[str, dict[str, Any]]) -> None:
         assert min(step["norm"] for step in objective["steps"]) > 0.5
     clipped = ("policy", "value", *ALGORITHMS)
     assert all(0.05 < step["clip_fraction"] < 0.95 for name in clipped for step in whole[name]["steps"])
+    assert all(0 < step["dpo/accuracy"] < 1 for step in whole["dpo"]["steps"])
     for step in whole["reward"]["steps"]:
         assert min(step["reward/pairwise_loss"], step["reward/pointwise_loss"]) > 0
 

@@ -1,0 +1,250 @@
+"""Direct preference optimisation: a policy from preference pairs, with neither rollouts nor a reward model.
+
+    reward = beta * (log p(response) - log reference p(response))       margin = reward(chosen) - reward(rejected)
+    L = mean over pairs of -(1 - label_smoothing) log sigmoid(margin) - label_smoothing log sigmoid(-margin)
+
+The mean is weighted by the pairs' margins where the data have them, over the whole step, whatever its split.
+Source: Rafailov et al. 2023, arXiv 2305.18290; label_smoothing is conservative DPO (Mitchell 2023).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megarlhf.batch.supervised import AnchoredPairs, PreferencePairs
+from megarlhf.checkpoint.model_directory import save_model
+from megarlhf.data.loader import Loader
+from megarlhf.data.preferences import PreferenceSet, load_preferences
+from megarlhf.data.rows import DataConfig
+from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.models.optim import OptimConfig
+from megarlhf.models.readings import LabelLogprobs
+from megarlhf.models.role import FrozenRole, TrainableRole
+from megarlhf.observe.clock import Clock
+from megarlhf.observe.metrics import Metrics, names_of
+from megarlhf.ops.preference_loss import dpo_loss, implicit_rewards
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.micro_batches import Loss, LossSums, States
+from megarlhf.runs.guard import StepGuard
+from megarlhf.runs.loop import Run, open_run, run_steps
+from megarlhf.runs.settings import RunConfig
+from megarlhf.runtime.checks import (
+    Model,
+    check_batch,
+    check_longest,
+    check_rows,
+    check_same_tokenizer,
+    check_tokenizer,
+    checked_model,
+    resolve_tokenizer,
+)
+from megarlhf.runtime.roles import away, frozen, learner, print_choices, print_dropped, print_memory_plan
+from megarlhf.runtime.said import DataSet, remarks, say, say_data
+from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.trainers.trainer import Learner, Trainer
+
+
+class DPOConfig(RunConfig):
+    """`megarlhf dpo`: a policy from preference pairs."""
+
+    model: str = ""
+    """Where the policy starts: a model directory (usually the SFT model), or a preset drawn from `seed`."""
+    reference: str = ""
+    """What the policy is kept near: a model directory; empty: what `model` names, as in Rafailov et al. 2023."""
+    tokenizer: str = ""
+    """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
+    pairs: DataConfig = DataConfig()
+    """Preference pairs: columns prompt, chosen, rejected, and optionally margin, which weighs a pair in the loss."""
+    heldout: DataConfig | None = None
+    """Pairs to measure loss and accuracy on after the last step."""
+    beta: float = Field(default=0.1, gt=0)
+    """Implicit reward of a nat of distance from the reference: the larger, the nearer the policy stays to it.
+    Source: 0.1 in Rafailov et al. 2023."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the pairs whose labels are taken to be the wrong way round; at a half nothing could be learnt.
+    Source: 0 in Rafailov et al. 2023; above it conservative DPO (Mitchell 2023)."""
+    optim: OptimConfig = OptimConfig(lr=5e-7)
+    """Optimiser. Source of the rate and its linear decay: Zephyr (arXiv 2310.16944), Tulu 3 (arXiv 2411.15124)."""
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the pairs. Source: 1 in Tulu 3."""
+    global_batch: int = Field(default=64, ge=1)
+    """Pairs per optimiser step, over all data ranks; a row of micro_batch is a pair. Source: Rafailov et al. 2023."""
+
+
+@dataclass(frozen=True)
+class DPOInputs:
+    """Everything that was read and checked before a model is built."""
+
+    policy: Model
+    reference: Model
+    tokenizer: Tokenizer
+    data: Mapping[str, DataConfig]
+    """Of each set that there is."""
+    pairs: PreferenceSet
+    heldout: PreferenceSet | None
+    steps: int
+
+    @property
+    def sets(self) -> dict[str, PreferenceSet]:
+        """Those that there are, by setting."""
+        return {"pairs": self.pairs, **({"heldout": self.heldout} if self.heldout else {})}
+
+
+@dataclass(frozen=True)
+class DPOModels:
+    """The policy, and what it is kept near, which cannot learn: its type has no way to. One is resident at a time."""
+
+    policy: TrainableRole
+    reference: FrozenRole
+
+    @property
+    def learners(self) -> Mapping[str, TrainableRole]:
+        """The policy, by its name."""
+        return {"policy": self.policy}
+
+
+def prepare(cfg: DPOConfig) -> DPOInputs:
+    """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
+    cfg.check_run_dir()
+    cfg.check_best(name for name in names_of("dpo") if "heldout" not in name)  # those come after the last step
+    policy = Model("model", cfg.model, checked_model(cfg.model, cfg.layout, "model", needs="language"))
+    reference = policy
+    if cfg.reference:
+        found = checked_model(cfg.reference, cfg.layout, "reference", needs="language")
+        reference = Model("reference", cfg.reference, found)
+    tokenizer = resolve_tokenizer(cfg.tokenizer, policy, cfg.pinned_date)
+    check_same_tokenizer(tokenizer, str(policy), reference)
+    check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
+    given = {"pairs": cfg.pairs, "heldout": cfg.heldout}
+    data = {name: chosen_data(rows, name, policy) for name, rows in given.items() if rows}
+    sets = {name: load_preferences(rows, tokenizer, name) for name, rows in data.items()}
+    for model in (policy, reference):
+        check_tokenizer(tokenizer, model.description.spec, model.setting)
+        for name, rows in sets.items():
+            check_longest(name, rows.longest, model.description.spec)
+    pairs = sets["pairs"]
+    check_rows("global_batch", cfg.global_batch, "pairs", len(pairs))
+    steps = max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
+    cfg.optim.check(steps, "optim")
+    return DPOInputs(policy, reference, tokenizer, data, pairs, sets.get("heldout"), steps)
+
+
+def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
+    """Train, measure and save the policy to `cfg.model_dir`. Collective; returns the last metrics."""
+    check_one_day(inputs.tokenizer, mesh)
+    cast = models(cfg, inputs, mesh)
+    policy, reference = cast.policy, cast.reference
+    print_choices(policy.settings.compute.choices, mesh)
+    print_memory_plan([policy, reference], mesh)
+    _say_start(cfg, inputs, mesh)
+    loader = Loader(len(inputs.pairs), cfg.global_batch, seed=cfg.seed)
+    guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
+    run = Run(cfg, cast.learners, {"pairs": loader}, guard, mesh)
+    clock = Clock(mesh.device, mesh.trail, mesh.work)
+
+    def step(index: int) -> Metrics:
+        pairs = inputs.pairs.batch(next(loader))
+        with clock("score"):
+            batch = anchored(pairs, reference.score(pairs))
+        with clock("train"):
+            update = policy.update(batch, preference_loss(policy, cfg))
+        guard.check(policy, update, index)
+        return {
+            "dpo/loss": update.means.loss,
+            **update.means.metrics,
+            "dpo/grad_norm": update.grad_norm,
+            "dpo/learning_rate": update.learning_rate,
+            "train/epoch": loader.epoch,
+            "train/skipped_steps": guard.skipped,
+            **clock.metrics(),
+        }
+
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
+        metrics = run_steps(inputs.steps, "DPO", step, ("dpo/loss", "dpo/accuracy"), run=run, writer=writer)
+        found = measure(cast, inputs.heldout, cfg) if inputs.heldout else {}
+        if writer is not None and found:
+            writer.log(found, inputs.steps)
+    save_model(policy, cfg.model_dir, inputs.tokenizer, data=inputs.data["pairs"], origin=cfg.model)
+    return {**metrics, **found}
+
+
+def _say_start(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> None:
+    for name, rows in inputs.sets.items():
+        print_dropped(name, rows.dropped, len(rows), mesh)
+    asked = {"pairs": cfg.pairs, "heldout": cfg.heldout or cfg.pairs}
+    sets = [DataSet(name, asked[name], inputs.data[name], rows) for name, rows in inputs.sets.items()]
+    epochs = inputs.steps * cfg.global_batch / len(inputs.pairs)
+    say_data(sets, inputs.tokenizer, mesh, epochs={"pairs": epochs})
+    others = [inputs.reference] if cfg.reference else []
+    say(remarks(sets, inputs.tokenizer, inputs.policy, others), mesh)
+    say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} pairs; the reference is {inputs.reference}"], mesh)
+
+
+def models(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> DPOModels:
+    """Both models, one after the other, each moved off the device before the next arrives. Collective."""
+    logprobs = LabelLogprobs(1.0)
+    policy = away(learner("policy", inputs.policy, logprobs, cfg.optim, inputs.steps, cfg, mesh))
+    return DPOModels(policy, away(frozen("reference", inputs.reference, logprobs, cfg, mesh)))
+
+
+def anchored(pairs: PreferencePairs, ref_logprobs: Tensor) -> AnchoredPairs:
+    """What a step learns from: all its pairs, their weights scaled to a mean of 1; ref_logprobs [2P, T]."""
+    weight = pairs.weight * (len(pairs) / float(pairs.weight.sum()))
+    return AnchoredPairs(replace(pairs, weight=weight), ref_logprobs.to(pairs.tokens.device))
+
+
+def preference_loss(policy: TrainableRole, cfg: DPOConfig) -> Loss[AnchoredPairs]:
+    """-log sigmoid of the margin, smoothed as the settings say, summed over pairs."""
+
+    def loss(states: States, rows: AnchoredPairs) -> LossSums:
+        logprobs, ref_logprobs = policy.reading(policy.model, states, rows), states.of(rows.ref_logprobs)
+        rewards = implicit_rewards(logprobs, ref_logprobs, states.row, 2 * len(rows), beta=cfg.beta)
+        total, seen = dpo_loss(rewards[0::2], rewards[1::2], rows.pairs.weight, label_smoothing=cfg.label_smoothing)
+        metrics = {
+            "dpo/accuracy": seen["accuracy"],
+            "dpo/margin_mean": seen["margin_mean"],
+            "dpo/chosen_reward_mean": seen["chosen_reward_mean"],
+            "dpo/rejected_reward_mean": seen["rejected_reward_mean"],
+        }
+        return LossSums(total, len(rows), metrics, len(rows))
+
+    return loss
+
+
+def measure(cast: DPOModels, heldout: PreferenceSet, cfg: DPOConfig) -> Metrics:
+    """Loss, order and rewards of held-out pairs. Collective; equal on every rank."""
+    pairs = heldout.batch(torch.arange(len(heldout)))
+    batch = anchored(pairs, cast.reference.score(pairs))
+    logprobs, row = cast.policy.score(pairs).cpu(), batch.response_mask.nonzero()[:, 0]
+    read, ref_read = logprobs[batch.response_mask], batch.ref_logprobs[batch.response_mask]
+    rewards = implicit_rewards(read, ref_read, row, 2 * len(pairs), beta=cfg.beta)
+    total, seen = dpo_loss(rewards[0::2], rewards[1::2], batch.pairs.weight, label_smoothing=cfg.label_smoothing)
+    return {
+        "dpo/heldout_loss": float(total) / len(pairs),
+        "dpo/heldout_accuracy": float(seen["accuracy"]) / len(pairs),
+        "dpo/heldout_margin_mean": float(seen["margin_mean"]) / len(pairs),
+        "dpo/heldout_chosen_reward_mean": float(seen["chosen_reward_mean"]) / len(pairs),
+        "dpo/heldout_rejected_reward_mean": float(seen["rejected_reward_mean"]) / len(pairs),
+    }
+
+
+def _following(cfg: DPOConfig) -> tuple[str, ...]:
+    model = shlex.quote(str(cfg.model_dir))
+    return (f"megarlhf generate model={model} prompt='...'", f"megarlhf eval model={model} prompts.source=FILE")
+
+
+TRAINER = Trainer(
+    config=DPOConfig,
+    prepare=prepare,
+    models=models,
+    learners={"policy": Learner(AnchoredPairs, preference_loss)},
+    train=train,
+    shown=("dpo/loss", "dpo/accuracy", "dpo/heldout_accuracy"),
+    following=_following,
+)
