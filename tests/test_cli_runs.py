@@ -32,6 +32,7 @@ REWARD = (
     *("pairs.arithmetic.rows=64", "labelled.arithmetic.rows=128", "heldout.arithmetic.rows=32", "epochs=1"),
     "optim.warmup_steps=0",
 )
+DPO = (*("pairs.arithmetic.rows=96", "heldout.arithmetic.rows=32", "optim.warmup_steps=0", "layout.tensor=2"),)
 PPO = (
     "layout.data=2",
     *("prompts.arithmetic.rows=64", "iterations=2", "rollout_batch=16", "global_batch=8", "micro_batch=4"),
@@ -70,9 +71,9 @@ def megarlhf(*arguments: str, directory: Path) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all four commands have run, each from its example with smaller numbers."""
+    """Where all five commands have run, each from its example with smaller numbers."""
     directory = tmp_path_factory.mktemp("pipeline")
-    for command, overrides in (("sft", SFT), ("reward", REWARD), ("ppo", PPO)):
+    for command, overrides in (("sft", SFT), ("reward", REWARD), ("dpo", DPO), ("ppo", PPO)):
         done = megarlhf(command, "--config", str(EXAMPLES / f"{command}_tiny.yaml"), *overrides, directory=directory)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         assert done.stdout == ""
@@ -102,6 +103,10 @@ SAID = {
         ),
         *("heldout: arithmetic (heldout), 32 rows", "steps: 2, each of 32 rows of pairs and 64 rows of labelled"),
     ],
+    "dpo": [
+        *("pairs: arithmetic (train), ", "pairs, first row, rejected: <|begin_of_text|>"),
+        *("heldout: arithmetic (heldout), ", "steps: 3, each of 32 pairs; the reference is model=runs/tiny/sft/model"),
+    ],
     "ppo": [
         *("prompts: arithmetic (train), 64 rows, 0 dropped, ", "prompts, first row, prompt: <|begin_of_text|>"),
         *("epochs 0.5", "a response ends at <|eot_id|> (4)", "verifier: arithmetic, of the 64 of 64 prompts"),
@@ -117,10 +122,10 @@ def test_a_start_says_what_it_reads_and_how_long_it_takes(stage: str, runs: Path
         assert line in said, said
 
 
-@pytest.mark.parametrize(("stage", "steps"), [("sft", 3), ("reward", 2), ("ppo", 2)])
+@pytest.mark.parametrize(("stage", "steps"), [("sft", 3), ("reward", 2), ("dpo", 3), ("ppo", 2)])
 def test_a_run_leaves_its_metrics_and_its_provenance(stage: str, steps: int, runs: Path) -> None:
     run = runs / "runs" / "tiny" / stage
-    # 192 rows in batches of 64; 128 judged responses in batches of 64, and 64 pairs in batches of 32; 2 iterations.
+    # 192 rows in batches of 64; 128 judged responses in batches of 64; 83 pairs in batches of 32; 2 iterations.
     assert max(row["step"] for row in metrics(run)) == steps
     assert all(row["train/skipped_steps"] == 0 for row in metrics(run) if "train/skipped_steps" in row)
     assert (run / "command.txt").read_text().startswith(f"megarlhf {stage} --config ")
@@ -131,13 +136,15 @@ def test_a_run_leaves_its_metrics_and_its_provenance(stage: str, steps: int, run
 NEXT = {
     "sft": "generate model=MODEL prompt='...', or megarlhf reward model=MODEL pairs.source=FILE",
     "reward": "ppo actor.init=runs/tiny/sft/model reward.init=MODEL prompts.source=FILE",
+    "dpo": "generate model=MODEL prompt='...', or megarlhf eval model=MODEL prompts.source=FILE verifier=maths",
     "ppo": "eval model=MODEL prompts.source=arithmetic prompts.arithmetic.level=1 max_new_tokens=12, or python "
     "tools/convert_hf.py to-hf MODEL OUT --verify",
 }
 
 
 @pytest.mark.parametrize(
-    ("stage", "number"), [("sft", "sft/loss"), ("reward", "reward/auc"), ("ppo", "rollout/score_mean")]
+    ("stage", "number"),
+    [("sft", "sft/loss"), ("reward", "reward/auc"), ("dpo", "dpo/heldout_accuracy"), ("ppo", "rollout/score_mean")],
 )
 def test_a_run_ends_with_its_page_and_says_where_the_model_is_and_what_is_next(
     stage: str, number: str, runs: Path
@@ -181,7 +188,9 @@ def test_the_resolved_settings_make_the_same_run(runs: Path) -> None:
     assert cfg.layout.world_size == 2
 
 
-@pytest.mark.parametrize(("stage", "head"), [("sft", "language"), ("reward", "scalar"), ("ppo", "language")])
+@pytest.mark.parametrize(
+    ("stage", "head"), [("sft", "language"), ("reward", "scalar"), ("dpo", "language"), ("ppo", "language")]
+)
 def test_models_are_whole(stage: str, head: str, runs: Path) -> None:
     model = runs / "runs" / "tiny" / stage / "model"
     assert describe_model(str(model)).head == head

@@ -236,7 +236,8 @@ def measure(cast: DPOModels, heldout: PreferenceSet, cfg: DPOConfig) -> Metrics:
 
 def _following(cfg: DPOConfig) -> tuple[str, ...]:
     model = shlex.quote(str(cfg.model_dir))
-    return (f"megarlhf generate model={model} prompt='...'", f"megarlhf eval model={model} prompts.source=FILE")
+    measured = f"megarlhf eval model={model} prompts.source=FILE verifier=maths"
+    return (f"megarlhf generate model={model} prompt='...'", measured)
 
 
 TRAINER = Trainer(
