@@ -43,6 +43,7 @@ def test_example_loads_and_its_numbers_fit(path: Path) -> None:
     values = dict(cfg)
     batches = {
         "sft": [values.get("global_batch")],
+        "dpo": [values.get("global_batch")],
         "reward": [values.get("pairs_batch", 0) + values.get("labelled_batch", 0) // 2],
     }
     rolled_out = [values.get("global_batch"), values.get("rollout_batch")]
@@ -84,9 +85,10 @@ def test_a_large_example_takes_no_more_of_a_gpu_than_ppo_s(path: Path) -> None:
 
 def test_the_tiny_examples_hand_models_to_each_other() -> None:
     runs = {
-        command: dict(cfg) for command, cfg in (settings(EXAMPLES / f"{c}_tiny.yaml") for c in ("sft", "reward", "ppo"))
+        command: dict(cfg)
+        for command, cfg in (settings(EXAMPLES / f"{c}_tiny.yaml") for c in ("sft", "reward", "dpo", "ppo"))
     }
     sft, reward = f"{runs['sft']['run_dir']}/model", f"{runs['reward']['run_dir']}/model"
-    assert runs["reward"]["model"] == sft
+    assert runs["reward"]["model"] == runs["dpo"]["model"] == sft
     assert runs["ppo"]["actor"].init == sft
     assert runs["ppo"]["reward"].init == reward

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 def commands(text: str) -> list[list[str]]:
     """The lines of `text` that train from an example, as a shell would split them; comments left out."""
-    lines = re.findall(r"^(?:# +)?megarlhf ((?:sft|reward|ppo|grpo) --config examples/.*)$", text, re.MULTILINE)
+    lines = re.findall(r"^(?:# +)?megarlhf ((?:sft|reward|ppo|grpo|dpo) --config examples/.*)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -70,16 +70,16 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     directory = tmp_path_factory.mktemp("chain")
     (directory / "examples").symlink_to(ROOT / "examples")
     lines = commands((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert [line[0] for line in lines] == ["sft", "reward", "ppo", "grpo"]
+    assert [line[0] for line in lines] == ["sft", "reward", "ppo", "grpo", "dpo"]
     return directory, {line[0]: megarlhf([*line, f"seed={request.param}"], directory) for line in lines}
 
 
 def test_the_chain_raises_sampled_and_greedy_accuracy(chain: tuple[Path, dict[str, str]]) -> None:
     directory, said = chain
-    verdict = {model: verdicts(model, directory) for model in ("sft", "ppo", "grpo")}
+    verdict = {model: verdicts(model, directory) for model in ("sft", "ppo", "grpo", "dpo")}
     gains: dict[str, dict[str, Interval]] = {
         model: {kind: paired_difference(verdict["sft"][kind], verdict[model][kind]) for kind in ("sampled", "greedy")}
-        for model in ("ppo", "grpo")
+        for model in ("ppo", "grpo", "dpo")
     }
     # Measured for seeds 1 to 3, in README: at least 20 points sampled and 10 greedy.
     assert all(gain["sampled"].low > 0.1 and gain["greedy"].low > 0.03 for gain in gains.values()), gains

@@ -42,12 +42,12 @@ def test_every_algorithm_has_a_row_and_a_section() -> None:
     assert NAMES.keys() <= SECTIONS.keys()
 
 
-@pytest.mark.parametrize("title", NAMES)
+@pytest.mark.parametrize("title", [*NAMES, "DPO"])
 def test_defaults_are_those_that_are_said(title: str) -> None:
     said = re.findall(r"`([a-z_.]+)`(?: is)? (?:of )?(-?\d[\d.e-]*|null)\b", SECTIONS[title])
     assert said
     for setting, value in said:
-        default = default_of(NAMES[title], setting)
+        default = default_of({**NAMES, "DPO": "dpo"}[title], setting)
         assert default == (None if value == "null" else float(value.rstrip("."))), setting
 
 
@@ -56,14 +56,14 @@ def test_nothing_was_left_to_fill_in() -> None:
 
 
 def test_settings_and_metrics_that_are_named_are_there() -> None:
-    settings = {row.name for name in POLICIES for row in describe(trainer_named(name).config)}
+    settings = {row.name for name in [*POLICIES, "dpo"] for row in describe(trainer_named(name).config)}
     settings |= {name.rpartition(".")[0] for name in settings}
     for span in re.findall(r"`([a-z_.]+)(?:=[^`]*)?`", PAGE):
         elsewhere = span.startswith(("tests", "megarlhf")) or span.endswith(".yaml") or span in trainers()
         if "_" in span and not elsewhere:
             known = span in settings or span in {"sequence_mask", "my_package.my_algorithm"}
             assert known, span
-    for name in re.findall(r"`((?:rollout|draws|group|sampler|compute)/\w+)`", PAGE):
+    for name in re.findall(r"`((?:rollout|draws|group|sampler|compute|dpo)/\w+)`", PAGE):
         assert name in GLOSSARY, name
 
 
