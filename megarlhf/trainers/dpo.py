@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from megarlhf.batch.supervised import AnchoredPairs, PreferencePairs
-from megarlhf.checkpoint.model_directory import save_model
+from megarlhf.checkpoint.model_directory import Card, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import PreferenceSet, load_preferences
 from megarlhf.data.rows import DataConfig
@@ -145,7 +145,8 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
     _say_start(cfg, inputs, mesh)
     loader = Loader(len(inputs.pairs), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
-    run = Run(cfg, cast.learners, {"pairs": loader}, guard, mesh)
+    card = Card(inputs.tokenizer, inputs.data["pairs"], cfg.model)
+    run = Run(cfg, cast.learners, {policy.name: card}, {"pairs": loader}, guard, mesh)
     clock = Clock(mesh.device, mesh.trail, mesh.work)
 
     def step(index: int) -> Metrics:
@@ -170,7 +171,7 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
         found = measure(cast, inputs.heldout, cfg) if inputs.heldout else {}
         if writer is not None and found:
             writer.log(found, inputs.steps)
-    save_model(policy, cfg.model_dir, inputs.tokenizer, data=inputs.data["pairs"], origin=cfg.model)
+    save_model(policy, cfg.model_dir, card)
     return {**metrics, **found}
 
 
