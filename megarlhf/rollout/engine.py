@@ -55,7 +55,7 @@ class RolloutEngine:
 
     eos_ids: each ends a response. pad_id: fills rows to the right. max_sequence_length: prompt plus response never get
     longer, in tokens.
-    Memory:   nothing between rollouts; with `keep`, cache and CUDA graphs until `release` or a rollout of another size.
+    Memory:   nothing between rollouts; with `keep`, cache and CUDA graphs until `release` or a larger rollout.
     """
 
     def __init__(
@@ -157,9 +157,9 @@ class RolloutEngine:
         return Ledger(tokens, torch.zeros_like(draws), draws, rows.lengths.clone())
 
     def _engine_for(self, rows: int) -> _Live:
-        """An engine that decodes as many of `rows` rows at once as it may: the last one, if it is still of use."""
+        """An engine that decodes as many of `rows` rows at once as it may: the last one, if it is large enough."""
         wanted = min(self.settings.rows, rows)
-        if self._live is not None and self._live.wanted == wanted:
+        if self._live is not None and self._live.wanted >= wanted:
             # Attention weighs what is unused by 0: what broken weights left there, no numbers, would spread.
             self._live.engine.context.memory_buffer.zero_()
             return self._live

@@ -90,7 +90,8 @@ def kept_and_fresh(layout: ParallelLayout) -> list[bool]:
     kept = RolloutEngine(role, eos_ids=[EOS], pad_id=PAD, max_sequence_length=40, settings=settings)
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=5)
     same = []
-    for sampling, count, group in ((SAMPLING, 4, 3), (greedy, 12, 1), (SAMPLING, 6, 2), (SAMPLING, 4, 3)):
+    rollouts = ((SAMPLING, 4, 3), (greedy, 12, 1), (SAMPLING, 6, 2), (SAMPLING, 4, 3), (SAMPLING, 2, 2))
+    for sampling, count, group in rollouts:
         if len(same) == 2:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(RolloutController, "_draw", interrupted_after(2))
@@ -120,7 +121,7 @@ def interrupted_after(steps: int) -> Any:
 
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2), ParallelLayout(pipeline=2)])
 def test_what_is_kept_leaks_nothing_into_the_next_rollout(layout: ParallelLayout) -> None:
-    assert run_ranks(kept_and_fresh, layout.world_size, layout) == [[True] * 4] * layout.world_size
+    assert run_ranks(kept_and_fresh, layout.world_size, layout) == [[True] * 5] * layout.world_size
 
 
 def keeps_what_moves() -> list[str]:
@@ -160,6 +161,6 @@ def sizes_of_caches() -> list[int]:
     return made
 
 
-def test_a_rollout_of_another_size_has_a_cache_of_its_own() -> None:
-    # Four rows and the one for padding; the same; six at most, twice; two.
-    assert run_ranks(sizes_of_caches, 1)[0] == [5, 0, 7, 0, 3]
+def test_a_larger_rollout_has_a_cache_of_its_own_and_a_smaller_one_room_enough() -> None:
+    # Four rows and the one for padding; the same; six at most, for all that follow.
+    assert run_ranks(sizes_of_caches, 1)[0] == [5, 0, 7, 0, 0]
