@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.distributed import FileStore, HashStore  # type: ignore[attr-defined]
 
 from megarlhf.errors import LayoutError
@@ -153,6 +156,20 @@ def stop() -> None:
     """Leave the process group. Collective."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+@contextmanager
+def own_scratch(scratch: dict[Any, Tensor]) -> Iterator[None]:
+    """Inside, `scratch` is where Megatron-Core keeps the tensors that it gathers into, grown as they are needed.
+
+    Those of inference mode cannot be written to outside of it; those that a CUDA graph was captured with must stay.
+    """
+    shared = parallel_state.get_global_memory_buffer()
+    before, shared.buffer = shared.buffer, scratch
+    try:
+        yield
+    finally:
+        shared.buffer = before
 
 
 def loopback_interface() -> str:

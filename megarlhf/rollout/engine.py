@@ -26,6 +26,7 @@ from megarlhf.models.role import Role
 from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
 from megarlhf.parallel.layout import FP8_MULTIPLE
+from megarlhf.parallel.mesh import own_scratch
 from megarlhf.rollout.context import HostContext, RolloutContext
 from megarlhf.rollout.controller import Ledger, RolloutController
 from megarlhf.rollout.graphs import DecodeGraphs
@@ -76,6 +77,7 @@ class RolloutEngine:
         self.max_sequence_length = max_sequence_length
         self.settings = settings
         self._live: _Live | None = None
+        self._scratch: dict[Any, Tensor] = {}
 
     @classmethod
     def of(cls, role: Role, tokenizer: Tokenizer, max_sequence_length: int, settings: RolloutConfig) -> Self:
@@ -134,7 +136,7 @@ class RolloutEngine:
         ledger = self._ledger(rows, streams, sampling, seed)
         # Transformer Engine keeps FP8 copies of weights: they are of the weights before the last step, unless told so.
         self.model.set_is_first_microbatch()
-        with torch.inference_mode(), _evaluating(self.model):
+        with torch.inference_mode(), own_scratch(self._scratch), _evaluating(self.model):
             live = self._engine_for(len(rows))
             with live.captured():
                 live.engine.draw(_requests(rows, live.rows), ledger, sampling)
@@ -145,6 +147,7 @@ class RolloutEngine:
         if self._live is not None:
             self._live.release()
             self._live = None
+        self._scratch.clear()
 
     def _ledger(self, rows: Prompts, streams: Tensor, sampling: SamplingConfig, seed: int) -> Ledger:
         width = min(int(rows.lengths.max()) + sampling.max_new_tokens, self.max_sequence_length)

@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megarlhf.errors import ConfigError, DataError, LayoutError
+from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.rollout import engine as engine_module
 from megarlhf.rollout.engine import RolloutEngine
@@ -68,6 +69,20 @@ def test_rows_that_wait_for_others_come_out_the_same(max_requests: int, referenc
     assert torch.equal(lengths, reference[1])
     torch.testing.assert_close(logprobs, reference[3], atol=1e-5, rtol=0)
     assert gap < 1e-5
+
+
+def score_less_than_was_drawn(layout: ParallelLayout) -> float:
+    """How far the trainer's log-probs of one short row are from the sampler's, after a prefill of many more tokens."""
+    role = actor(layout, kind=TrainableRole)
+    rollout = engine(role).generate(prompts(12), SamplingConfig(temperature=1.0, max_new_tokens=4), seed=7)
+    first = rollout.rows(torch.tensor([0]))
+    return float((role.score(first) - first.sampler_logprobs).abs().max())
+
+
+def test_scratch_of_a_rollout_is_none_of_what_comes_after_it() -> None:
+    """Sequence parallelism gathers into scratch that is kept; outside of inference mode nothing may write there."""
+    for gap in run_ranks(score_less_than_was_drawn, 2, ParallelLayout(tensor=2, sequence_parallel=True)):
+        assert gap < 1e-5
 
 
 def test_waiting_works_on_split_models_too(reference: tuple) -> None:

@@ -13,7 +13,7 @@ from megarlhf.checkpoint.hf_load import TensorSource, load_tensors
 from megarlhf.checkpoint.random_weights import RandomTensors
 from megarlhf.models.compute import ComputeConfig, resolve
 from megarlhf.models.readings import LabelLogprobs
-from megarlhf.models.role import FrozenRole, RoleSettings
+from megarlhf.models.role import FrozenRole, Role, RoleSettings
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
@@ -37,18 +37,20 @@ class Sharp:
         return self.source.tensor(name) * (20.0 if name == "lm_head.weight" else 1.0)
 
 
-def actor(layout: ParallelLayout, *, temperature: float = 1.0, directory: Path | None = None) -> FrozenRole:
+def actor(
+    layout: ParallelLayout, *, temperature: float = 1.0, directory: Path | None = None, kind: type[Role] = FrozenRole
+) -> Role:
     """A model on a fresh mesh: the one in `directory`, or the same random one in every layout."""
     mesh = start(layout, seed=1)
     settings = RoleSettings(compute=resolve(ComputeConfig(), mesh.device), micro_batch=64, offload="none")
-    role = FrozenRole("actor", SPEC, "language", LabelLogprobs(temperature), settings, mesh)
+    role = kind("actor", SPEC, "language", LabelLogprobs(temperature), settings, mesh)
     load_tensors(
         role, SafetensorsDirectory(directory, SPEC, "language") if directory else Sharp(RandomTensors(SPEC, 5))
     )
     return role
 
 
-def engine(role: FrozenRole, *, eos_ids: Sequence[int] = (EOS,), max_requests: int = 512) -> RolloutEngine:
+def engine(role: Role, *, eos_ids: Sequence[int] = (EOS,), max_requests: int = 512) -> RolloutEngine:
     return RolloutEngine(
         role, eos_ids=eos_ids, pad_id=PAD, max_sequence_length=40, settings=RolloutConfig(rows=max_requests)
     )
