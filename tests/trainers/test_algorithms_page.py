@@ -51,6 +51,35 @@ def test_defaults_are_those_that_are_said(title: str) -> None:
         assert default == (None if value == "null" else float(value.rstrip("."))), setting
 
 
+FIGURE = r"[+-]\d+\.\d \[\d+\.\d, \d+\.\d\]"
+MEASURED = {
+    row[0]: re.findall(FIGURE, row[1])
+    for row in re.findall(r"^\| ([A-Z][^|]*?) \| (.*) \|$", SECTIONS["Measured"], re.MULTILINE)
+}
+
+
+def test_every_row_of_what_was_measured_has_three_seeds_whose_gain_is_in_the_middle_of_its_interval() -> None:
+    assert {label.partition(",")[0] for label in MEASURED} == NAMES.keys()
+    for label, figures in MEASURED.items():
+        assert len(figures) == 3, label
+        for gain, low, high in (map(float, re.findall(r"\d+\.\d", figure)) for figure in figures):
+            assert gain == pytest.approx((low + high) / 2, abs=0.11), label
+
+
+@pytest.mark.parametrize("title", NAMES)
+def test_a_section_has_the_figures_of_its_first_row(title: str) -> None:
+    (said,) = re.findall(r"^Measured: (.*) points\.$", SECTIONS[title], re.MULTILINE)
+    assert said.split("; ") == next(MEASURED[label] for label in MEASURED if label.partition(",")[0] == title)
+
+
+def test_readme_has_the_same_figures() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    labels = {"ppo": "PPO, a reward model", "grpo": "GRPO, a rule", "rloo": "RLOO"}
+    for name, label in labels.items():
+        (row,) = re.findall(rf"^\| `{name}_tiny\.yaml` \|.*$", readme, re.MULTILINE)
+        assert re.findall(FIGURE, row) == MEASURED[label]
+
+
 def test_nothing_was_left_to_fill_in() -> None:
     assert set(re.findall(r"\b[A-Z]{6,}\b", PAGE)) == {"REINFORCE", "README", "LEARNERS", "TRAINER"}
 
