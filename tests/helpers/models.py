@@ -189,6 +189,8 @@ def _joined(parts: list[Tensor], cut: str, spec: ModelSpec) -> list[Tensor]:
 
 
 def _every(value: Any, mesh: Mesh, axis: Any) -> list[Any]:
+    if mesh.size(axis) == 1:
+        return [value]
     values = [None] * mesh.size(axis)
     torch.distributed.all_gather_object(values, value, group=mesh.group(axis))
     return values
