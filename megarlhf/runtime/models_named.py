@@ -26,8 +26,7 @@ def with_models(cfg: Cfg) -> Cfg:
 
     Raises:   CheckpointError where a run or a state has none.
     """
-    changed = {name: _found(name, value) for name, value in cfg}
-    return cfg.model_copy(update={name: value for name, value in changed.items() if value is not getattr(cfg, name)})
+    return cfg.model_copy(update={name: _found(name, value) for name, value in cfg})
 
 
 def _found(name: str, value: Any) -> Any:

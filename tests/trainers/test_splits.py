@@ -12,7 +12,6 @@ import torch
 
 from megarlhf.batch.rollouts import Anchored, PolicyRows, ValueRows
 from megarlhf.batch.supervised import AnchoredPairs, LabelledResponses, PreferencePairs, TokenBatch
-from megarlhf.data.rows import DataConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
 from megarlhf.models.role import TrainableRole
@@ -150,9 +149,7 @@ def learn(split: Split, language: str, tied: str, scalar: str) -> dict[str, dict
     shared = settings(mesh, split.micro_batch)
     optim = OptimConfig(lr=LR, weight_decay=0.1, max_grad_norm=0.5, distributed=split.distributed)
     ppo = PPOConfig.model_validate({"run_dir": "unused", "sampling": SamplingConfig(temperature=0.7)})
-    reward = RewardConfig.model_validate(
-        {"run_dir": "unused", "pairs": DataConfig(), "labelled": DataConfig(), "pointwise_weight": 0.7}
-    )
+    reward = RewardConfig.model_validate({"run_dir": "unused", "pairs": {}, "labelled": {}, "pointwise_weight": 0.7})
     result = {}
     role = learner(tied, LabelLogprobs(1.0), shared, mesh, optim)
     result["sft"] = steps_of(role, next_token_loss(role), [sft_batch(i) for i in range(STEPS)])
