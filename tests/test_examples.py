@@ -92,3 +92,5 @@ def test_the_tiny_examples_hand_models_to_each_other() -> None:
     assert runs["reward"]["model"] == runs["dpo"]["model"] == sft
     assert runs["ppo"]["actor"].init == sft
     assert runs["ppo"]["reward"].init == reward
+    code_sft, code = (dict(settings(EXAMPLES / f"{name}_tiny.yaml")[1]) for name in ("code_sft", "code"))
+    assert code["actor"].init == f"{code_sft['run_dir']}/model"
