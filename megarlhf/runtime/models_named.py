@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ from megarlhf.parallel.mesh import Mesh
 
 Cfg = TypeVar("Cfg", bound=Config)
 
-NAMES = ("model", "init", "reward")
+NAMES = ("model", "init", "reference", "reward")
 """Settings that name a model, where they are text."""
 
 
@@ -53,14 +53,10 @@ def check_same_models(cfg: Config, mesh: Mesh) -> None:
         raise ConfigError("a model that the settings name was saved anew while the ranks started; start again.")
 
 
-def _places(cfg: Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting that names a model, by its dotted name."""
-    for name, value in cfg:
-        if isinstance(value, Config):
+def _places(settings: Config | Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting that may name a model, by its dotted name."""
+    for name, value in dict(settings).items():
+        if isinstance(value, Config | dict):
             yield from _places(value, f"{prefix}{name}.")
-        elif isinstance(value, dict):
-            inner = ((key, item) for key, item in value.items() if isinstance(item, Config))
-            for key, item in inner:
-                yield from _places(item, f"{prefix}{name}.{key}.")
         elif name in NAMES and isinstance(value, str):
             yield prefix + name, value

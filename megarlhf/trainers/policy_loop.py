@@ -15,7 +15,7 @@ from megarlhf.batch.rollouts import LearnerRows, PolicyRows, Prompts, Rollout
 from megarlhf.checkpoint.model_directory import Card, save_model
 from megarlhf.data.loader import Loader
 from megarlhf.data.reasoning_gym import ReasoningGymConfig, is_task
-from megarlhf.data.rows import BUILT_IN
+from megarlhf.data.rows import BUILT_IN, PROGRAMS
 from megarlhf.gates.cheap import Lesson, cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
 from megarlhf.judges.panel import Court, Judgement, Panel, build_panel
@@ -279,6 +279,8 @@ def _held_out(cfg: PolicyConfig) -> list[str]:
         return [f"prompts.source={data.source}", *of_task]
     if data.source in ("", BUILT_IN):
         return [f"prompts.source={BUILT_IN}", f"prompts.arithmetic.level={data.arithmetic.level}"]
+    if data.source == PROGRAMS:
+        return [f"prompts.source={PROGRAMS}"]
     columns = [f"prompts.columns.{name}={theirs}" for name, theirs in data.columns.items()]
     verifier = cfg.verifier if cfg.verifier not in ("auto", "none") else (*cfg.deciders, "maths")[0]
     return ["prompts.source=FILE", *columns, f"verifier={verifier}"]

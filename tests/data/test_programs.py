@@ -18,6 +18,7 @@ from megarlhf.data.sft import load_sft
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError, DataError
 from megarlhf.models.spec import preset
+from megarlhf.trainers import grpo
 from tests.judges.test_code_tests import judged
 
 TASK = Task((("+", 3), ("*", 2), ("-", 5)), 4)
@@ -125,6 +126,12 @@ def test_what_they_are_not_is_named() -> None:
     for settings in ({"rows": 0}, {"right": 1.1}, {"seed": -1}):
         with pytest.raises(pydantic.ValidationError):
             ProgramsConfig.model_validate(settings)
+
+
+def test_a_run_names_them_for_its_evaluation() -> None:
+    judge = ("judges.works.kind=code_tests", "judges.works.isolation=none", "sampling.max_new_tokens=40")
+    cfg = load_config(grpo.GRPOConfig, None, ["run_dir=run", "actor.init=tiny-xs", "prompts.source=programs", *judge])
+    assert grpo.TRAINER.following(cfg)[0] == "megarlhf eval model=run/model prompts.source=programs max_new_tokens=40"
 
 
 def test_eval_runs_the_tests_of_held_out_ones() -> None:

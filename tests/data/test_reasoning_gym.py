@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import string
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,10 @@ from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer, load_tokenizer
 from megarlhf.judges.gym import check_gym, gym_score
 from megarlhf.trainers import grpo
-from tests.helpers.started import heeding_ctrl_c
+from tests.test_cli_runs import TIMEOUT_S, started
 
 pytest.importorskip("reasoning_gym", reason="the package reasoning-gym is not installed: pip install -e '.[tasks]'")
 
-ROOT = Path(__file__).resolve().parents[2]
-RANKED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT_S = 200
 SUMS = (
     *("prompts.source=reasoning_gym:chain_sum", "prompts.template=plain", 'prompts.reasoning_gym.instruction=""'),
     "prompts.reasoning_gym.parameters.max_terms=3",
@@ -57,20 +52,6 @@ def letters(directory: Path) -> Tokenizer:
         tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad, clean_up_tokenization_spaces=False
     ).save_pretrained(directory)
     return load_tokenizer(directory)
-
-
-def started(*arguments: str, directory: Path) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in RANKED}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    with heeding_ctrl_c():
-        return subprocess.Popen(
-            [sys.executable, "-m", "megarlhf.cli", *arguments],
-            cwd=directory,
-            env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
 
 
 def megarlhf(*arguments: str, directory: Path, code: int = 0, stopped_when: Path | None = None) -> tuple[str, str]:

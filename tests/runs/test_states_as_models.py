@@ -19,7 +19,7 @@ from megarlhf.observe.writers import read_metrics
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runtime.models_named import check_same_models, taken, with_models
-from megarlhf.trainers import ppo, sft
+from megarlhf.trainers import dpo, ppo, sft
 from tests.helpers.models import frozen, policy_and_judge, whole_weights
 from tests.helpers.ranks import run_ranks
 
@@ -127,6 +127,8 @@ def test_models_are_found_inside_groups_and_mappings(folder: Path) -> None:
     assert (found.actor.init, found.critic.init) == (f"{run}/model", "tiny-s")
     assert found.inits["taste"] == f"{run}/checkpoints/step_1/critic"
     assert taken(asked, found) == [f"actor.init={run}: {run}/model is taken"]
+    near = dpo.DPOConfig.model_validate({"run_dir": "r", "model": "tiny-s", "reference": f"{run}/checkpoints/latest"})
+    assert with_models(near).reference == f"{run}/checkpoints/step_00000003/actor"
     with pytest.raises(
         CheckpointError, match=r"step_00000009 is not there; name one of .*step_00000001, step_00000002"
     ):
