@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megarlhf.checkpoint.checksums import check_checksums
-from megarlhf.checkpoint.model_directory import WEIGHTS, load_sharded, sharded_weights
+from megarlhf.checkpoint.model_directory import WEIGHTS, describe_model, load_sharded, sharded_weights
+from megarlhf.checkpoint.nearby import MODEL
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError
 from megarlhf.models.optim import restore_schedule, torch_optimizers
@@ -154,6 +155,7 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
         check_checksums(part, remedy, mesh)
     position = read_position(state)
     for name, role in roles.items():
+        _check_same_model(state / name, role)
         with role.resident(*role.parts):
             loaded = load_sharded(role_state(role, loading=True), state / name / WEIGHTS, remedy)
             try:
@@ -168,6 +170,18 @@ def load_state(state: Path, roles: Mapping[str, TrainableRole]) -> Position:
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{numbers}: no state of random numbers ({type(error).__name__}); {remedy}.") from None
     return position
+
+
+def _check_same_model(directory: Path, role: TrainableRole) -> None:
+    if not (directory / MODEL).is_file():
+        return  # the writer had no card for it
+    then, now = dict(describe_model(str(directory)).spec), dict(role.spec)
+    other = ", ".join(f"{name} {then[name]} -> {now[name]}" for name in then if then[name] != now[name])
+    if other:
+        raise CheckpointError(
+            f"{directory} is of a model of another architecture ({other}); name one like that which the run began "
+            "with, or choose another run_dir."
+        )
 
 
 def _fill(role: TrainableRole, loaded: Any) -> None:

@@ -33,6 +33,8 @@ class FreeToChange:
 
     said: bool = False
     """It changes what comes: a stop may ask for that, and the run then says from what to what."""
+    ends: bool = False
+    """It says when a run ends: one that is done goes on where it is changed."""
 
 
 class Config(pydantic.BaseModel):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import os
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from megarlhf.errors import ConfigError
-from megarlhf.observe.files import json_line, json_lines, own_file, writing
+from megarlhf.observe.files import json_line, json_lines, own_file, write_whole, writing
 from megarlhf.observe.metrics import Metrics, check
-from megarlhf.observe.run_files import METRICS, SAMPLES, TENSORBOARD
+from megarlhf.observe.run_files import METRICS, SAMPLES, TENSORBOARD, WANDB
 
 
 class RunWriter:
@@ -24,8 +26,11 @@ class RunWriter:
     Raises:   UnknownMetricError for a name not in the glossary.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool = False, wandb: bool = False) -> None:
-        """Open the files in `run_dir`, creating it; an existing metrics file is continued."""
+    def __init__(self, run_dir: Path, *, tensorboard: bool = False, wandb: Mapping[str, Any] | None = None) -> None:
+        """Open the files in `run_dir`, creating it; an existing metrics file is continued.
+
+        wandb: the settings that Weights & Biases keeps of the run; None logs nothing there.
+        """
         self.run_dir = run_dir
         with writing(run_dir / METRICS):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -35,7 +40,7 @@ class RunWriter:
         # Opened at the first step, which may not be 1: the events of a run that goes on are cut there.
         self._events: Any = None
         self._tensorboard = tensorboard
-        self._wandb = _wandb(run_dir) if wandb else None
+        self._wandb = None if wandb is None else _wandb(run_dir, wandb)
 
     def log(self, metrics: Metrics, step: int) -> None:
         """Write one line of metrics; non-finite values become null, since JSON has no word for them."""
@@ -51,8 +56,11 @@ class RunWriter:
 
     def samples(self, rows: Iterable[Mapping[str, Any]], step: int) -> None:
         """Append rows, for example rollouts as text, to `samples.jsonl`."""
+        written = list(rows)
         with writing(self._samples), self._samples.open("a", encoding="utf-8") as file:
-            file.writelines(json_line({"step": step, **row}) for row in rows)
+            file.writelines(json_line({"step": step, **row}) for row in written)
+        if self._wandb is not None and written:
+            self._wandb.log({"samples": _wandb_table(written)}, step=step)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -142,8 +150,29 @@ def _tensorboard(run_dir: Path, first: int) -> Any:
     return SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first)
 
 
-def _wandb(run_dir: Path) -> Any:
-    """Start a W&B run; the key comes from the environment alone, so that it can never end up in a config on disk."""
+def _wandb(run_dir: Path, settings: Mapping[str, Any]) -> Any:
+    """Start the W&B run of `run_dir`, or go on with it: steps that it has already it takes no second time.
+
+    The key comes from the environment alone, so that it can never end up in a config on disk.
+    """
     import wandb  # pyright: ignore[reportMissingImports]
 
-    return wandb.init(project="megarlhf", name=run_dir.name, dir=str(run_dir))
+    known = own_file(run_dir, WANDB)
+    identity = known.read_text(encoding="utf-8").strip() if known else uuid.uuid4().hex
+    if known is None:
+        write_whole(run_dir / WANDB, identity + "\n")
+    run = wandb.init(project="megarlhf", name=run_dir.name, dir=str(run_dir), id=identity, resume="allow")
+    run.config.update(dict(settings), allow_val_change=True)
+    return run
+
+
+def _wandb_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows as W&B shows them; what is no number or text, such as a conversation, as JSON."""
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return wandb.Table(columns=columns, data=[[_cell(row.get(name)) for name in columns] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -28,7 +28,7 @@ from megarlhf.errors import (
 )
 from megarlhf.models.finite import not_finite
 from megarlhf.models.role import TrainableRole
-from megarlhf.observe.files import reason, refused, remedy
+from megarlhf.observe.files import reason, refused, remedy, writing
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.provenance import write_provenance
@@ -70,6 +70,8 @@ class Run:
         self._best: Best | None = None
         self._saved = 0
         """Steps of the newest state."""
+        self.first = 0
+        """The step to begin with, once `restore` was called."""
         guard.settle = self.states.finish
 
     def restore(self) -> int:
@@ -88,23 +90,28 @@ class Run:
                 lost,
                 self.mesh,
             )
-        return 0 if position is None else position.step
+        self.first = 0 if position is None else position.step
+        return self.first
 
     def _take_place(self, position: Position) -> None:
-        missing = sorted(self._parts.keys() - position.parts.keys())
-        if missing:
-            raise CheckpointError(
-                f"the state after step {position.step} in {self._cfg.states_dir} says nothing of {', '.join(missing)}: "
-                "it is of another kind of run; choose another run_dir."
-            )
         for name, part in self._parts.items():
-            part.load_state(position.parts[name])
+            try:
+                if name not in position.parts:
+                    raise CheckpointError(
+                        f"the state after step {position.step} in {self._cfg.states_dir} says nothing of {name}: it is "
+                        "of another kind of run; choose another run_dir."
+                    )
+                part.load_state(position.parts[name])
+            except CheckpointError as error:
+                if self._cfg.resume != "force":
+                    raise
+                _say(f"resume=force: {name} begins afresh, for {error}", (), self.mesh)
         self._guard.skipped, self._best, self._saved = position.skipped_steps, position.best, position.step
         self._guard.in_a_row = dict(position.skipped_in_a_row)
 
     def _cut_logs(self, position: Position | None) -> list[str]:
         if position is not None:
-            check_logs(self._cfg.run_dir, position, opened=True)
+            check_logs(self._cfg.run_dir, position)
         return cut_logs(self._cfg.run_dir, position)
 
     def check_room(self, first: int, count: int) -> None:
@@ -113,7 +120,7 @@ class Run:
         Ranks:    collective.
         """
         cfg = self._cfg
-        saves = count // cfg.save_every - first // cfg.save_every if cfg.save_every else 0
+        saves = -(-count // cfg.save_every) - first // cfg.save_every if cfg.save_every and first < count else 0
         kept_for_good = (count // cfg.keep_every - first // cfg.keep_every if cfg.keep_every else 0) + bool(
             cfg.keep_best
         )
@@ -235,16 +242,21 @@ class Run:
             part.load_state(before[name])
         kept = f"the state after step {step} is in {self._cfg.states_dir}, and" if step else "no step was done, and"
         try:
-            self.end_early(step, metrics)
+            self.save_last(step, metrics)
             self.states.finish()
         except (OutputError, TrainingError) as failure:
             raise TrainingError(f"{error}\nand the state after step {step} cannot be saved: {failure}") from error
         raise type(error)(f"{error}\n{kept} the same command goes on from there.") from error
 
-    def end_early(self, step: int, metrics: Metrics) -> None:
+    def save_last(self, step: int, metrics: Metrics) -> None:
         """Save the state after `step` steps, unless `step_ended` has."""
         if step > self._saved:
             self.save(step, metrics)
+
+    def steps_done(self, step: int, metrics: Metrics) -> None:
+        """Save the state after the last step, where states are saved: with more steps the run goes on from it."""
+        if self._cfg.save_every:
+            self.save_last(step, metrics)
 
     def save(self, step: int, metrics: Metrics) -> None:
         """Begin to save the state after `step` steps.
@@ -307,7 +319,7 @@ def run_steps(
     Ranks:    rank 0 has the writer and shows the bar.
     """
     metrics: Metrics = {}
-    first = run.restore()
+    first = run.first
     run.check_room(first, count)
     trail = run.mesh.trail
     named = f"{description} from step {first}" if first else description
@@ -326,22 +338,38 @@ def run_steps(
             shown = [f"{name.partition('/')[2]} {metrics[name]:.3f}" for name in notes if name in metrics]
             bar.advance(note=", ".join(shown))
             if enough(metrics):
-                run.end_early(index + 1, metrics)
+                run.save_last(index + 1, metrics)
                 break
+        else:
+            run.steps_done(count, metrics)
     return metrics
 
 
 @contextmanager
-def open_run(cfg: RunConfig, argv: Sequence[str], mesh: Mesh) -> Iterator[RunWriter | None]:
-    """Rank 0's writer on a run directory that says how the run was made; None on other ranks."""
+def open_run(cfg: RunConfig, argv: Sequence[str], run: Run) -> Iterator[RunWriter | None]:
+    """Go back to where the run was, if it was; then rank 0's writer on a run directory that says how the run was made,
+    None on other ranks. Collective. Nothing in the directory is touched where it cannot go on."""
+    mesh, after = run.mesh, run.restore()
     if not mesh.is_main:
         yield None
         return
-    if changes := cfg.changes():
+    changes = cfg.changes()
+    if changes:
         _say(f"{cfg.run_dir}: goes on with other settings ({spelled(changes)})", (), mesh)
-    write_provenance(cfg.run_dir, cfg, argv)
-    with RunWriter(cfg.run_dir, tensorboard=cfg.tensorboard, wandb=cfg.wandb) as writer:
+    _keep_finished(cfg, mesh)
+    write_provenance(cfg.run_dir, cfg, argv, after=after, changes=changes)
+    tracked = cfg.model_dump(mode="json") if cfg.wandb else None
+    with RunWriter(cfg.run_dir, tensorboard=cfg.tensorboard, wandb=tracked) as writer:
         yield writer
+
+
+def _keep_finished(cfg: RunConfig, mesh: Mesh) -> None:
+    """Put the model of a finished run aside, which goes on."""
+    if cfg.model_dir.exists():
+        aside = cfg.aside()
+        with writing(aside):
+            cfg.model_dir.rename(aside)
+        _say(f"{cfg.run_dir}: its model so far is kept in {aside}", (), mesh)
 
 
 @contextmanager

@@ -22,15 +22,12 @@ def sums(run_dir: Path) -> dict[str, str]:
     return {name: _sum(run_dir / name, _size(run_dir / name)) for name in LOGS}
 
 
-def check_logs(run_dir: Path, position: Position, *, opened: bool) -> None:
-    """Raise CheckpointError where a log has lost or changed what it said when `position` was saved.
-
-    opened: the run has opened its logs by now, so that an empty one is as good as none.
-    """
+def check_logs(run_dir: Path, position: Position) -> None:
+    """Raise CheckpointError where a log that is there has lost or changed what it said when `position` was saved."""
     for name in LOGS:
         log, size = run_dir / name, position.bytes_written.get(name, 0)
         there = _size(log)
-        if not log.exists() or (opened and not there):
+        if not log.exists():
             continue
         if there < size or (name in position.sums and _sum(log, size) != position.sums[name]):
             raise CheckpointError(

@@ -18,7 +18,7 @@ from megarlhf.errors import ConfigError, RunFinished
 from megarlhf.observe import run_files
 from megarlhf.observe.files import link_out
 from megarlhf.observe.lock import check_free
-from megarlhf.observe.writers import check_trackers
+from megarlhf.observe.writers import check_trackers, read_metrics
 from megarlhf.runs.run_logs import check_logs
 from megarlhf.runtime.outputs import check_directory
 from megarlhf.runtime.settings import RanksConfig
@@ -29,11 +29,13 @@ class RunConfig(RanksConfig):
 
     run_dir: Path
     """Directory for metrics, samples, models and the resolved settings; must not hold another run."""
-    resume: Annotated[Literal["auto", "never"], FreeToChange()] = "auto"
+    resume: Annotated[Literal["auto", "never", "force"], FreeToChange()] = "auto"
     """`auto`: the same command again goes on from the newest saved state in run_dir, or from the start where there is
-    none. `never` refuses a used run_dir."""
+    none. `never` refuses a used run_dir. `force` goes on with settings that change what is learnt, too: what they were
+    is noted in the run's starts.jsonl, and data that are others are read from their first row."""
     save_every: Annotated[int, FreeToChange()] = Field(default=100, ge=0)
-    """Steps (of a policy: iterations) between two saved states; 0 saves none, but one where a signal stops the run."""
+    """Steps (of a policy: iterations) between two saved states; the last step's is saved too. 0 saves none, but one
+    where a signal stops the run."""
     keep_last: Annotated[int, FreeToChange()] = Field(default=2, ge=1)
     """Newest states to keep; each holds weights and optimiser of every role that learns."""
     keep_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
@@ -94,7 +96,7 @@ class RunConfig(RanksConfig):
         check_directory(self.run_dir, "run_dir")
         state = latest_state(self.states_dir)
         if state is not None:
-            check_logs(self.run_dir, read_position(state), opened=False)
+            check_logs(self.run_dir, read_position(state))
 
     def _check_saving(self) -> None:
         if self.keep_every and (not self.save_every or self.keep_every % self.save_every):
@@ -122,19 +124,54 @@ class RunConfig(RanksConfig):
                 f"run_dir={self.run_dir} already holds a run ({trace} is there); choose another, or remove it."
             )
         self._check_same_trainer()
-        free = self.free_to_change()
-        changed = {name: values for name, values in self.changes().items() if not _mark(name, free)}
+        changes, free = self._all_changes(), self.free_to_change()
+        changed = {name: values for name, values in changes.items() if not _mark(name, free)}
+        state = latest_state(self.states_dir)
         # Of a run that ended before its first step no setting has done anything.
-        if changed and (self._has_logged() or latest_state(self.states_dir) is not None):
+        if changed and self.resume != "force" and (self._has_logged() or state is not None):
             raise ConfigError(
                 f"run_dir={self.run_dir} holds a run with other settings ({spelled(changed)}); put them back to go on "
-                "with it, or choose another run_dir."
+                "with it, or choose another run_dir, or set resume=force, which goes on with them and notes it."
             )
         model = self.model_dir
-        if (model / MODEL).is_file():
-            raise RunFinished(f"run_dir={self.run_dir}: this run is done; its model is in {model}.")
-        if model.exists():
+        if not model.exists():
+            return
+        if not (model / MODEL).is_file():
             raise ConfigError(f"{model} is there, but not whole ({MODEL} is missing); remove it to go on with the run.")
+        marks = (_mark(name, free) for name in changes)
+        if not any(mark is None or mark.ends for mark in marks):
+            raise RunFinished(f"run_dir={self.run_dir}: this run is done; its model is in {model}.")
+        if state is None:
+            raise ConfigError(
+                f"run_dir={self.run_dir}: this run is done, and has no saved state to go on from (save_every=0 saves "
+                f"none); start another from its model, {model}."
+            )
+        if (aside := self.aside()).exists():
+            raise ConfigError(f"{aside}, where the finished model would be kept, is there; move it, or remove it.")
+
+    def check_more(self, steps: int, asked: str) -> None:
+        """Raise where the run in `run_dir` has done the `steps` that the setting `asked` asks for, or more.
+
+        Raises:   RunFinished where its model is there too, ConfigError where it has done more.
+        """
+        done = self.steps_saved()
+        if done > steps:
+            raise ConfigError(
+                f"run_dir={self.run_dir}: {done} steps are done, and {asked} asks for {steps}; ask for more, or choose "
+                "another run_dir."
+            )
+        if done == steps and (self.model_dir / MODEL).is_file():
+            raise RunFinished(f"run_dir={self.run_dir}: this run is done; its model is in {self.model_dir}.")
+
+    def aside(self) -> Path:
+        """Where the model of a finished run is kept that goes on: it says after how many steps it was the model."""
+        rows = read_metrics(self.run_dir).rows
+        return self.run_dir / f"{run_files.MODEL}_{run_files.step_name(int(rows[-1]['step']) if rows else 0)}"
+
+    def steps_saved(self) -> int:
+        """After how many steps the run in `run_dir` goes on."""
+        state = latest_state(self.states_dir)
+        return 0 if state is None else read_position(state).step
 
     def _check_same_trainer(self) -> None:
         file, own = self.run_dir / run_files.TRAINER, type(self).__module__
@@ -153,6 +190,12 @@ class RunConfig(RanksConfig):
 
         Raises:   ConfigError when the file in `run_dir` cannot be read.
         """
+        free = self.free_to_change()
+        marks = {name: (_mark(name, free), pair) for name, pair in self._all_changes().items()}
+        return {name: pair for name, (mark, pair) in marks.items() if mark is None or mark.said}
+
+    def _all_changes(self) -> dict[str, tuple[Any, Any]]:
+        """The same, with those that change no result."""
         settings = self.run_dir / run_files.CONFIG
         if not settings.is_file():
             return {}
@@ -166,12 +209,9 @@ class RunConfig(RanksConfig):
             ) from None
         if self.date is None:
             then["date"] = None  # it was pinned, and still is
-        free = self.free_to_change()
         # A mapping, such as judges, may have other names now.
         pairs = {name: (then.get(name), now.get(name)) for name in {**then, **now}}
-        marks = {name: _mark(name, free) for name in pairs}
-        silent = {name for name, mark in marks.items() if mark is not None and not mark.said}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in silent}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _mark(name: str, marks: Mapping[str, FreeToChange]) -> FreeToChange | None:

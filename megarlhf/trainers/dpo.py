@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megarlhf.batch.supervised import AnchoredPairs, PreferencePairs
 from megarlhf.checkpoint.model_directory import Card, save_model
+from megarlhf.config.base import FreeToChange
 from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import PreferenceSet, load_preferences
 from megarlhf.data.rows import DataConfig
@@ -71,8 +73,8 @@ class DPOConfig(RunConfig):
     Source: 0 in Rafailov et al. 2023; above it conservative DPO (Mitchell 2023)."""
     optim: OptimConfig = OptimConfig(lr=5e-7)
     """Optimiser. Source of the rate and its linear decay: Zephyr (arXiv 2310.16944), Tulu 3 (arXiv 2411.15124)."""
-    epochs: float = Field(default=1.0, gt=0)
-    """Passes over the pairs. Source: 1 in Tulu 3."""
+    epochs: Annotated[float, FreeToChange(said=True, ends=True)] = Field(default=1.0, gt=0)
+    """Passes over the pairs. Source: 1 in Tulu 3. A run that is done goes on with more."""
     global_batch: int = Field(default=64, ge=1)
     """Pairs per optimiser step, over all data ranks; a row of micro_batch is a pair. Source: Rafailov et al. 2023."""
 
@@ -132,6 +134,7 @@ def prepare(cfg: DPOConfig) -> DPOInputs:
     check_rows("global_batch", cfg.global_batch, "pairs", len(pairs))
     steps = max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
     cfg.optim.check(steps, "optim")
+    cfg.check_more(steps, f"epochs={cfg.epochs:g}")
     return DPOInputs(policy, reference, tokenizer, data, pairs, sets.get("heldout"), steps)
 
 
@@ -166,7 +169,7 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
             **clock.metrics(),
         }
 
-    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
         metrics = run_steps(inputs.steps, "DPO", step, ("dpo/loss", "dpo/accuracy"), run=run, writer=writer)
         found = measure(cast, inputs.heldout, cfg) if inputs.heldout else {}
         if writer is not None and found:

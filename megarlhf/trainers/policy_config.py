@@ -81,8 +81,8 @@ class PolicyConfig(RunConfig):
     """How responses are drawn."""
     rollout: Annotated[RolloutConfig, FreeToChange()] = RolloutConfig()
     """How much is drawn at once."""
-    iterations: int = Field(default=100, ge=1)
-    """Rounds of roll out, score, estimate, optimise."""
+    iterations: Annotated[int, FreeToChange(said=True, ends=True)] = Field(default=100, ge=1)
+    """Rounds of roll out, score, estimate, optimise. A run that is done, or was stopped, goes on with more."""
     rollout_batch: int = Field(default=512, ge=1)
     """Rollouts per iteration, or prompts, as batch_unit says; over all data ranks. Source: 512 in Huang et al. 2024."""
     group_size: int = Field(default=1, ge=1)
@@ -116,7 +116,7 @@ class PolicyConfig(RunConfig):
     where it is a whole response whose ratio is clipped."""
     shaping: ShapingConfig = ShapingConfig()
     """How scores become what is learnt from."""
-    verifier: AutoVerifier | Literal["none"] = "auto"
+    verifier: Annotated[AutoVerifier | Literal["none"], FreeToChange(said=True)] = "auto"
     """What says for the log whether a response is right, where its prompt has an answer: a rule that compares with the
     answer, as judges have it, or `none`, which logs no accuracy. `auto`: the first judge that is such a rule or runs
     the tests of programs, else arithmetic for the built-in task, reasoning_gym for that package's problems, none for
@@ -124,7 +124,7 @@ class PolicyConfig(RunConfig):
     kl_bound: Annotated[float | None, FreeToChange()] = Field(default=24.0, gt=0)
     """Mean KL to the reference, in nats a response, beyond which the run warns; null never warns. Source: four times
     the 6 nats that Ziegler et al. 2019 steer towards."""
-    stop_when_over_optimised: Annotated[bool, FreeToChange()] = False
+    stop_when_over_optimised: Annotated[bool, FreeToChange(ends=True)] = False
     """End the run, its state and its model saved, at the first warning: the score rises while accuracy falls, or the KL
     passes kl_bound. Otherwise the run warns and goes on. Refused where neither accuracy nor such a KL is measured."""
     samples_every: Annotated[int, FreeToChange()] = Field(default=10, ge=1)
@@ -332,6 +332,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
     cfg.check_sizes()
+    cfg.check_more(cfg.iterations, f"iterations={cfg.iterations}")
     models = {role: _checked(role, init, cfg) for role, init in cfg.inits.items()}
     actor = models["actor"]
     for judge in (models[name] for name in cfg.panel if name in models):

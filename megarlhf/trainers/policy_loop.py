@@ -226,7 +226,7 @@ def _train(
             same = cfg.reference_init == cfg.actor.init and first <= cfg.first_iteration
             check_gates(cheap_gates(cast, prompts, lesson, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
 
-    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
         metrics = run_steps(
             cfg.iterations,
             _title(type(cfg)),

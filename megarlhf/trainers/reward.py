@@ -14,7 +14,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import scipy.stats
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from megarlhf.batch.base import cat
 from megarlhf.batch.supervised import Couples, LabelledResponses, PreferencePairs
 from megarlhf.checkpoint.model_directory import Card, ModelDescription, save_model
+from megarlhf.config.base import FreeToChange
 from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import LabelledData, LabelledSet, PreferenceSet, load_labelled, load_preferences
 from megarlhf.data.rows import DataConfig
@@ -83,8 +84,9 @@ class RewardConfig(RunConfig):
     Source: centre is Huang et al. 2024; standardise is Ziegler et al. 2019."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
     """Optimiser."""
-    epochs: float = Field(default=1.0, gt=0)
-    """Passes over the larger of the two data sets; more tend to over-fit. Source: Huang et al. 2024 use 1."""
+    epochs: Annotated[float, FreeToChange(said=True, ends=True)] = Field(default=1.0, gt=0)
+    """Passes over the larger of the two data sets; more tend to over-fit. Source: Huang et al. 2024 use 1.
+    A run that is done goes on with more."""
 
 
 def couple(pairs: PreferencePairs | None, labelled: LabelledResponses | None, pointwise_weight: float) -> Couples:
@@ -194,6 +196,7 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
     if heldout is not None:
         check_longest("heldout", heldout.longest, model.spec)
     cfg.optim.check(steps, "optim")
+    cfg.check_more(steps, f"epochs={cfg.epochs:g}")
     return RewardInputs(model, tokenizer, data, pairs, labelled, heldout, steps)
 
 
@@ -239,7 +242,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
             **clock.metrics(),
         }
 
-    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
         metrics = run_steps(inputs.steps, "reward model", step, ("reward/loss",), run=run, writer=writer)
         found = measure(role, measured, heldout=inputs.heldout is not None)
         metrics = {**metrics, **found}

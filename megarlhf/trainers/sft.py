@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from pydantic import Field
 
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.model_directory import Card, ModelDescription, save_model
+from megarlhf.config.base import FreeToChange
 from megarlhf.data.loader import Loader
 from megarlhf.data.sft import SftData, SftSet, load_sft
 from megarlhf.data.tokenizer import Tokenizer
@@ -50,8 +52,8 @@ class SftConfig(RunConfig):
     """Demonstrations: columns prompt and response, or messages."""
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine")
     """Optimiser. Source of the rate: Llama 3's SFT."""
-    epochs: float = Field(default=1.0, gt=0)
-    """Passes over the data."""
+    epochs: Annotated[float, FreeToChange(said=True, ends=True)] = Field(default=1.0, gt=0)
+    """Passes over the data. A run that is done goes on with more."""
     global_batch: int = Field(default=64, ge=1)
     """Demonstrations per optimiser step, over all data ranks."""
 
@@ -82,6 +84,7 @@ def prepare(cfg: SftConfig) -> SftInputs:
     check_rows("global_batch", cfg.global_batch, "data", len(rows))
     steps = max(1, round(cfg.epochs * len(rows) / cfg.global_batch))
     cfg.optim.check(steps, "optim")
+    cfg.check_more(steps, f"epochs={cfg.epochs:g}")
     return SftInputs(model, tokenizer, data, rows, steps)
 
 
@@ -118,7 +121,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
             **clock.metrics(),
         }
 
-    with open_run(cfg.pinned(inputs.tokenizer.date), argv, mesh) as writer:
+    with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
         metrics = run_steps(inputs.steps, "SFT", step, ("sft/loss",), run=run, writer=writer)
     save_model(role, cfg.model_dir, card)
     return metrics

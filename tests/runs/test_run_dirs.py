@@ -123,9 +123,9 @@ def test_a_log_that_lost_or_changed_its_past_is_refused(damaged: str, tmp_path: 
     log = tmp_path / "metrics.jsonl"
     log.write_text(damaged)
     with pytest.raises(CheckpointError, match=rf"^{log} is not what it was when the state after step 3 was saved"):
-        check_logs(tmp_path, position, opened=True)
+        check_logs(tmp_path, position)
     log.unlink()  # the remedy
-    check_logs(tmp_path, position, opened=False)
+    check_logs(tmp_path, position)
     assert cut_logs(tmp_path, position) == ["metrics.jsonl has lost what it said until then"]
     assert not log.exists()
 
@@ -154,8 +154,8 @@ def test_the_same_command_on_a_finished_run_is_done(tmp_path: Path) -> None:
     with pytest.raises(RunFinished, match=rf"^run_dir={cfg.run_dir}: this run is done; its model is in .*/model\.$"):
         cfg.check_run_dir()
     assert RunFinished.exit_code == 0
-    with pytest.raises(ConfigError, match=r"other settings \(epochs 1\.0 -> 2\.0\)"):
-        run(tmp_path, epochs=2.0).check_run_dir()
+    with pytest.raises(ConfigError, match=r"other settings \(global_batch 64 -> 32\)"):
+        run(tmp_path, global_batch=32).check_run_dir()
 
 
 def test_what_a_stop_asks_for_may_change(tmp_path: Path) -> None:
@@ -219,10 +219,10 @@ def test_a_run_that_has_not_stepped_takes_other_settings(tmp_path: Path) -> None
     """A gate or the first rollout asks for another setting, and nothing depends on the old ones yet."""
     cfg = run(tmp_path)
     shutil.rmtree(cfg.states_dir)
-    with pytest.raises(ConfigError, match=r"other settings \(epochs 1.0 -> 2.0\)"):
-        run(tmp_path, epochs=2.0).check_run_dir()
+    with pytest.raises(ConfigError, match=r"other settings \(global_batch 64 -> 32\)"):
+        run(tmp_path, global_batch=32).check_run_dir()
     (cfg.run_dir / "metrics.jsonl").write_text("")
-    run(tmp_path, epochs=2.0).check_run_dir()
+    run(tmp_path, global_batch=32).check_run_dir()
 
 
 def test_another_spelling_of_a_path_is_the_same_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
