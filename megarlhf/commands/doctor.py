@@ -115,7 +115,7 @@ def complete(cfg: PolicyConfig) -> PolicyConfig:
             "tokenizer": cfg.tokenizer or BUILT_IN_TOKENIZER,
             # The built-in tokenizer has no chat template, and the preset a short context.
             "prompts": cfg.prompts.model_copy(
-                update={"template": "plain"} if cfg.prompts.source in ("", BUILT_IN) else {}
+                update={"template": "plain"} if cfg.prompts.named in ("", BUILT_IN) else {}
             ),
             "sampling": cfg.sampling.model_copy(update={"max_new_tokens": min(32, cfg.sampling.max_new_tokens)}),
         }

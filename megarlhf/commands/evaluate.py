@@ -40,7 +40,7 @@ from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import frozen
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
-from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.runtime.texts import check_one_day, check_one_source, chosen_data
 
 
 class EvalConfig(RanksConfig):
@@ -99,6 +99,7 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
     tokenizer = resolve_tokenizer(cfg.tokenizer, policy, cfg.date)
     if reward is not None:
         check_same_tokenizer(tokenizer, str(policy), Model("reward", cfg.reward, reward))
+    check_one_source(cfg.prompts, "prompts")
     data = chosen_data(cfg.prompts, "prompts", policy)
     data = data.model_copy(update={"split": data.split or ("heldout" if is_generated(data.source) else "train")})
     verifier = _verifier(cfg, data.source)

@@ -33,7 +33,7 @@ from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import frozen, print_choices, print_dropped
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
-from megarlhf.runtime.texts import check_one_day, chosen_data, chosen_template
+from megarlhf.runtime.texts import check_one_day, check_one_source, chosen_data, chosen_template
 
 ROLLOUTS = 512
 """Responses drawn between two writes; the engine itself decodes as many of them at once as fit."""
@@ -85,6 +85,7 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
         tokens = tokenizer.taking(data.control_tokens).encode_prompt(cfg.prompt, data.rendering)
         prompts = PromptSet([tokens], [""], [0], tokenizer.pad_id, dropped=0, columns=[{"prompt": cfg.prompt}])
     else:
+        check_one_source(cfg.prompts, "prompts")
         data = chosen_data(cfg.prompts, "prompts", speaker)
         prompts = load_prompts(data, tokenizer)
     check_room(prompts.longest, cfg.sampling.max_new_tokens, model.spec, "model")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from megarlhf.data.rows import Row
+from megarlhf.data.row import Row
 from megarlhf.errors import ConfigError
 from megarlhf.observe.files import opened, write_whole, writing
 from megarlhf.runtime.outputs import check_parent, check_room

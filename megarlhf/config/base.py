@@ -89,6 +89,14 @@ def kinds_of(annotation: Any) -> dict[str, type[Config]]:
     return {typing.get_args(each.model_fields["kind"].annotation)[0]: each for each in classes}
 
 
+def named_config(annotation: Any) -> type[Config] | None:
+    """The settings class that a mapping from names of the user's takes, such as `dict[str, A]`; None for any other."""
+    if typing.get_origin(annotation) is not dict:
+        return None
+    _, value = typing.get_args(annotation)
+    return value if isinstance(value, type) and issubclass(value, Config) else None
+
+
 def _check(value: Any) -> None:
     match value:
         case int() if abs(value) > MOST_WHOLE:

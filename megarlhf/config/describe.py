@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megarlhf.config.base import Config, kinds_of
+from megarlhf.config.base import Config, kinds_of, named_config
 
 _WORDS = {int: "int", float: "float", bool: "true | false", str: "text", Path: "path", type(None): "null"}
 
@@ -69,6 +69,9 @@ def _rows(cls: type[Config], prefix: str, defaults: Config | None) -> Iterator[F
         if kinds := kinds_of(field.annotation):
             yield FieldHelp(f"{prefix}{name}", "mapping", "{}", _one_line(field.description))
             yield from _rows_of_kinds(kinds, f"{prefix}{name}.{NAME}.")
+        elif named := named_config(field.annotation):
+            yield FieldHelp(f"{prefix}{name}", "mapping", "{}", _one_line(field.description))
+            yield from _rows(named, f"{prefix}{name}.{NAME}.", None)
         elif inner is not None:
             yield from _rows(inner, f"{prefix}{name}.", default if isinstance(default, Config) else None)
         else:

@@ -12,7 +12,7 @@ import pydantic
 import yaml
 
 from megarlhf.config import yaml12
-from megarlhf.config.base import Config, kinds_of
+from megarlhf.config.base import Config, kinds_of, named_config
 from megarlhf.config.describe import NAME, describe, nested_config
 from megarlhf.errors import ConfigError
 
@@ -193,9 +193,14 @@ def _without_kinds(cls: type[Config], loc: Sequence[str | int]) -> tuple[list[st
     """The parts of a setting's name, without the kind that pydantic puts after a name of the user's; and that name."""
     parts = [str(part) for part in loc]
     field = cls.model_fields.get(parts[0]) if parts else None
-    if len(parts) > 1 and field is not None and (kinds := kinds_of(field.annotation)):
+    if len(parts) < 2 or field is None:
+        return parts, NAME
+    if (inner := nested_config(field.annotation)) is not None:
+        deeper, name = _without_kinds(inner, loc[1:])
+        return [parts[0], *deeper], name
+    if kinds := kinds_of(field.annotation):
         return [*parts[:2], *(parts[3:] if parts[2:3] and parts[2] in kinds else parts[2:])], parts[1]
-    return parts, NAME
+    return parts, parts[1] if named_config(field.annotation) else NAME
 
 
 def _chosen(row: str, name: str) -> str:

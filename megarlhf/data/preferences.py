@@ -19,7 +19,8 @@ from torch import Tensor
 from megarlhf.batch.supervised import LabelledResponses, PreferencePairs
 from megarlhf.data.arithmetic import labelled_rows, preference_rows
 from megarlhf.data.columns import Columns
-from megarlhf.data.rows import HERE, DataConfig, Origin, Row, pad_right, read_rows, within_limit
+from megarlhf.data.row import Row
+from megarlhf.data.rows import HERE, DataConfig, Origin, pad_right, read_rows, within_limit
 from megarlhf.data.shapes import JUDGED, PAIRS
 from megarlhf.data.tokenizer import Template, Tokenizer
 
@@ -119,16 +120,16 @@ def load_preferences(config: DataConfig, tokenizer: Tokenizer, setting: str = "p
     kind = Columns(setting, ("prompt", "chosen", "rejected", "margin"), PAIRS)
     tokenizer = tokenizer.taking(config.control_tokens)
     loaded = read_rows(config, preference_rows, kind, lambda row: _pair(row, tokenizer, config.rendering))
-    kept = within_limit(config, loaded.rows, [max(len(pair.chosen), len(pair.rejected)) for pair in loaded.values])
-    pairs = [loaded.values[index] for index in kept]
+    kept = within_limit(config, loaded, [max(len(pair.chosen), len(pair.rejected)) for pair in loaded.values])
+    pairs = [loaded.values[index] for index in kept.indices]
     return PreferenceSet(
         [pair.prompt_length for pair in pairs],
         [pair.chosen for pair in pairs],
         [pair.rejected for pair in pairs],
         [pair.margin for pair in pairs],
         tokenizer.pad_id,
-        dropped=len(loaded.rows) - len(kept),
-        origin=loaded.origin,
+        dropped=kept.dropped,
+        origin=kept.origin,
     )
 
 
@@ -148,10 +149,10 @@ def load_labelled(
         return correct, [*prompt, *response]
 
     loaded = read_rows(config, labelled_rows, kind, read)
-    kept = within_limit(config, loaded.rows, [len(ids) for _, ids in loaded.values])
-    judged = [loaded.values[index] for index in kept]
+    kept = within_limit(config, loaded, [len(ids) for _, ids in loaded.values])
+    judged = [loaded.values[index] for index in kept.indices]
     correct, tokens = [grade for grade, _ in judged], [ids for _, ids in judged]
-    return LabelledSet(tokens, correct, tokenizer.pad_id, len(loaded.rows) - len(kept), loaded.origin)
+    return LabelledSet(tokens, correct, tokenizer.pad_id, kept.dropped, kept.origin)
 
 
 class _Pair(NamedTuple):

@@ -15,7 +15,8 @@ from megarlhf.batch.rollouts import Prompts
 from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.columns import Columns
 from megarlhf.data.reasoning_gym import is_task
-from megarlhf.data.rows import HERE, DataConfig, Origin, Row, pad_right, read_rows, within_limit
+from megarlhf.data.row import Row
+from megarlhf.data.rows import HERE, DataConfig, Origin, pad_right, read_rows, within_limit
 from megarlhf.data.shapes import PROMPTS, as_text
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, DataError
@@ -31,7 +32,7 @@ class PromptSet:
     answers: Sequence[str]
     """Expected answers, "" where the data has none."""
     ids: Sequence[int]
-    """0-based row in the data set; dropped rows leave gaps."""
+    """0-based row in the data set, counted on from one source of a mix to the next; dropped rows leave gaps."""
     pad_id: int
     dropped: int
     """Rows left out because they were over the limit."""
@@ -72,6 +73,11 @@ class PromptSet:
     def _by_id(self) -> dict[int, Mapping[str, Any]]:
         return dict(zip(self.ids, self.columns, strict=True))
 
+    @property
+    def distinct(self) -> int:
+        """Prompts; in a mix some are there more than once."""
+        return len(set(self.ids))
+
 
 def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     """Read, check and tokenise prompts.
@@ -83,15 +89,15 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
         config, prompt_rows, COLUMNS, lambda row: (row.prompt_ids(tokenizer, config.rendering), _answer(row))
     )
     rows, values = loaded.rows, loaded.values
-    kept = within_limit(config, rows, [len(ids) for ids, _ in values])
+    kept = within_limit(config, loaded, [len(ids) for ids, _ in values])
     return PromptSet(
-        [values[i][0] for i in kept],
-        [values[i][1] for i in kept],
-        [rows[i].number - 1 for i in kept],
+        [values[i][0] for i in kept.indices],
+        [values[i][1] for i in kept.indices],
+        [rows[i].place for i in kept.indices],
         tokenizer.pad_id,
-        len(rows) - len(kept),
-        [rows[i].columns for i in kept],
-        loaded.origin,
+        kept.dropped,
+        [rows[i].columns for i in kept.indices],
+        kept.origin,
     )
 
 
@@ -116,8 +122,8 @@ def check_prompt_count(prompts: PromptSet, per_iteration: int) -> None:
 
     Raises:   ConfigError if fewer prompts than `per_iteration` are there.
     """
-    if len(prompts) < per_iteration:
+    if prompts.distinct < per_iteration:
         raise ConfigError(
-            f"prompt set is smaller than the rollout batch: {len(prompts)} prompts, {per_iteration} needed an "
+            f"prompt set is smaller than the rollout batch: {prompts.distinct} prompts, {per_iteration} needed an "
             "iteration; add prompts, or lower rollout_batch (of rollouts: or raise group_size)."
         )

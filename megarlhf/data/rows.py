@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import pydantic
 import torch
@@ -13,32 +14,31 @@ from torch import Tensor
 from megarlhf.config import Config
 from megarlhf.data.arithmetic import ArithmeticConfig, Split
 from megarlhf.data.columns import UNNAMED, Columns
-from megarlhf.data.dialogue import Dialogue, Supervise, encode_dialogue
 from megarlhf.data.programs import ProgramsConfig, program_rows
 from megarlhf.data.reasoning_gym import ReasoningGymConfig, is_task, task_rows
+from megarlhf.data.row import Row
 from megarlhf.data.shapes import MisfitError
-from megarlhf.data.sources import raw_rows, shown
-from megarlhf.data.tokenizer import ControlTokens, Message, Template, Tokenizer
+from megarlhf.data.sources import raw_rows
+from megarlhf.data.tokenizer import ControlTokens, Template
 from megarlhf.errors import ConfigError, DataError
 
 BUILT_IN = "arithmetic"
 PROGRAMS = "programs"
 _NAMED = 5
 """How many rows an error lists."""
-_CALLS = ("tool_calls", "function_call")
-"""Keys of a turn that calls tools. Templates differ in whether, and how, they write them."""
 T = TypeVar("T")
 
 
-class DataConfig(Config):
-    """Where rows come from and how they become tokens."""
+class SourceConfig(Config):
+    """Where rows come from."""
 
     source: str = ""
     """A file (.jsonl, .json, either as .gz, or .parquet), a directory or hub name that `datasets` loads, `arithmetic`
     (the built-in task), `programs` (built-in programs, for prompts and demonstrations), or for prompts
     `reasoning_gym:TASK`, problems that the package makes. docs/data.md has the forms of public data that are read as
     they are.
-    Required, except where the model is a preset or was trained on the built-in task: then empty means that task."""
+    Required, unless `mix` has several, except where the model is a preset or was trained on the built-in task: then
+    empty means that task."""
     subset: str = ""
     """Configuration of a hub data set; empty for its default."""
     split: str = ""
@@ -47,6 +47,21 @@ class DataConfig(Config):
     columns: dict[str, str] = pydantic.Field(default={})
     """Where the data name a column otherwise, by the name it needs: `columns.prompt=question` takes the prompt from
     question. It is there under both names."""
+
+
+class PartConfig(SourceConfig):
+    """One of several sources."""
+
+    weight: float = pydantic.Field(default=1.0, gt=0)
+    """Its share of the rows of an epoch, beside the weights of the others."""
+
+
+class DataConfig(SourceConfig):
+    """Where rows come from and how they become tokens."""
+
+    mix: dict[str, PartConfig] = pydantic.Field(default={})
+    """Several sources in place of one, by names of yours: `mix.chat.source=chat.jsonl mix.chat.weight=0.7`. In an epoch
+    each has its share of the rows; no row is left out, so that those of a source with few are there more than once."""
     template: Template | None = None
     """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models); null
     for what the model was trained with, or chat where nobody knows."""
@@ -72,118 +87,10 @@ class DataConfig(Config):
         """How a prompt is rendered, by default."""
         return self.template or "chat"
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row with the words to complain about it: file and 1-based number."""
-
-    source: str
-    number: int
-    columns: dict[str, Any]
-    kind: Columns = UNNAMED
-
-    def fault(self, column: str, problem: str) -> DataError:
-        """A DataError that names file, row and column."""
-        return DataError(f"bad row: {self.source}, row {self.number}, column {self.kind.said(column)}: {problem}.")
-
-    def _missing(self, column: str, needed: str) -> DataError:
-        hint = self.kind.hint(column, self.columns)
-        remedy = f"; {hint}" if hint else f", it needs {needed} there"
-        return self.fault(column, f"missing; the row has {sorted(self.columns)}{remedy}")
-
-    def text(self, column: str) -> str:
-        """The column as text that is not blank.
-
-        Raises:   DataError naming file, row and column; so do the methods below.
-        """
-        value = self.columns.get(column)
-        if value is None:
-            raise self._missing(column, "text")
-        if not isinstance(value, str):
-            raise self.fault(column, f"{shown(value)} is not text; put it in quotes")
-        if not value.strip():
-            raise self.fault(column, "empty; write some text or remove the row")
-        return self._whole(column, value)
-
-    def number_in(self, column: str, low: float, high: float, remedy: str = "") -> float:
-        """The column as a number in low..high; true and false are 1 and 0. remedy: what helps besides."""
-        value = self.columns.get(column)
-        if value is None:
-            raise self._missing(column, "a number")
-        if not isinstance(value, (int, float)):
-            raise self.fault(column, f"{shown(value)} is not a number; write one without quotes")
-        if not low <= value <= high:
-            raise self.fault(column, f"{shown(value)} is out of range; use {low:g} to {high:g}{remedy}")
-        return float(value)
-
-    def prompt_ids(self, tokenizer: Tokenizer, template: Template) -> list[int]:
-        """Ids of the column `prompt`, text or a conversation [{role, content}, ...]."""
-        prompt = self._prompt()
-        return self.encoded("prompt", lambda: tokenizer.encode_prompt(prompt, template))
-
-    def answered_ids(self, column: str, tokenizer: Tokenizer, template: Template) -> tuple[list[int], list[int]]:
-        """Ids of the column `prompt`, and of a response to it with the EOS that ends it.
-
-        A response that is text is what a sampler would have written; one that is a turn, [{role, content}], is what
-        the chat template makes of the whole conversation.
-        """
-        if not isinstance(self.columns.get(column), list):
-            response = self.text(column)
-            ids = self.encoded(column, lambda: tokenizer.encode_response(response))
-            return self.prompt_ids(tokenizer, template), ids
-        prompt, turns = self._prompt(), self.messages(column)
-        before: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if len(turns) != 1:
-            raise self.fault(column, f"{len(turns)} turns; a response is one, of the assistant")
-        ((start, _),), ids = self.dialogue(column, [*before, *turns], tokenizer, template)
-        return ids[:start], ids[start:]
-
-    def dialogue(
-        self,
-        column: str,
-        messages: Sequence[Message],
-        tokenizer: Tokenizer,
-        template: Template,
-        supervise: Supervise = "last",
-    ) -> Dialogue:
-        """Ids of a conversation that ends with the assistant, and where the turns that it is taught are."""
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise self.fault(column, "the conversation must end with the assistant, after at least one other turn")
-        if not messages[-1]["content"].strip():
-            raise self.fault(column, "the last turn is empty; write some text or remove the row")
-        return self.encoded(column, lambda: encode_dialogue(tokenizer, messages, template, supervise))
-
-    def encoded(self, column: str, encode: Callable[[], T]) -> T:
-        """`encode()`, with what the tokenizer has against the text said of this row and column."""
-        try:
-            return encode()
-        except DataError as error:
-            raise self.fault(column, str(error).rstrip(".")) from error
-
-    def messages(self, column: str) -> list[Message]:
-        """The column as a conversation of at least one turn, each with a role and content."""
-        turns = self.columns.get(column)
-        if not isinstance(turns, list) or not turns:
-            raise self.fault(column, f"{shown(turns)} is not a conversation; give [{{role, content}}, ...]")
-        for turn in turns:
-            if isinstance(turn, dict) and any(turn.get(key) for key in _CALLS):
-                raise self.fault(column, f"turn {shown(turn)} calls a tool, and calls are not rendered; remove the row")
-            if not isinstance(turn, dict) or any(not isinstance(turn.get(key), str) for key in ("role", "content")):
-                raise self.fault(column, f"turn {shown(turn)} needs a role and a content, both text")
-            self._whole(column, turn["role"] + turn["content"])
-        return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-    def _prompt(self) -> str | list[Message]:
-        return self.messages("prompt") if isinstance(self.columns.get("prompt"), list) else self.text("prompt")
-
-    def _whole(self, column: str, text: str) -> str:
-        """`text`, unless it has half of a surrogate pair, which JSON can spell and no tokenizer takes."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = f"{text[error.start]!r} is half a character, at {error.start + 1}; remove it"
-            raise self.fault(column, half) from error
-        return text
+    @property
+    def named(self) -> str:
+        """The sources, for messages."""
+        return self.source or " and ".join(part.source for part in self.mix.values())
 
 
 @dataclass(frozen=True)
@@ -194,6 +101,17 @@ class Origin:
     """Their form; empty for rows that are made here."""
     bad: Sequence[str] = ()
     """What is wrong with each of those that were dropped."""
+    mix: Mapping[str, Share] = field(default_factory=dict[str, "Share"])
+    """What of each part is in an epoch."""
+
+
+class Share(NamedTuple):
+    """What of a part is in an epoch."""
+
+    rows: int
+    """Of it."""
+    entries: int
+    """Of the epoch: each row at least once."""
 
 
 HERE = Origin()
@@ -215,12 +133,42 @@ def read_rows(
     kind: Columns,
     read: Callable[[Row], T],
 ) -> Loaded[T]:
-    """`read` of every row of `config.source` in order, in the columns of their kind; `generate` makes the built-in
-    task's. `read` raises DataError for a row that cannot be used.
+    """`read` of every row of `config.source`, or of every part, in order, in the columns of their kind; `generate`
+    makes the built-in task's. `read` raises DataError for a row that cannot be used.
 
-    Raises:   DataError if the source is missing, empty or unreadable, if a row is bad and `config.bad_rows` says
-    error, or if all are; ConfigError for an unknown split, or a column that rows of this kind do not have.
+    Raises:   DataError if a source is missing, empty or unreadable, if a row is bad and `config.bad_rows` says error,
+    or if all are; ConfigError for an unknown split, or a column that rows of this kind do not have.
     """
+    if not config.mix:
+        return _read_source(config, generate, kind, read, f"{kind.setting}.bad_rows=drop" if kind.setting else "")
+    if config.source:
+        raise ConfigError(f"{kind.setting}.source={config.source} and {kind.setting}.mix: give one of the two.")
+    rows: list[Row] = []
+    values: list[T] = []
+    shapes: list[str] = []
+    bad: list[str] = []
+    before = 0
+    for name, part in config.mix.items():
+        chosen = {**dict(part), "mix": {}}
+        del chosen["weight"]
+        alone, own = config.model_copy(update=chosen), dataclasses.replace(kind, setting=f"{kind.setting}.mix.{name}")
+        found = _read_source(alone, generate, own, read, f"{kind.setting}.bad_rows=drop")
+        rows += [dataclasses.replace(row, part=name, before=before) for row in found.rows]
+        values += found.values
+        shapes += [f"{name}: {found.origin.shape}"] if found.origin.shape else []
+        bad += found.origin.bad
+        before += max(row.number for row in found.rows)
+    return Loaded(rows, values, Origin("; ".join(shapes), bad))
+
+
+def _read_source(
+    config: DataConfig,
+    generate: Callable[[ArithmeticConfig, Split], list[dict]],
+    kind: Columns,
+    read: Callable[[Row], T],
+    drop: str,
+) -> Loaded[T]:
+    """Of one source. drop: the setting that drops bad rows; "" where there is none."""
     kind = kind.mapping(config.columns)
     if not config.source:
         raise ConfigError(
@@ -253,7 +201,7 @@ def read_rows(
         split = f", split {config.split}" if config.split else ""
         raise DataError(f"data is empty: {config.source}{split}; it needs at least one row.")
     if bad and config.bad_rows == "error":
-        raise DataError(_said_of(bad, f"{kind.setting}.bad_rows=drop" if rows and kind.setting else ""))
+        raise DataError(_said_of(bad, drop if rows else ""))
     if not rows:
         raise DataError(f"no row is left: all {total} of {config.source} are bad, the first so: {bad[0]}")
     return Loaded(rows, values, Origin(kind.shape.said if kind.shape else "", bad))
@@ -306,26 +254,57 @@ def _generated(
     return task_rows(config.source, config.reasoning_gym, split)
 
 
-def within_limit(config: DataConfig, rows: Sequence[Row], lengths: Sequence[int]) -> list[int]:
-    """Indices of the rows that fit `config.max_tokens`; the others are dropped.
+@dataclass(frozen=True)
+class Kept:
+    """Which rows an epoch has."""
 
-    Raises:   DataError listing the rows that do not, unless `config.overlong` is "drop"; and if none is left.
+    indices: Sequence[int]
+    """Of them, in order; in a mix some more than once."""
+    dropped: int
+    """Rows over the limit."""
+    origin: Origin
+
+
+def within_limit(config: DataConfig, loaded: Loaded[Any], lengths: Sequence[int]) -> Kept:
+    """The rows that fit `config.max_tokens`, in a mix as often as their weights want them; the others are dropped.
+
+    lengths: of each row, in tokens.
+    Raises:   DataError listing the rows that do not, unless `config.overlong` is "drop"; and if none is left, also of
+              one part.
     """
+    rows = loaded.rows
     fitting = [index for index, length in enumerate(lengths) if length <= config.max_tokens]
     overlong = [index for index, length in enumerate(lengths) if length > config.max_tokens]
     if overlong and config.overlong == "error":
-        listed = ", ".join(f"{rows[index].number} ({lengths[index]})" for index in overlong[:_NAMED])
+        listed = ", ".join(
+            f"{rows[index].part} {rows[index].number} ({lengths[index]})".lstrip() for index in overlong[:_NAMED]
+        )
         more = f" and {len(overlong) - _NAMED} more" if len(overlong) > _NAMED else ""
         raise DataError(
-            f"rows longer than max_tokens={config.max_tokens}: {len(overlong)} of {len(rows)} in {config.source}, "
+            f"rows longer than max_tokens={config.max_tokens}: {len(overlong)} of {len(rows)} in {config.named}, "
             f"row (tokens) {listed}{more}; raise max_tokens or set overlong=drop."
         )
-    if not fitting:
-        raise DataError(
-            f"no row is left: all {len(rows)} of {config.source} are longer than max_tokens={config.max_tokens}, the "
-            f"shortest has {min(lengths)}; raise max_tokens."
-        )
-    return fitting
+    parts = {name: [index for index in fitting if rows[index].part == name] for name in config.mix or ("",)}
+    for name, left in parts.items():
+        if not left:
+            own = [length for row, length in zip(rows, lengths, strict=True) if row.part == name]
+            raise DataError(
+                f"no row is left: all {len(own)} of {config.mix[name].source if name else config.source} are longer "
+                f"than max_tokens={config.max_tokens}, the shortest has {min(own)}; raise max_tokens."
+            )
+    if not config.mix:
+        return Kept(fitting, len(overlong), loaded.origin)
+    entries = shares({name: len(left) for name, left in parts.items()}, {n: p.weight for n, p in config.mix.items()})
+    indices = [left[at % len(left)] for name, left in parts.items() for at in range(entries[name])]
+    mix = {name: Share(len(left), entries[name]) for name, left in parts.items()}
+    return Kept(indices, len(overlong), dataclasses.replace(loaded.origin, mix=mix))
+
+
+def shares(rows: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:
+    """How many entries each part has in the shortest epoch that leaves no row out and has the parts by their weights,
+    up to a rounding of each."""
+    longest = max(rows[name] / weights[name] for name in rows)
+    return {name: max(rows[name], round(weights[name] * longest)) for name in rows}
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ import torch
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.data.arithmetic import sft_rows
 from megarlhf.data.dialogue import Dialogue
-from megarlhf.data.rows import DataConfig, Row, load_rows
+from megarlhf.data.row import Row
+from megarlhf.data.rows import DataConfig, load_rows
 from megarlhf.data.sft import SftSet, encode_demonstration
 from megarlhf.data.tokenizer import Template, Tokenizer
 

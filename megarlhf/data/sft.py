@@ -16,7 +16,8 @@ from megarlhf.batch.supervised import TokenBatch
 from megarlhf.data.arithmetic import sft_rows
 from megarlhf.data.columns import Columns
 from megarlhf.data.dialogue import Dialogue, Supervise
-from megarlhf.data.rows import HERE, DataConfig, Origin, Row, pad_right, read_rows, within_limit
+from megarlhf.data.row import Row
+from megarlhf.data.rows import HERE, DataConfig, Origin, pad_right, read_rows, within_limit
 from megarlhf.data.shapes import DEMONSTRATIONS
 from megarlhf.data.tokenizer import Template, Tokenizer
 
@@ -88,9 +89,8 @@ def load_sft(config: DataConfig, tokenizer: Tokenizer, supervise: Supervise = "l
         COLUMNS,
         lambda row: encode_demonstration(row, tokenizer, config.rendering, supervise),
     )
-    kept = within_limit(config, loaded.rows, [len(row.ids) for row in loaded.values])
-    rows = [loaded.values[index] for index in kept]
-    return SftSet(rows, tokenizer.pad_id, len(loaded.rows) - len(kept), loaded.origin)
+    kept = within_limit(config, loaded, [len(row.ids) for row in loaded.values])
+    return SftSet([loaded.values[index] for index in kept.indices], tokenizer.pad_id, kept.dropped, kept.origin)
 
 
 def encode_demonstration(row: Row, tokenizer: Tokenizer, template: Template, supervise: Supervise = "last") -> Dialogue:

@@ -50,7 +50,7 @@ def check_gym(prompts: PromptSet, source: str, setting: str) -> str:
 
     Raises:   ConfigError where the prompts are of no task.
     """
-    if not is_task(source):
+    if not is_task(source) or any("task" not in columns for columns in prompts.columns):
         raise ConfigError(
             f"{setting}=reasoning_gym scores answers to that package's problems, and {source} has others; set "
             f"prompts.source={PREFIX}TASK, or choose another rule."

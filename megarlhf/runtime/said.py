@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megarlhf.data.rows import DataConfig, Origin
+from megarlhf.data.rows import DataConfig, Origin, SourceConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.spec import PRESETS
 from megarlhf.observe.terminal import Terminal
@@ -62,11 +62,16 @@ class DataSet:
 
     def __str__(self) -> str:
         """In one line, without an example."""
-        subset = f"{self.data.subset}, " if self.data.subset else ""
+        source = _said(self.data) if not self.data.mix else ", ".join(map(_said, self.data.mix.values()))
         return (
-            f"{self.name}: {self.data.source} ({subset}{self.data.split or 'train'}), {len(self.rows):,} rows, "
+            f"{self.name}: {source}, {len(self.rows):,} rows, "
             f"{self.rows.dropped:,} dropped, {self.rows.count:,} tokens, template {self.data.rendering}"
         )
+
+
+def _said(data: SourceConfig) -> str:
+    subset = f"{data.subset}, " if data.subset else ""
+    return f"{data.source} ({subset}{data.split or 'train'})"
 
 
 def say(lines: Iterable[str], mesh: Mesh) -> None:
@@ -89,6 +94,11 @@ def _how(each: DataSet) -> list[str]:
     """The form in which rows were found, and those that were left out because they are bad."""
     origin, bad = each.rows.origin, each.rows.origin.bad
     lines = [f"{each.name}, read as: {origin.shape}"] if origin.shape else []
+    lines += [
+        f"{each.name}, {part}: {100 * share.entries / len(each.rows):.1f} % of an epoch, {share.entries:,} rows, which "
+        f"are {share.rows:,}, each {share.entries / share.rows:.3g} times"
+        for part, share in origin.mix.items()
+    ]
     if bad:
         lines += [f"{each.name}: {len(bad):,} bad rows dropped ({each.name}.bad_rows=drop), such as", *bad[:LISTED]]
     return lines
@@ -98,7 +108,7 @@ def remarks(sets: Iterable[DataSet], tokenizer: Tokenizer, model: Model, readers
     """What was chosen where a setting left it open, and what does not go together; readers: other models of the run."""
     said = []
     for each in sets:
-        if not each.asked.source:
+        if not each.asked.named:
             why = "is a preset" if model.init in PRESETS else "was trained on it"
             said.append(f"{each.name}.source is empty: the built-in task is taken, since {model} {why}")
         for reader in (model, *readers):

@@ -24,6 +24,8 @@ def chosen_data(data: Data, name: str, model: Model) -> Data:
     Raises:   ConfigError when no source is named, and the model is neither a preset nor one of the built-in task.
     """
     knows_task = model.init in PRESETS or model.description.task == BUILT_IN
+    if data.mix:
+        return data.model_copy(update={"template": chosen_template(data.template, model)})
     if not data.source and not knows_task:
         raise ConfigError(
             f"{name}.source is empty, and {model} is neither a preset nor was it trained on the "
@@ -31,6 +33,12 @@ def chosen_data(data: Data, name: str, model: Model) -> Data:
         )
     template = chosen_template(data.template, model)
     return data.model_copy(update={"source": data.source or BUILT_IN, "template": template})
+
+
+def check_one_source(data: DataConfig, name: str) -> None:
+    """Raise ConfigError where `data`, the setting `name`, is a mix, whose rows may be there more than once."""
+    if data.mix:
+        raise ConfigError(f"{name}.mix is for training; here set {name}.source, for each of them in turn.")
 
 
 def chosen_template(template: Template | None, model: Model) -> Template:

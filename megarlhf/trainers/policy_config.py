@@ -349,14 +349,14 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
         check_tokenizer(tokenizer, model.description.spec, role)
         check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
     texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}
-    doubts = [judge.check(f"judges.{name}", prompts, data.source) for name, judge in texts.items()]
+    doubts = [judge.check(f"judges.{name}", prompts, data.named) for name, judge in texts.items()]
     known = cfg.deciders
     verifier = known[0] if known and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
     verified = is_told_right(verifier, prompts)
     cfg.check_best(_best_of(cfg, verified=verified))
     cfg.check_ending(verified=verified)
     if verifier is not None and verifier != "code_tests" and verifier not in known:
-        doubts.append(check_verified(prompts, verifier, data.source))
+        doubts.append(check_verified(prompts, verifier, data.named))
     inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, "; ".join(filter(None, doubts)))
     for model in inputs.distinct[1:]:
         check_same_tokenizer(tokenizer, str(actor), model)

@@ -277,7 +277,7 @@ def _held_out(cfg: PolicyConfig) -> list[str]:
         changed = {name: value for name, value in settings.items() if value != dict(usual)[name]}
         of_task = [f"prompts.reasoning_gym.{name}={json.dumps(value)}" for name, value in changed.items()]
         return [f"prompts.source={data.source}", *of_task]
-    if data.source in ("", BUILT_IN):
+    if data.named in ("", BUILT_IN):
         return [f"prompts.source={BUILT_IN}", f"prompts.arithmetic.level={data.arithmetic.level}"]
     if data.source == PROGRAMS:
         return [f"prompts.source={PROGRAMS}"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megarlhf.commands.scored_file import Done, ScoredFile
-from megarlhf.data.rows import Row
+from megarlhf.data.row import Row
 from megarlhf.errors import OutputError
 from megarlhf.observe.provenance import write_provenance
 from megarlhf.observe.report import Report, write_report
