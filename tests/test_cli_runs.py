@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,11 +151,12 @@ def test_a_run_ends_with_its_page_and_says_where_the_model_is_and_what_is_next(
     stage: str, number: str, runs: Path
 ) -> None:
     run = f"runs/tiny/{stage}"
-    *_, model, following = (runs / f"{stage}.txt").read_text().splitlines()
+    *_, model, last, following = (runs / f"{stage}.txt").read_text().splitlines()
     value = next(row[number] for row in reversed(metrics(runs / run)) if number in row)
-    assert model.startswith(f"the model is in {run}/model; last step: ")
-    assert f"{number} {value:.4g}" in model
-    assert model.endswith(f"; the page is {run}/report.html")
+    assert re.match(r"\d+ steps are done, this start took 0:\d\d; the model is in ", model)
+    assert model.endswith(f"; the model is in {run}/model; the page is {run}/report.html")
+    assert last.startswith("last: ")
+    assert f"{number} {value:.4g}" in last
     assert following == f"next: megarlhf {NEXT[stage].replace('MODEL', f'{run}/model')}"
     page = (runs / run / "report.html").read_text(encoding="utf-8")
     assert "Finished after " in page

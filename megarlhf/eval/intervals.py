@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,25 @@ class Interval(NamedTuple):
 
 def share(correct: Tensor) -> Interval:
     """The share of True in `correct` [N] bool, with Wilson's interval."""
-    hits, count = int(correct.sum()), len(correct)
-    bounds = scipy.stats.binomtest(hits, count).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(hits / count, float(bounds.low), float(bounds.high))
+    return share_of(int(correct.sum()) / len(correct), len(correct))
+
+
+def share_of(found: float, count: float) -> Interval:
+    """A share of `count` independent things, with Wilson's interval (Wilson 1927).
+
+    Where rows are not independent, as the responses to one prompt, `count` is that of what is, the prompts: their share
+    need not be a whole number of them, and the interval is at least as wide as theirs.
+    """
+    z = float(scipy.stats.norm.ppf(0.5 + CONFIDENCE / 2))
+    centre, half = found + z**2 / (2 * count), z * math.sqrt(found * (1 - found) / count + (z / (2 * count)) ** 2)
+    low, high = (centre - half) / (1 + z**2 / count), (centre + half) / (1 + z**2 / count)
+    return Interval(found, max(low, 0.0), min(high, 1.0))
+
+
+def mean_of(found: float, spread: float, count: float) -> Interval:
+    """A mean of `count` independent values of that standard deviation (of those values), with Student's interval."""
+    half = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)) * spread / math.sqrt(count - 1)
+    return Interval(found, found - half, found + half)
 
 
 def mean(values: Tensor) -> Interval:

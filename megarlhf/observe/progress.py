@@ -81,9 +81,9 @@ class Progress:
     def _say(self) -> None:
         self._said_done = self._done
         elapsed = self._now() - self._start
-        parts = [f"{self._description}: {self._done}/{self._total} in {_clock_time(elapsed)}"]
+        parts = [f"{self._description}: {self._done}/{self._total} in {clock_time(elapsed)}"]
         if 0 < self._done < self._total:
-            parts.append(f"about {_clock_time(elapsed / self._done * (self._total - self._done))} left")
+            parts.append(f"about {clock_time(elapsed / self._done * (self._total - self._done))} left")
         self._stream.write(", ".join([*parts, self._note]).rstrip(", ") + "\n")
         self._stream.flush()
 
@@ -102,7 +102,8 @@ def _bar(console: Terminal) -> RichProgress:
     )
 
 
-def _clock_time(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """As clocks show it: 1:02:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

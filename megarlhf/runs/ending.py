@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megarlhf.errors import DataError, OutputError, printable
-from megarlhf.observe.metrics import Metrics
+from megarlhf.observe.progress import clock_time
+from megarlhf.observe.run_files import MODEL
+from megarlhf.observe.writers import read_metrics
 from megarlhf.parallel.mesh import Mesh
 
 
-def conclude(run_dir: Path, metrics: Metrics, names: Sequence[str], following: Sequence[str], mesh: Mesh) -> None:
-    """Write the run's page and say, on rank 0, where the model is, its last `names`, and the commands `following`."""
+def conclude(run_dir: Path, seconds: float, numbers: Sequence[str], following: Sequence[str], mesh: Mesh) -> None:
+    """Write the run's page and say, on rank 0, what it did, where the model is, and the commands `following`.
+
+    seconds: that this start took. numbers: what it came to, in words.
+    """
     if not mesh.is_main:
         return
     # Here, since its charts take a tenth of the time that a rank's start would take with them.
@@ -22,7 +27,11 @@ def conclude(run_dir: Path, metrics: Metrics, names: Sequence[str], following: S
         page = f"the page is {write_page(run_dir)}"
     except (DataError, OutputError) as error:  # the model is there: the run has not failed
         page = f"no page was made ({error}); megarlhf report run_dir={run_dir} makes it"
-    numbers = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
-    ended = f"last step: {numbers}; " if numbers else ""
-    text = f"the model is in {run_dir / 'model'}; {ended}{page}\nnext: {', or '.join(following)}\n"
-    sys.stderr.write(printable(text))
+    rows = read_metrics(run_dir).rows
+    steps = f"{rows[-1]['step']:.0f} steps are done" if rows else "no step was to be done"
+    lines = [
+        f"{steps}, this start took {clock_time(seconds)}; the model is in {run_dir / MODEL}; {page}",
+        f"last: {', '.join(numbers)}" + (" (95 % intervals)" if any("[" in number for number in numbers) else ""),
+        f"next: {', or '.join(following)}",
+    ]
+    sys.stderr.write(printable("\n".join(lines if numbers else lines[::2]) + "\n"))

@@ -49,6 +49,7 @@ from megarlhf.runtime.checks import (
 from megarlhf.runtime.roles import away, frozen, learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.trainers.summary import as_share, plainly
 from megarlhf.trainers.trainer import Learner, Trainer
 
 
@@ -238,6 +239,14 @@ def measure(cast: DPOModels, heldout: PreferenceSet, cfg: DPOConfig) -> Metrics:
     }
 
 
+def _summary(cfg: DPOConfig, metrics: Metrics) -> list[str]:
+    return [
+        *plainly(metrics, "dpo/loss"),
+        *as_share(metrics, "dpo/accuracy", cfg.global_batch),
+        *plainly(metrics, "dpo/heldout_accuracy"),
+    ]
+
+
 def _following(cfg: DPOConfig) -> tuple[str, ...]:
     model = shlex.quote(str(cfg.model_dir))
     measured = f"megarlhf eval model={model} prompts.source=FILE verifier=maths"
@@ -250,6 +259,6 @@ TRAINER = Trainer(
     models=models,
     learners={"policy": Learner(AnchoredPairs, preference_loss)},
     train=train,
-    shown=("dpo/loss", "dpo/accuracy", "dpo/heldout_accuracy"),
+    summary=_summary,
     following=_following,
 )

@@ -49,6 +49,7 @@ from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.kl_coefficient import KLCoefficient
 from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, cut_score_remark, prepare
 from megarlhf.trainers.policy_metrics import accuracy_metric, sample_rows
+from megarlhf.trainers.summary import as_mean, as_share, plainly
 from megarlhf.trainers.trainer import Learner, Trainer
 from megarlhf.trainers.watch import Watch
 
@@ -174,7 +175,7 @@ def policy_trainer(
         models=models,
         learners=learners,
         train=train,
-        shown=SHOWN,
+        summary=_summary,
         following=_following,
     )
 
@@ -261,6 +262,13 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
     each = f"{cfg.rollouts_per_iteration:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
     say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
     print_remark("\n".join(filter(None, [*cfg.remarks, cut_score_remark(cfg, cast.panel.wrong_score)])), mesh)
+
+
+def _summary(cfg: PolicyConfig, metrics: Metrics) -> list[str]:
+    """Responses to one prompt are alike: the prompts are what is independent."""
+    prompts = metrics.get("rollout/verified", 0) // cfg.group_size
+    score = as_mean(metrics, "rollout/score_mean", "rollout/score_std", cfg.prompts_per_iteration)
+    return [*score, *as_share(metrics, "rollout/accuracy", prompts), *plainly(metrics, "kl/reference_mean")]
 
 
 def _following(cfg: PolicyConfig) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ from megarlhf.runtime.checks import (
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan, print_remark
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.trainers.summary import as_share, plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
 MEASURED = 1024
@@ -320,6 +321,11 @@ def measure(role: TrainableRole, responses: LabelledResponses, *, heldout: bool)
     return {**metrics, "reward/centre": metrics["reward/score_mean"]}
 
 
+def _summary(cfg: RewardConfig, metrics: Metrics) -> list[str]:
+    ordered = as_share(metrics, "reward/pair_accuracy", cfg.pairs_batch)
+    return [*plainly(metrics, "reward/loss"), *ordered, *plainly(metrics, "reward/auc")]
+
+
 def _following(cfg: RewardConfig) -> tuple[str, ...]:
     actor, model = shlex.quote(cfg.model), shlex.quote(str(cfg.model_dir))
     return (f"megarlhf ppo actor.init={actor} reward.init={model} prompts.source=FILE",)
@@ -331,6 +337,6 @@ TRAINER = Trainer(
     models=models,
     learners={"reward": Learner(Couples, judgement_loss)},
     train=train,
-    shown=("reward/loss", "reward/pair_accuracy", "reward/auc"),
+    summary=_summary,
     following=_following,
 )

@@ -38,6 +38,7 @@ from megarlhf.runtime.checks import (
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.trainers.summary import plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
 
@@ -154,6 +155,6 @@ TRAINER = Trainer(
     models=models,
     learners={"model": Learner(TokenBatch, lambda role, _: next_token_loss(role))},
     train=train,
-    shown=("sft/loss",),
+    summary=lambda _, metrics: plainly(metrics, "sft/loss"),
     following=_following,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -69,8 +70,8 @@ class Trainer(Generic[Cfg, Inputs, Models_co]):
     """By the name of the role that learns."""
     train: Callable[[Cfg, Inputs, Sequence[str], Mesh], Metrics]
     """Runs all steps and saves the model to `cfg.model_dir`, given the command line. Collective; the last metrics."""
-    shown: tuple[str, ...]
-    """Metrics that are said at the end."""
+    summary: Callable[[Cfg, Metrics], Sequence[str]]
+    """What is said at the end of the last metrics, with their intervals (trainers/summary.py)."""
     following: Callable[[Cfg], Sequence[str]]
     """Commands that one may go on with."""
 
@@ -78,9 +79,10 @@ class Trainer(Generic[Cfg, Inputs, Models_co]):
         """Train on the ranks of `cfg.layout` and return the exit code."""
 
         def work(cfg: Cfg, inputs: Inputs, mesh: Mesh) -> None:
+            began = time.monotonic()
             with sole_run(cfg, mesh):
                 metrics = self.train(cfg, inputs, argv, mesh)
-                conclude(cfg.run_dir, metrics, self.shown, self.following(cfg), mesh)
+                conclude(cfg.run_dir, time.monotonic() - began, self.summary(cfg, metrics), self.following(cfg), mesh)
 
         with stopping_at_start():
             return on_ranks(cfg, argv, self.prepare, work)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import scipy.stats
 import torch
 
-from megarlhf.eval.intervals import mean, paired_difference, share
+from megarlhf.eval.intervals import mean, mean_of, paired_difference, share, share_of
 
 
 def test_wilson_interval_of_a_share():
@@ -15,6 +16,20 @@ def test_wilson_interval_of_a_share():
     found = share(correct)
     assert found.mean == pytest.approx(81 / 263)
     assert (found.low, found.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 1), (0, 20), (7, 20), (20, 20), (999, 1000)])
+def test_a_share_by_its_number_is_that_of_scipy(hits: int, count: int) -> None:
+    found = share_of(hits / count, count)
+    bounds = scipy.stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    assert found == pytest.approx((hits / count, bounds.low, bounds.high), abs=1e-12)
+    wider = share_of(hits / count, count / 4)
+    assert wider.high - wider.low > found.high - found.low
+
+
+def test_a_mean_by_its_spread_is_that_of_its_values() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 9.0])
+    assert mean_of(4.0, float(values.std(correction=0)), 4) == pytest.approx(tuple(mean(values)))
 
 
 def test_a_share_of_all_or_none_keeps_an_open_side():

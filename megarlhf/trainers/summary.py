@@ -1,0 +1,26 @@
+"""What a run says of its last metrics, each with the 95 % interval that its sample allows."""
+
+from __future__ import annotations
+
+from megarlhf.eval.intervals import Interval, mean_of, share_of
+from megarlhf.observe.metrics import Metrics
+
+
+def plainly(metrics: Metrics, *names: str) -> list[str]:
+    """Those of the metrics that were logged."""
+    return [f"{name} {metrics[name]:.4g}" for name in names if name in metrics]
+
+
+def as_share(metrics: Metrics, name: str, count: float) -> list[str]:
+    """A share of `count` independent rows, or pairs, or prompts."""
+    return _within(name, share_of(metrics[name], count)) if name in metrics and count >= 1 else []
+
+
+def as_mean(metrics: Metrics, name: str, spread: str, count: float) -> list[str]:
+    """A mean over `count` independent values, whose standard deviation is the metric `spread`."""
+    known = name in metrics and spread in metrics and count >= 2
+    return _within(name, mean_of(metrics[name], metrics[spread], count)) if known else plainly(metrics, name)
+
+
+def _within(name: str, found: Interval) -> list[str]:
+    return [f"{name} {found.mean:.4g} [{found.low:.4g}, {found.high:.4g}]"]
