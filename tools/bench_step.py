@@ -49,6 +49,7 @@ from tools.step_bench.measure import measure, results
 from tools.step_bench.ours import ALGORITHMS, Ours, build, phases_of
 from tools.step_bench.workload import Sizes
 
+ROOT = Path(__file__).resolve().parents[1]
 REPEATS = {"ppo": 5, "grpo": 9}
 """Measured rounds by default."""
 
@@ -81,8 +82,14 @@ def beside_trl(ours: Ours, directory: Path, repeats: int) -> dict[str, Any]:
         "parts": turns.parts,
         "counts": turns.counts,
         "kl": turns.kl,
-        "settings": settings,
+        "settings": anywhere(settings, directory),
     }
+
+
+def anywhere(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Settings to be written down: without where this machine keeps the checkout and what was made for the moment."""
+    text = json.dumps(settings).replace(str(directory), "DIR").replace(f"{ROOT}/", "")
+    return json.loads(text)
 
 
 def table(rows: Sequence[dict[str, Any]], peer: str) -> list[str]:

@@ -14,7 +14,7 @@ from statistics import median
 import pytest
 
 from tests.helpers.ranks import run_ranks
-from tools.bench_step import main
+from tools.bench_step import anywhere, main
 
 TINY = (
     "--hidden 32 --layers 2 --heads 2 --kv-heads 1 --ffn 48 --vocab 160 --prompts 2 --group 4 "
@@ -28,6 +28,12 @@ POSITIONS = 8 * (6 + 10 - 1)
 
 def _bench(path: Path, *more: str) -> int:
     return main([*TINY.split(), str(path), *more])
+
+
+def test_settings_are_written_down_without_where_they_were() -> None:
+    given = {"run_dir": "/tmp/x/run", "judges": {"words": {"function": f"{ROOT}/tools/step_bench/workload.py:score"}}}
+    written = anywhere(given, Path("/tmp/x"))
+    assert written == {"run_dir": "DIR/run", "judges": {"words": {"function": "tools/step_bench/workload.py:score"}}}
 
 
 def test_json_is_complete_and_adds_up(tmp_path: Path) -> None:
