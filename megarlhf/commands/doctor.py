@@ -57,6 +57,7 @@ from megarlhf.parallel.alone import alone, is_first
 from megarlhf.parallel.collectives import barrier, broadcast_object
 from megarlhf.parallel.mesh import Mesh, local_device, start, stop
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
+from megarlhf.runtime.models_named import taken, with_models
 from megarlhf.runtime.roles import learner
 from megarlhf.trainers.find import trainer_named
 from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyInputs
@@ -100,8 +101,13 @@ def settings_of(name: str) -> type[PolicyConfig]:
 
 def main(name: str, cfg: PolicyConfig, argv: Sequence[str]) -> int:
     """`megarlhf doctor trainer=name`. Raises TrainingError naming the gates that fail."""
-    trainer, cfg = trainer_named(name), complete(cfg)
-    return launch.run(lambda: inputs_of(trainer, cfg), lambda inputs: _run(trainer, cfg, inputs), cfg.layout, argv)
+    trainer, asked = trainer_named(name), complete(cfg)
+    found = with_models(asked)
+
+    def work(inputs: PolicyInputs) -> None:
+        _run(trainer, found, inputs, taken(asked, found))
+
+    return launch.run(lambda: inputs_of(trainer, found), work, cfg.layout, argv)
 
 
 def complete(cfg: PolicyConfig) -> PolicyConfig:
@@ -127,10 +133,13 @@ def inputs_of(trainer: PolicyTrainer, cfg: PolicyConfig) -> PolicyInputs:
     return trainer.prepare(cfg.model_copy(update={"run_dir": cfg.run_dir / "doctor"}))
 
 
-def _run(trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs) -> None:
+def _run(trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs, said: Sequence[str]) -> None:
+    """said: which models were taken, where runs or states are named."""
     # Piped to a file there is no width to respect.
     console = Terminal(quiet=not is_first(), width=None if sys.stdout.isatty() else 140)
     console.print(environment(cfg))
+    for line in said:
+        console.print(Text(line), soft_wrap=True)
     alternative = one_rank(trainer, cfg, inputs) if is_first() else ""
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
     gates = []

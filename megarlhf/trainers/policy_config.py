@@ -82,7 +82,8 @@ class PolicyConfig(RunConfig):
     rollout: Annotated[RolloutConfig, FreeToChange()] = RolloutConfig()
     """How much is drawn at once."""
     iterations: Annotated[int, FreeToChange(said=True, ends=True)] = Field(default=100, ge=1)
-    """Rounds of roll out, score, estimate, optimise. A run that is done, or was stopped, goes on with more."""
+    """Rounds of roll out, score, estimate, optimise. A run that is done, or was stopped, goes on with more; a learning
+    rate that decays then decays over all of them."""
     rollout_batch: int = Field(default=512, ge=1)
     """Rollouts per iteration, or prompts, as batch_unit says; over all data ranks. Source: 512 in Huang et al. 2024."""
     group_size: int = Field(default=1, ge=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +153,22 @@ def _differ(folder: str) -> str:
 def test_ranks_that_found_different_states_are_stopped(tmp_path: Path) -> None:
     expected = "a model that the settings name was saved anew while the ranks started; start again."
     assert run_ranks(_differ, 2, str(tmp_path)) == [expected] * 2
+
+
+def test_the_doctor_examines_the_model_of_a_run(folder: Path) -> None:
+    chosen = [
+        "actor.init=" + f"{folder}/run/checkpoints/step_2",
+        "judges.right.kind=rule",
+        "judges.right.rule=arithmetic",
+    ]
+    sizes = ["rollout_batch=8", "group_size=4", "global_batch=8", "sampling.max_new_tokens=4", f"run_dir={folder}/none"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megarlhf.cli", "doctor", "trainer=grpo", *chosen, *sizes, "prompts.source=arithmetic"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    where = f"{folder}/run/checkpoints/step_00000002/actor"
+    assert f"actor.init={folder}/run/checkpoints/step_2: {where} is taken" in done.stdout
+    assert "gates hold" in done.stdout
