@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.data.prompts import PromptSet, check_answered, load_prompts
-from megarlhf.data.rows import PROGRAMS, DataConfig, is_generated
+from megarlhf.data.rows import PROGRAMS, DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.eval.accuracy import Evaluation, evaluate
@@ -40,7 +40,7 @@ from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import frozen
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
-from megarlhf.runtime.texts import check_one_day, check_one_source, chosen_data
+from megarlhf.runtime.texts import check_one_day, chosen_heldout
 
 
 class EvalConfig(RanksConfig):
@@ -56,6 +56,10 @@ class EvalConfig(RanksConfig):
     """Problems: columns prompt and answer, or what verifier=code_tests reads."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the sampled responses; 1 is the policy itself. The greedy ones are at 0."""
+    top_k: int = Field(default=0, ge=0)
+    """Sampled responses are drawn from the k most likely tokens; 0 draws from all."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sampled responses are drawn from the fewest most likely tokens that hold this much probability; 1: from all."""
     max_new_tokens: int = Field(default=512, ge=1)
     """A response that has not ended after this many tokens is cut."""
     rollout: RolloutConfig = RolloutConfig()
@@ -99,9 +103,7 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
     tokenizer = resolve_tokenizer(cfg.tokenizer, policy, cfg.date)
     if reward is not None:
         check_same_tokenizer(tokenizer, str(policy), Model("reward", cfg.reward, reward))
-    check_one_source(cfg.prompts, "prompts")
-    data = chosen_data(cfg.prompts, "prompts", policy)
-    data = data.model_copy(update={"split": data.split or ("heldout" if is_generated(data.source) else "train")})
+    data = chosen_heldout(cfg.prompts, "prompts", policy)
     verifier = _verifier(cfg, data.source)
     prompts = load_prompts(data, tokenizer)
     if verifier not in ("reasoning_gym", "code_tests"):
@@ -163,13 +165,19 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
             reward,
             reader,
             scorer,
-            SamplingConfig(temperature=temperature, max_new_tokens=cfg.max_new_tokens),
+            sampling,
             rollout=cfg.rollout,
             seed=cfg.seed,
         )
-        for name, temperature in (("sampled", cfg.temperature), ("greedy", 0.0))
+        for name, sampling in _samplings(cfg).items()
     }
     _report(cfg, inputs, results, mesh)
+
+
+def _samplings(cfg: EvalConfig) -> dict[str, SamplingConfig]:
+    greedy = SamplingConfig(temperature=0.0, max_new_tokens=cfg.max_new_tokens)
+    drawn = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
+    return {"sampled": greedy.model_copy(update=drawn), "greedy": greedy}
 
 
 def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation], mesh: Mesh) -> None:

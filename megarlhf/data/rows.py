@@ -42,8 +42,8 @@ class SourceConfig(Config):
     subset: str = ""
     """Configuration of a hub data set; empty for its default."""
     split: str = ""
-    """Split: `train` or `heldout` of what is generated, or one of the hub data set; empty for `train`, in `eval` for
-    `heldout` of what is generated. A file is one split and needs none."""
+    """Split: `train` or `heldout` of what is generated, or one of the hub data set; empty for `train`, in `eval` and
+    for held-out data `heldout` of what is generated. A file is one split and needs none."""
     columns: dict[str, str] = pydantic.Field(default={})
     """Where the data name a column otherwise, by the name it needs: `columns.prompt=question` takes the prompt from
     question. It is there under both names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.judges.texts import Reader, Response, Scorer
-from megarlhf.models.role import FrozenRole
+from megarlhf.models.role import FrozenRole, Role
 from megarlhf.observe.progress import Progress
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import USUAL, RolloutConfig, SamplingConfig
@@ -33,6 +33,22 @@ class Evaluation:
     terminated: Tensor
 
 
+def roll_out(
+    policy: Role, reader: Reader, sampling: SamplingConfig, *, rollout: RolloutConfig = USUAL, seed: int
+) -> Iterator[Rollout]:
+    """One response to each prompt of the reader in order, CHUNK at a time; what it depends on, `generate` says.
+
+    Ranks:    collective over the policy's mesh; equal on every rank.
+    """
+    prompts = reader.prompts
+    engine = RolloutEngine.of(policy, reader.tokenizer, prompts.longest + sampling.max_new_tokens, rollout)
+    try:
+        for chunk in torch.arange(len(prompts)).tensor_split(-(-len(prompts) // CHUNK)):
+            yield engine.generate(prompts.batch(chunk), sampling, seed=seed)
+    finally:
+        engine.release()
+
+
 def evaluate(
     policy: FrozenRole,
     reward: FrozenRole | None,
@@ -48,17 +64,13 @@ def evaluate(
     scorer: says which responses are right.
     Ranks:    collective over the policy's mesh; every rank gets the whole Evaluation.
     """
-    mesh, prompts = policy.mesh, reader.prompts
-    engine = RolloutEngine.of(policy, reader.tokenizer, prompts.longest + sampling.max_new_tokens, rollout)
     kind = "greedy" if sampling.temperature == 0 else "sampled"
     parts: list[Evaluation] = []
-    with Progress(len(prompts), f"evaluate, {kind}", enabled=mesh.is_main) as bar:
-        for chunk in torch.arange(len(prompts)).tensor_split(-(-len(prompts) // CHUNK)):
-            drawn = engine.generate(prompts.batch(chunk), sampling, seed=seed)
+    with Progress(len(reader.prompts), f"evaluate, {kind}", enabled=policy.mesh.is_main) as bar:
+        for drawn in roll_out(policy, reader, sampling, rollout=rollout, seed=seed):
             scores = torch.zeros(len(drawn)) if reward is None else reward.score(drawn)
             parts.append(_judged(drawn.to("cpu"), scores.cpu(), reader, scorer))
-            bar.advance(len(chunk))
-    engine.release()
+            bar.advance(len(drawn))
     return Evaluation(
         responses=tuple(text for part in parts for text in part.responses),
         correct=torch.cat([part.correct for part in parts]),

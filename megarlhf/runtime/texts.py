@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
-from megarlhf.data.rows import BUILT_IN, DataConfig
+from megarlhf.data.rows import BUILT_IN, DataConfig, is_generated
 from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.models.spec import PRESETS
@@ -39,6 +40,31 @@ def check_one_source(data: DataConfig, name: str) -> None:
     """Raise ConfigError where `data`, the setting `name`, is a mix, whose rows may be there more than once."""
     if data.mix:
         raise ConfigError(f"{name}.mix is for training; here set {name}.source, for each of them in turn.")
+
+
+def chosen_heldout(data: Data, name: str, model: Model) -> Data:
+    """As `chosen_data`; of what is generated the split `heldout`, unless another one is named."""
+    check_one_source(data, name)
+    chosen = chosen_data(data, name, model)
+    generated = is_generated(chosen.source)
+    return chosen.model_copy(update={"split": "heldout"}) if generated and not chosen.split else chosen
+
+
+def check_apart(name: str, heldout: Iterable[Sequence[int]], trained: Mapping[str, Iterable[Sequence[int]]]) -> str:
+    """What is to be said of held-out rows, of the setting `name`, that are also trained on; rows as their token ids.
+
+    trained: rows by the setting that they are of. Raises ConfigError where all held-out rows are among them.
+    """
+    asked = [tuple(row) for row in heldout]
+    distinct, settings = set(asked), " and ".join(trained)
+    seen = {ids for rows in trained.values() for ids in map(tuple, rows) if ids in distinct}
+    shared = sum(ids in seen for ids in asked)
+    if shared == len(asked):
+        raise ConfigError(
+            f"{name}: all its {shared:,} rows are among those of {settings}, which are learnt from; name others, by "
+            f"{name}.source or {name}.split."
+        )
+    return f"{name}: {shared:,} of {len(asked):,} rows are also among those of {settings}" if shared else ""
 
 
 def chosen_template(template: Template | None, model: Model) -> Template:
