@@ -61,6 +61,11 @@ class PreferenceSet:
         return sum(map(len, [*self.chosen, *self.rejected]))
 
     @property
+    def sides(self) -> list[Sequence[int]]:
+        """Both sequences of each pair in one."""
+        return [[*chosen, *rejected] for chosen, rejected in zip(self.chosen, self.rejected, strict=True)]
+
+    @property
     def example(self) -> dict[str, Sequence[int]]:
         """The parts of the first row, by name."""
         return {"chosen": self.chosen[0], "rejected": self.rejected[0]}

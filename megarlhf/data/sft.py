@@ -46,6 +46,11 @@ class SftSet:
         return len(self.rows)
 
     @property
+    def ids(self) -> list[Sequence[int]]:
+        """Tokens of every row."""
+        return [row.ids for row in self.rows]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(row.ids) for row in self.rows)

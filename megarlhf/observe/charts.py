@@ -24,7 +24,7 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("Score", ("rollout/score_mean", "rollout/reward_mean")),
-    Panel("Accuracy of rollouts", ("rollout/accuracy",)),
+    Panel("Accuracy", ("rollout/accuracy",)),
     Panel("Groups of equal scores", ("group/equal_fraction",)),
     Panel("KL to the reference", ("kl/reference_mean",)),
     Panel("Response length", ("rollout/response_length_mean",)),
@@ -36,12 +36,16 @@ PANELS = (
     Panel("Explained variance", ("value/explained_variance",)),
     Panel("Gradient norm", ("policy/grad_norm", "value/grad_norm")),
     Panel("Sampler against trainer", ("rollout/sampler_gap_max",)),
-    Panel("SFT loss", ("sft/loss",)),
+    Panel("SFT loss", ("sft/loss", "sft/heldout_loss")),
     Panel("Reward-model loss", ("reward/loss",)),
-    Panel("Reward-model accuracy", ("reward/pair_accuracy", "reward/auc")),
+    Panel("Loss of pairs", ("reward/pairwise_loss", "reward/heldout_pairwise_loss")),
+    Panel("Reward-model accuracy", ("reward/pair_accuracy", "reward/heldout_pair_accuracy", "reward/auc")),
+    Panel("Margin of pairs", ("reward/margin_mean", "reward/heldout_margin_mean")),
+    Panel("Calibration error, held out", ("reward/heldout_calibration_error",)),
     Panel("DPO loss", ("dpo/loss", "dpo/heldout_loss")),
     Panel("Pairs in the right order", ("dpo/accuracy", "dpo/heldout_accuracy")),
     Panel("Implicit rewards", ("dpo/chosen_reward_mean", "dpo/rejected_reward_mean", "dpo/margin_mean")),
+    Panel("Margin of implicit rewards, held out", ("dpo/heldout_margin_mean",)),
     Panel("Gradient norm, DPO", ("dpo/grad_norm",)),
 )
 """What a report draws, in this order; a panel none of whose metrics was logged is left out."""
@@ -98,10 +102,10 @@ def unit_of(panel: Panel) -> str:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Name the lines by what tells them apart: family when the quantity is the same, else quantity."""
-    families, quantities = zip(*(name.split("/") for name in names), strict=True)
-    told_apart = families if len(set(quantities)) == 1 else [quantity.removesuffix("_mean") for quantity in quantities]
-    return [text.replace("_", " ") for text in told_apart]
+    """Name the lines by what tells them apart: the family, the quantity, or where both differ both."""
+    pairs = [name.removesuffix("_mean").split("/") for name in names]
+    told_by = [place for place, parts in enumerate(zip(*pairs, strict=True)) if len(set(parts)) > 1] or [1]
+    return [" ".join(pair[place] for place in told_by).replace("_", " ") for pair in pairs]
 
 
 def _style(axes: Axes, *, lines: int) -> None:

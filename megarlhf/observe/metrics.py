@@ -133,10 +133,13 @@ _VALUE = {
 
 _SFT = {
     "sft/loss": Metric("nats/token", "-logprobs on supervised tokens", "sum / global count of supervised tokens"),
+    "sft/heldout_loss": Metric("nats/token", "as sft/loss", "sum / count of supervised tokens, of held-out rows"),
     "sft/grad_norm": Metric("1", "2-norm of the gradient before clipping", "of the step"),
     "sft/learning_rate": Metric("1", "the schedule's value", "of the step"),
     "sft/tokens": Metric("tokens", "supervised tokens", "sum over the global batch"),
 }
+
+_HELDOUT_PAIRS = "weighted mean over the held-out pairs"
 
 _REWARD = {
     "reward/loss": Metric("nats", "pairwise + pointwise_weight * pointwise", "each weighted sum / global weight"),
@@ -146,6 +149,15 @@ _REWARD = {
     "reward/accuracy": Metric("fraction", "[(score > 0) = correct]", "mean over labelled responses"),
     "reward/auc": Metric("fraction", "P(score of a right response > of a wrong one), ties 1/2", "held-out responses"),
     "reward/margin_mean": Metric("reward", "chosen - rejected", "mean over pairs"),
+    "reward/heldout_pairwise_loss": Metric("nats", "as reward/pairwise_loss", _HELDOUT_PAIRS),
+    "reward/heldout_pair_accuracy": Metric("fraction", "as reward/pair_accuracy", _HELDOUT_PAIRS),
+    "reward/heldout_margin_mean": Metric("reward", "as reward/margin_mean", _HELDOUT_PAIRS),
+    "reward/heldout_calibration_error": Metric(
+        "fraction",
+        "sum over bins of (pairs in it / pairs) * |mean [chosen > rejected] - mean confidence|; confidence = "
+        "sigmoid(|chosen - rejected|), in 10 bins of equal width from 1/2 to 1",
+        "over the held-out pairs, by weight",
+    ),
     "reward/score_mean": Metric("reward", "scores", "mean over held-out, else training responses"),
     "reward/score_std": Metric("reward", "standard deviation of scores", "as reward/score_mean"),
     "reward/score_right_mean": Metric("reward", "scores of right responses", "held-out, else training responses"),
@@ -156,7 +168,6 @@ _REWARD = {
 }
 
 _PAIRS = "weighted mean over the pairs of the step"
-_HELDOUT_PAIRS = "weighted mean over the held-out pairs, after the last step"
 _IMPLICIT = "beta * sum over response tokens of (logprobs - ref_logprobs)"
 _DPO = {
     "dpo/loss": Metric(

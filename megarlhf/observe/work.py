@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 from megarlhf.errors import CheckpointError
 
-PHASES = ("rollout", "score", "estimate", "optimise", "train")
-"""What a Clock may time: the four paragraphs of an iteration, or a step of another trainer."""
+PHASES = ("rollout", "score", "estimate", "optimise", "train", "measure")
+"""What a Clock may time: the four paragraphs of an iteration, or a step of another trainer; and held-out data."""
 WORKED = ("rollout", "score", "optimise", "train")
-"""Those in which models work."""
+"""Those in which models work at what the run is for. Measuring is not: a run is no dearer for being watched."""
 
 CONVENTION = (
     "2 FLOPs a multiply-add of matrix products and causal attention (its triangle alone), backward counted as twice "
@@ -24,7 +24,7 @@ CONVENTION = (
 
 
 class Work:
-    """Tokens and model FLOPs by phase of the clock; what is done outside of any phase, such as a check, is not counted.
+    """Tokens and model FLOPs by phase of the clock; what is done outside of WORKED, such as a check, is not counted.
 
     Ranks:    no communication: batches are global, so that every rank counts the same.
     """
@@ -39,7 +39,7 @@ class Work:
 
     def spend(self, *, tokens: int, flops: int) -> None:
         """Book work of all ranks to the phase that the clock is in."""
-        if self.phase:
+        if self.phase in WORKED:
             self.tokens[self.phase] += tokens
             self.flops[self.phase] += flops
 

@@ -41,8 +41,15 @@ class RunConfig(RanksConfig):
     keep_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
     """States after every so many steps are kept for good; 0 keeps none of them. A multiple of save_every."""
     keep_best: Annotated[str, FreeToChange()] = ""
-    """Metric by which the best of the saved states is kept too, named by checkpoints/best: `rollout/score_mean` keeps
-    the highest, `-sft/loss` the lowest. Empty keeps none."""
+    """Metric by which the best of the saved states is kept too, named by checkpoints/best: `eval/accuracy` keeps the
+    highest, `-sft/heldout_loss` the lowest. Empty keeps none. For what is measured, save_every must be a multiple of
+    eval_every."""
+    eval_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
+    """Steps (of a policy: iterations) between two measurements of held-out data: before the first step, logged as step
+    0, after every so many, and after the last. 0 measures after the last alone, what a setting names as held out."""
+    patience: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
+    """Measurements in a row that do not better keep_best, which must be measured, after which the run ends, its state
+    and its model saved; 0 for never."""
     save_before: Annotated[float, FreeToChange()] = Field(default=0.0, ge=0)
     """Seconds after its start at which the run has saved its state and stopped, with exit code 75, so that a job's time
     limit loses nothing; 0 for no limit. SIGTERM and SIGUSR1 do the same at the end of the step."""

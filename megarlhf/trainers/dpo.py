@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -35,6 +36,7 @@ from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
+from megarlhf.runs.measuring import PART_ROWS, Measuring, check_measuring
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
@@ -48,7 +50,7 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.roles import away, frozen, learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
-from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.runtime.texts import check_apart, check_one_day, chosen_data, chosen_heldout
 from megarlhf.trainers.summary import as_share, plainly
 from megarlhf.trainers.trainer import Learner, Trainer
 
@@ -65,7 +67,7 @@ class DPOConfig(RunConfig):
     pairs: DataConfig = DataConfig()
     """Preference pairs: columns prompt, chosen, rejected, and optionally margin, which weighs a pair in the loss."""
     heldout: DataConfig | None = None
-    """Pairs to measure loss and accuracy on after the last step."""
+    """Pairs to measure loss and accuracy on, as eval_every says."""
     beta: float = Field(default=0.1, gt=0)
     """Implicit reward of a nat of distance from the reference: the larger, the nearer the policy stays to it.
     Source: 0.1 in Rafailov et al. 2023."""
@@ -91,6 +93,8 @@ class DPOInputs:
     """Of each set that there is."""
     pairs: PreferenceSet
     heldout: PreferenceSet | None
+    shared: str
+    """What is to be said of pairs in both."""
     steps: int
 
     @property
@@ -115,7 +119,9 @@ class DPOModels:
 def prepare(cfg: DPOConfig) -> DPOInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
-    cfg.check_best(name for name in names_of("dpo") if "heldout" not in name)  # those come after the last step
+    measured = {name for name in names_of("dpo") if "heldout" in name}
+    logged, of_heldout = names_of("dpo") - measured, measured if cfg.heldout else set[str]()
+    check_measuring(cfg, logged, of_heldout, "set heldout.source to pairs that are not learnt from")
     policy = Model("model", cfg.model, checked_model(cfg.model, cfg.layout, "model", needs="language"))
     reference = policy
     if cfg.reference:
@@ -124,19 +130,21 @@ def prepare(cfg: DPOConfig) -> DPOInputs:
     tokenizer = resolve_tokenizer(cfg.tokenizer, policy, cfg.pinned_date)
     check_same_tokenizer(tokenizer, str(policy), reference)
     check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
-    given = {"pairs": cfg.pairs, "heldout": cfg.heldout}
-    data = {name: chosen_data(rows, name, policy) for name, rows in given.items() if rows}
+    data = {"pairs": chosen_data(cfg.pairs, "pairs", policy)}
+    if cfg.heldout:
+        data["heldout"] = chosen_heldout(cfg.heldout, "heldout", policy)
     sets = {name: load_preferences(rows, tokenizer, name) for name, rows in data.items()}
     for model in (policy, reference):
         check_tokenizer(tokenizer, model.description.spec, model.setting)
         for name, rows in sets.items():
             check_longest(name, rows.longest, model.description.spec)
-    pairs = sets["pairs"]
+    pairs, heldout = sets["pairs"], sets.get("heldout")
+    shared = check_apart("heldout", heldout.sides, {"pairs": pairs.sides}) if heldout else ""
     check_rows("global_batch", cfg.global_batch, "pairs", len(pairs))
     steps = max(1, round(cfg.epochs * len(pairs) / cfg.global_batch))
     cfg.optim.check(steps, "optim")
     cfg.check_more(steps, f"epochs={cfg.epochs:g}")
-    return DPOInputs(policy, reference, tokenizer, data, pairs, sets.get("heldout"), steps)
+    return DPOInputs(policy, reference, tokenizer, data, pairs, heldout, shared, steps)
 
 
 def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
@@ -152,6 +160,9 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
     card = Card(inputs.tokenizer, inputs.data["pairs"], cfg.model)
     run = Run(cfg, cast.learners, {policy.name: card}, {"pairs": loader}, guard, mesh)
     clock = Clock(mesh.device, mesh.trail, mesh.work)
+    measuring = Measuring(
+        cfg, inputs.steps, partial(measure, cast, inputs.heldout, cfg) if inputs.heldout else None, clock, mesh
+    )
 
     def step(index: int) -> Metrics:
         pairs = inputs.pairs.batch(next(loader))
@@ -160,6 +171,7 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
         with clock("train"):
             update = policy.update(batch, preference_loss(policy, cfg))
         guard.check(policy, update, index)
+        measured = measuring.after(index + 1)
         return {
             "dpo/loss": update.means.loss,
             **update.means.metrics,
@@ -167,16 +179,24 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
             "dpo/learning_rate": update.learning_rate,
             "train/epoch": loader.epoch,
             "train/skipped_steps": guard.skipped,
+            **measured,
             **clock.metrics(),
         }
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
-        metrics = run_steps(inputs.steps, "DPO", step, ("dpo/loss", "dpo/accuracy"), run=run, writer=writer)
-        found = measure(cast, inputs.heldout, cfg) if inputs.heldout else {}
-        if writer is not None and found:
-            writer.log(found, inputs.steps)
+        metrics = run_steps(
+            inputs.steps,
+            "DPO",
+            step,
+            ("dpo/loss", "dpo/accuracy"),
+            run=run,
+            writer=writer,
+            ready=lambda first: measuring.begin(first, writer),
+            enough=lambda _: measuring.ends(),
+        )
+    measuring.conclude()
     save_model(policy, cfg.model_dir, card)
-    return {**metrics, **found}
+    return metrics
 
 
 def _say_start(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> None:
@@ -187,7 +207,7 @@ def _say_start(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> None:
     epochs = inputs.steps * cfg.global_batch / len(inputs.pairs)
     say_data(sets, inputs.tokenizer, mesh, epochs={"pairs": epochs})
     others = [inputs.reference] if cfg.reference else []
-    say(remarks(sets, inputs.tokenizer, inputs.policy, others), mesh)
+    say([*remarks(sets, inputs.tokenizer, inputs.policy, others), *filter(None, [inputs.shared])], mesh)
     say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} pairs; the reference is {inputs.reference}"], mesh)
 
 
@@ -224,18 +244,24 @@ def preference_loss(policy: TrainableRole, cfg: DPOConfig) -> Loss[AnchoredPairs
 
 def measure(cast: DPOModels, heldout: PreferenceSet, cfg: DPOConfig) -> Metrics:
     """Loss, order and rewards of held-out pairs. Collective; equal on every rank."""
-    pairs = heldout.batch(torch.arange(len(heldout)))
-    batch = anchored(pairs, cast.reference.score(pairs))
-    logprobs, row = cast.policy.score(pairs).cpu(), batch.response_mask.nonzero()[:, 0]
-    read, ref_read = logprobs[batch.response_mask], batch.ref_logprobs[batch.response_mask]
-    rewards = implicit_rewards(read, ref_read, row, 2 * len(pairs), beta=cfg.beta)
-    total, seen = dpo_loss(rewards[0::2], rewards[1::2], batch.pairs.weight, label_smoothing=cfg.label_smoothing)
+    parts = [heldout.batch(part) for part in torch.arange(len(heldout)).split(PART_ROWS // 2)]
+    # One model after the other, each once: it may have to come from the host.
+    ref_logprobs = [cast.reference.score(part).cpu() for part in parts]
+    rewards = torch.cat(
+        [
+            _rewards(cast.policy.score(part).cpu(), ref, part, cfg.beta)
+            for part, ref in zip(parts, ref_logprobs, strict=True)
+        ]
+    )
+    weight = torch.cat([part.weight for part in parts]).double()
+    total, seen = dpo_loss(rewards[0::2], rewards[1::2], weight, label_smoothing=cfg.label_smoothing)
+    whole = float(weight.sum())
     return {
-        "dpo/heldout_loss": float(total) / len(pairs),
-        "dpo/heldout_accuracy": float(seen["accuracy"]) / len(pairs),
-        "dpo/heldout_margin_mean": float(seen["margin_mean"]) / len(pairs),
-        "dpo/heldout_chosen_reward_mean": float(seen["chosen_reward_mean"]) / len(pairs),
-        "dpo/heldout_rejected_reward_mean": float(seen["rejected_reward_mean"]) / len(pairs),
+        "dpo/heldout_loss": float(total) / whole,
+        "dpo/heldout_accuracy": float(seen["accuracy"]) / whole,
+        "dpo/heldout_margin_mean": float(seen["margin_mean"]) / whole,
+        "dpo/heldout_chosen_reward_mean": float(seen["chosen_reward_mean"]) / whole,
+        "dpo/heldout_rejected_reward_mean": float(seen["rejected_reward_mean"]) / whole,
     }
 
 
@@ -245,6 +271,12 @@ def _summary(cfg: DPOConfig, metrics: Metrics) -> list[str]:
         *as_share(metrics, "dpo/accuracy", cfg.global_batch),
         *plainly(metrics, "dpo/heldout_accuracy"),
     ]
+
+
+def _rewards(logprobs: Tensor, ref_logprobs: Tensor, pairs: PreferencePairs, beta: float) -> Tensor:
+    """Of both responses of each pair: [2P], of log-probs [2P, T]."""
+    mask = pairs.response_mask
+    return implicit_rewards(logprobs[mask], ref_logprobs[mask], mask.nonzero()[:, 0], 2 * len(pairs), beta=beta)
 
 
 def _following(cfg: DPOConfig) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Literal
 
-import scipy.stats
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -32,14 +32,15 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import SequenceScores
-from megarlhf.models.role import TrainableRole
+from megarlhf.models.role import Role, TrainableRole
 from megarlhf.observe.clock import Clock
-from megarlhf.observe.metrics import Metrics
+from megarlhf.observe.metrics import Metrics, names_of
 from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
+from megarlhf.runs.measuring import Measuring, check_measuring
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
@@ -52,7 +53,8 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan, print_remark
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
-from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.runtime.texts import check_apart, check_one_day, chosen_data, chosen_heldout
+from megarlhf.trainers.reward_measures import measure_pairs, measure_scores
 from megarlhf.trainers.summary import as_share, plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
@@ -73,6 +75,8 @@ class RewardConfig(RunConfig):
     """Judged responses: columns prompt, response, correct (0 to 1, or to `labelled.scale`)."""
     heldout: LabelledData | None = None
     """Judged responses to measure AUC on, and to normalise the scores by; without them it is done by training rows."""
+    heldout_pairs: DataConfig | None = None
+    """Pairs to measure order, margin and calibration on, as eval_every says."""
     pointwise_weight: float = Field(default=1.0, gt=0)
     """Weight of the pointwise term. Source: the paper gives none; 1 weighs the terms equally."""
     pairs_batch: int = Field(default=64, ge=1)
@@ -148,14 +152,23 @@ class RewardInputs:
     pairs: PreferenceSet | None
     labelled: LabelledSet | None
     heldout: LabelledSet | None
+    heldout_pairs: PreferenceSet | None
+    shared: Sequence[str]
+    """What is to be said of rows that are held out, and learnt from."""
     steps: int
 
 
 def _logged(cfg: RewardConfig) -> set[str]:
-    """Metrics of every step; those of held-out responses come last."""
+    """Metrics of every step."""
     pairwise = {"reward/pairwise_loss", "reward/pair_accuracy", "reward/margin_mean"} if cfg.pairs else set()
     pointwise = {"reward/pointwise_loss", "reward/accuracy"} if cfg.labelled else set()
     return {"reward/loss", "reward/grad_norm", "reward/learning_rate", *pairwise, *pointwise}
+
+
+def _measured(cfg: RewardConfig) -> set[str]:
+    """Metrics of held-out data, as eval_every says. Without it the AUC comes with the numbers that normalise scores."""
+    of_pairs = {name for name in names_of("reward") if "heldout" in name} if cfg.heldout_pairs else set[str]()
+    return of_pairs | ({"reward/auc"} if cfg.heldout and cfg.eval_every else set())
 
 
 def prepare(cfg: RewardConfig) -> RewardInputs:
@@ -165,7 +178,9 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
         raise ConfigError(
             "reward model without data: pairs and labelled are both unset; set pairs.source or labelled.source."
         )
-    cfg.check_best(_logged(cfg))
+    check_measuring(
+        cfg, _logged(cfg), _measured(cfg), "set heldout_pairs.source, or heldout.source for judged responses"
+    )
     if cfg.labelled_batch % 2:
         raise ConfigError(
             f"labelled_batch={cfg.labelled_batch} is odd; responses travel two by two, use an even number."
@@ -174,48 +189,65 @@ def prepare(cfg: RewardConfig) -> RewardInputs:
     start_from = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
-    asked = chosen_data(cfg.pairs, "pairs", start_from) if cfg.pairs else None
+    data = {name: _chosen(name, rows, start_from) for name, rows in _given(cfg).items()}
+    compared = {name: load_preferences(rows, tokenizer, name) for name, rows in data.items() if name in PAIRS}
     judged = {
-        name: chosen_data(rows, name, start_from)
-        for name, rows in (("labelled", cfg.labelled), ("heldout", cfg.heldout))
-        if rows
+        name: load_labelled(rows, tokenizer, name, rows.scale)
+        for name, rows in data.items()
+        if isinstance(rows, LabelledData)
     }
-    data = {**({"pairs": asked} if asked else {}), **judged}
-    pairs = load_preferences(asked, tokenizer) if asked else None
-    labelled, heldout = (
-        load_labelled(judged[name], tokenizer, name, judged[name].scale) if name in judged else None
-        for name in ("labelled", "heldout")
-    )
+    pairs, labelled = compared.get("pairs"), judged.get("labelled")
     couples = (cfg.pairs_batch if pairs else 0) + (cfg.labelled_batch // 2 if labelled else 0)
     check_batch("pairs_batch + labelled_batch / 2", couples, cfg.layout, cfg.micro_batch)
+    for name, rows in {**compared, **judged}.items():
+        check_longest(name, rows.longest, model.spec)
     steps = 1
     for name, rows, batch in (("pairs", pairs, cfg.pairs_batch), ("labelled", labelled, cfg.labelled_batch)):
         if rows is not None:
-            check_longest(name, rows.longest, model.spec)
             check_rows(f"{name}_batch", batch, name, len(rows))
             steps = max(steps, round(cfg.epochs * len(rows) / batch))
-    if heldout is not None:
-        check_longest("heldout", heldout.longest, model.spec)
+    heldout, heldout_pairs = judged.get("heldout"), compared.get("heldout_pairs")
+    shared = []
+    if heldout is not None and labelled is not None:
+        shared.append(check_apart("heldout", heldout.tokens, {"labelled": labelled.tokens}))
+    if heldout_pairs is not None and pairs is not None:
+        shared.append(check_apart("heldout_pairs", heldout_pairs.sides, {"pairs": pairs.sides}))
     cfg.optim.check(steps, "optim")
     cfg.check_more(steps, f"epochs={cfg.epochs:g}")
-    return RewardInputs(model, tokenizer, data, pairs, labelled, heldout, steps)
+    return RewardInputs(model, tokenizer, data, pairs, labelled, heldout, heldout_pairs, shared, steps)
+
+
+PAIRS = ("pairs", "heldout_pairs")
+"""Settings of pairs; the others are of judged responses."""
+
+
+def _given(cfg: RewardConfig) -> dict[str, DataConfig]:
+    """Of each set that there is, in the order in which they are said."""
+    every = {
+        "pairs": cfg.pairs,
+        "labelled": cfg.labelled,
+        "heldout": cfg.heldout,
+        "heldout_pairs": cfg.heldout_pairs,
+    }
+    return {name: rows for name, rows in every.items() if rows}
+
+
+def _chosen(name: str, rows: DataConfig, start_from: Model) -> DataConfig:
+    return chosen_heldout(rows, name, start_from) if "heldout" in name else chosen_data(rows, name, start_from)
 
 
 def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
     """Train, measure, normalise and save. Collective; returns the last metrics."""
     check_one_day(inputs.tokenizer, mesh)
-    measured = responses_to_measure(inputs)
+    responses = responses_to_measure(inputs)
     pupil = models(cfg, inputs, mesh)
     role = pupil.role
     print_choices(role.settings.compute.choices, mesh)
     print_memory_plan([role], mesh)
     pairs, labelled = inputs.pairs, inputs.labelled
-    for name, rows in (("pairs", pairs), ("labelled", labelled), ("heldout", inputs.heldout)):
-        if rows is not None:
-            print_dropped(name, rows.dropped, len(rows), mesh)
     _say_start(cfg, inputs, mesh)
     if inputs.heldout is None and cfg.normalise != "none":
-        used = f"{len(measured)} training responses"
+        used = f"{len(responses)} training responses"
         print_remark(f"heldout is unset: normalise={cfg.normalise} measures the scores of {used}", mesh)
     pair_loader = Loader(len(pairs), cfg.pairs_batch, seed=cfg.seed) if pairs else None
     point_loader = Loader(len(labelled), cfg.labelled_batch, seed=cfg.seed) if labelled else None
@@ -224,6 +256,8 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
     card = Card(inputs.tokenizer, next(iter(inputs.data.values())), cfg.model)
     run = Run(cfg, pupil.learners, {role.name: card}, loaders, guard, mesh)
     clock = Clock(mesh.device, mesh.trail, mesh.work)
+    measure = partial(measure_heldout, role, cfg, inputs) if _measured(cfg) else None
+    measuring = Measuring(cfg, inputs.steps, measure, clock, mesh)
 
     def step(index: int) -> Metrics:
         with clock("train"):
@@ -234,21 +268,33 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
             )
             update = role.update(batch, judgement_loss(role, cfg))
         guard.check(role, update, index)
+        found = measuring.after(index + 1)
         return {
             "reward/loss": update.means.loss,
             **update.means.metrics,
             "reward/grad_norm": update.grad_norm,
             "reward/learning_rate": update.learning_rate,
             "train/skipped_steps": guard.skipped,
+            **found,
             **clock.metrics(),
         }
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
-        metrics = run_steps(inputs.steps, "reward model", step, ("reward/loss",), run=run, writer=writer)
-        found = measure(role, measured, heldout=inputs.heldout is not None)
+        metrics = run_steps(
+            inputs.steps,
+            "reward model",
+            step,
+            ("reward/loss",),
+            run=run,
+            writer=writer,
+            ready=lambda first: measuring.begin(first, writer),
+            enough=lambda _: measuring.ends(),
+        )
+        found = measure_scores(role, responses, heldout=inputs.heldout is not None)
         metrics = {**metrics, **found}
         if writer is not None:
-            writer.log(found, inputs.steps)
+            writer.log(found, measuring.steps)
+    measuring.conclude()
     offset = 0.0 if cfg.normalise == "none" else metrics["reward/centre"]
     scale = metrics["reward/score_std"] if cfg.normalise == "standardise" else 1.0
     wrong = metrics.get("reward/score_wrong_mean")
@@ -259,15 +305,21 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
 
 def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> None:
     given = {
-        "pairs": (cfg.pairs, inputs.pairs, cfg.pairs_batch),
-        "labelled": (cfg.labelled, inputs.labelled, cfg.labelled_batch),
-        "heldout": (cfg.heldout, inputs.heldout, 0),
+        "pairs": (inputs.pairs, cfg.pairs_batch),
+        "labelled": (inputs.labelled, cfg.labelled_batch),
+        "heldout": (inputs.heldout, 0),
+        "heldout_pairs": (inputs.heldout_pairs, 0),
     }
-    sets = [DataSet(name, asked, inputs.data[name], rows) for name, (asked, rows, _) in given.items() if asked and rows]
-    learnt = {name: (batch, rows) for name, (_, rows, batch) in given.items() if batch and rows}
+    for name, (rows, _) in given.items():
+        if rows is not None:
+            print_dropped(name, rows.dropped, len(rows), mesh)
+    asked = _given(cfg)
+    sets = [DataSet(name, asked[name], inputs.data[name], rows) for name, (rows, _) in given.items() if rows]
+    learnt = {name: (batch, rows) for name, (rows, batch) in given.items() if batch and rows}
     epochs = {name: inputs.steps * batch / len(rows) for name, (batch, rows) in learnt.items()}
     say_data(sets, inputs.tokenizer, mesh, epochs=epochs)
-    say(remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model)), mesh)
+    found = remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model))
+    say([*found, *filter(None, inputs.shared)], mesh)
     templates = {each.name: each.data.rendering for each in sets}
     if len(set(templates.values())) > 1:
         used = ", ".join(f"{name}.template={template}" for name, template in templates.items())
@@ -303,22 +355,13 @@ def _evenly(rows: int, most: int) -> Tensor:
     return torch.arange(rows)[:: -(-rows // most)]
 
 
-def measure(role: TrainableRole, responses: LabelledResponses, *, heldout: bool) -> Metrics:
-    """The mean score to centre on, the spread, and the mean scores of right and wrong; AUC where `heldout`.
-
-    Ranks:    collective; equal on every rank. Source of the centring: Huang et al. 2024, SFT references score 0.
-    """
-    scores = role.score(responses).cpu()
-    right = responses.correct > 0.5
-    metrics = {"reward/score_mean": float(scores.mean()), "reward/score_std": float(scores.std())}
-    if 0 < int(right.sum()) < len(right):
-        metrics["reward/score_right_mean"] = float(scores[right].mean())
-        metrics["reward/score_wrong_mean"] = float(scores[~right].mean())
-        if heldout:
-            # AUC is the Mann-Whitney statistic over all right-wrong couples.
-            statistic = scipy.stats.mannwhitneyu(scores[right].numpy(), scores[~right].numpy()).statistic
-            metrics["reward/auc"] = float(statistic) / (int(right.sum()) * int((~right).sum()))
-    return {**metrics, "reward/centre": metrics["reward/score_mean"]}
+def measure_heldout(role: Role, cfg: RewardConfig, inputs: RewardInputs) -> Metrics:
+    """What is held out, as `_measured` lists it. Collective; equal on every rank."""
+    found = measure_pairs(role, inputs.heldout_pairs) if inputs.heldout_pairs else {}
+    if inputs.heldout is None or not cfg.eval_every:
+        return found
+    of_responses = measure_scores(role, responses_to_measure(inputs), heldout=True)
+    return {**found, **{name: value for name, value in of_responses.items() if name == "reward/auc"}}
 
 
 def _summary(cfg: RewardConfig, metrics: Metrics) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -18,13 +19,14 @@ from megarlhf.data.sft import SftData, SftSet, load_sft
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
-from megarlhf.models.role import TrainableRole
+from megarlhf.models.role import Role, TrainableRole
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics, names_of
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
+from megarlhf.runs.measuring import PART_ROWS, Measuring, check_measuring
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
@@ -37,9 +39,12 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
-from megarlhf.runtime.texts import check_one_day, chosen_data
+from megarlhf.runtime.texts import check_apart, check_one_day, chosen_data, chosen_heldout
 from megarlhf.trainers.summary import plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
+
+MEASURED = {"sft/heldout_loss"}
+"""Metrics of held-out demonstrations."""
 
 
 class SftConfig(RunConfig):
@@ -51,6 +56,8 @@ class SftConfig(RunConfig):
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     data: SftData = SftData()
     """Demonstrations: columns prompt and response, or messages."""
+    heldout: SftData | None = None
+    """Demonstrations to measure sft/heldout_loss on, as eval_every says."""
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine")
     """Optimiser. Source of the rate: Llama 3's SFT."""
     epochs: Annotated[float, FreeToChange(said=True, ends=True)] = Field(default=1.0, gt=0)
@@ -65,28 +72,43 @@ class SftInputs:
 
     model: ModelDescription
     tokenizer: Tokenizer
-    data: SftData
+    data: Mapping[str, SftData]
+    """Of each set that there is."""
     rows: SftSet
+    heldout: SftSet | None
+    shared: str
+    """What is to be said of rows in both."""
     steps: int
+
+    @property
+    def sets(self) -> dict[str, SftSet]:
+        """Those that there are, by setting."""
+        return {"data": self.rows, **({"heldout": self.heldout} if self.heldout else {})}
 
 
 def prepare(cfg: SftConfig) -> SftInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
-    cfg.check_best(names_of("sft"))
+    logged, measured = names_of("sft") - MEASURED, MEASURED if cfg.heldout else set[str]()
+    check_measuring(cfg, logged, measured, "set heldout.source to demonstrations that are not learnt from")
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     start_from = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
     check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
-    data = chosen_data(cfg.data, "data", start_from)
-    rows = load_sft(data, tokenizer, data.supervise)
-    check_longest("data", rows.longest, model.spec)
+    data = {"data": chosen_data(cfg.data, "data", start_from)}
+    if cfg.heldout:
+        data["heldout"] = chosen_heldout(cfg.heldout, "heldout", start_from)
+    sets = {name: load_sft(each, tokenizer, each.supervise) for name, each in data.items()}
+    for name, each in sets.items():
+        check_longest(name, each.longest, model.spec)
+    rows, heldout = sets["data"], sets.get("heldout")
+    shared = check_apart("heldout", heldout.ids, {"data": rows.ids}) if heldout else ""
     check_rows("global_batch", cfg.global_batch, "data", len(rows))
     steps = max(1, round(cfg.epochs * len(rows) / cfg.global_batch))
     cfg.optim.check(steps, "optim")
     cfg.check_more(steps, f"epochs={cfg.epochs:g}")
-    return SftInputs(model, tokenizer, data, rows, steps)
+    return SftInputs(model, tokenizer, data, rows, heldout, shared, steps)
 
 
 def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
@@ -96,22 +118,21 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
     role = pupil.role
     print_choices(role.settings.compute.choices, mesh)
     print_memory_plan([role], mesh)
-    print_dropped("data", inputs.rows.dropped, len(inputs.rows), mesh)
-    sets = [DataSet("data", cfg.data, inputs.data, inputs.rows)]
-    say_data(sets, inputs.tokenizer, mesh, epochs={"data": inputs.steps * cfg.global_batch / len(inputs.rows)})
-    say(remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model)), mesh)
-    say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} rows"], mesh)
+    _say_start(cfg, inputs, mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
-    card = Card(inputs.tokenizer, inputs.data, cfg.model)
+    card = Card(inputs.tokenizer, inputs.data["data"], cfg.model)
     run = Run(cfg, pupil.learners, {role.name: card}, {"data": loader}, guard, mesh)
     clock = Clock(mesh.device, mesh.trail, mesh.work)
+    measure = partial(heldout_loss, role, inputs.heldout) if inputs.heldout else None
+    measuring = Measuring(cfg, inputs.steps, measure, clock, mesh)
 
     def step(index: int) -> Metrics:
         with clock("train"):
             batch = inputs.rows.batch(next(loader))
             update = role.update(batch, next_token_loss(role))
         guard.check(role, update, index)
+        measured = measuring.after(index + 1)
         return {
             "sft/loss": update.means.loss,
             "sft/tokens": update.means.count,
@@ -119,13 +140,35 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
             "sft/learning_rate": update.learning_rate,
             "train/epoch": loader.epoch,
             "train/skipped_steps": guard.skipped,
+            **measured,
             **clock.metrics(),
         }
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
-        metrics = run_steps(inputs.steps, "SFT", step, ("sft/loss",), run=run, writer=writer)
+        metrics = run_steps(
+            inputs.steps,
+            "SFT",
+            step,
+            ("sft/loss",),
+            run=run,
+            writer=writer,
+            ready=lambda first: measuring.begin(first, writer),
+            enough=lambda _: measuring.ends(),
+        )
+    measuring.conclude()
     save_model(role, cfg.model_dir, card)
     return metrics
+
+
+def _say_start(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> None:
+    for name, rows in inputs.sets.items():
+        print_dropped(name, rows.dropped, len(rows), mesh)
+    asked = {"data": cfg.data, "heldout": cfg.heldout or cfg.data}
+    sets = [DataSet(name, asked[name], inputs.data[name], rows) for name, rows in inputs.sets.items()]
+    say_data(sets, inputs.tokenizer, mesh, epochs={"data": inputs.steps * cfg.global_batch / len(inputs.rows)})
+    found = remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model))
+    say([*found, *filter(None, [inputs.shared])], mesh)
+    say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} rows"], mesh)
 
 
 def models(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> Pupil:
@@ -144,6 +187,17 @@ def next_token_loss(role: TrainableRole) -> Loss[TokenBatch]:
     return loss
 
 
+def heldout_loss(role: Role, rows: SftSet) -> Metrics:
+    """-log p(label), the mean over all supervised tokens of the rows. Collective; equal on every rank."""
+    total, count = 0.0, 0
+    for part in torch.arange(len(rows)).split(PART_ROWS):
+        batch = rows.batch(part)
+        logprobs = role.score(batch).cpu()[batch.loss_mask]
+        total -= float(logprobs.sum(dtype=torch.float64))
+        count += len(logprobs)
+    return {"sft/heldout_loss": total / count}
+
+
 def _following(cfg: SftConfig) -> tuple[str, ...]:
     model = shlex.quote(str(cfg.model_dir))
     return (f"megarlhf generate model={model} prompt='...'", f"megarlhf reward model={model} pairs.source=FILE")
@@ -155,6 +209,6 @@ TRAINER = Trainer(
     models=models,
     learners={"model": Learner(TokenBatch, lambda role, _: next_token_loss(role))},
     train=train,
-    summary=lambda _, metrics: plainly(metrics, "sft/loss"),
+    summary=lambda _, metrics: plainly(metrics, "sft/loss", "sft/heldout_loss"),
     following=_following,
 )
