@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from megarlhf.judges import JudgeSettings
 from megarlhf.judges.judge import UNKNOWN, Judge, Verdict, joined_verdicts, padded_cat
 from megarlhf.judges.reward_model import ModelJudge, ModelJudgeConfig, model_judge
 from megarlhf.judges.rules import RuleConfig
-from megarlhf.judges.texts import Reader, TextJudgeConfig, text_judge
+from megarlhf.judges.texts import Reader, TextJudge, TextJudgeConfig, text_judge
 from megarlhf.judges.verifiers import Decider
 from megarlhf.models.role import Role
 from megarlhf.observe.metrics import Metrics
@@ -80,6 +80,18 @@ class Panel:
         heard = [judge for judge in self.judges if judge.weight]
         known = all(judge.wrong_score != UNKNOWN for judge in heard)
         return sum(judge.weight * judge.wrong_score for judge in heard) if known else UNKNOWN
+
+    def reading(self, reader: Reader) -> Panel:
+        """The same judges, before responses to the prompts of another reader."""
+
+        def moved(judge: Judge) -> Judge:
+            return replace(judge, reader=reader) if isinstance(judge, TextJudge) else judge
+
+        judges = tuple(map(moved, self.judges))
+        if self.verifier is None:
+            return Panel(judges)
+        asked = [new for old, new in zip(self.judges, judges, strict=True) if old is self.verifier]
+        return Panel(judges, asked[0] if asked else moved(self.verifier))
 
     def judge(self, rollout: Rollout) -> Judgement:
         """Ask every judge once. Collective: each rank calls it with the same global batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -12,8 +12,8 @@ from megarlhf.data.prompts import PromptSet, check_answered
 from megarlhf.judges.forms import Unit, has_length, has_pattern, has_shape, pattern_fault
 from megarlhf.judges.gym import check_gym, gym_score
 from megarlhf.judges.judge import UNKNOWN
-from megarlhf.judges.texts import Opinion, Reader, Response, RightOrWrongConfig, Scorer
-from megarlhf.judges.verifiers import Verifier, check_answers, check_verifier, verify
+from megarlhf.judges.texts import Opinion, Reader, Response, RightOrWrongConfig, Scorer, TextJudgeConfig
+from megarlhf.judges.verifiers import Decider, Verifier, check_answers, check_verifier, verify
 
 Rule = Literal["arithmetic", "gsm8k", "maths", "exact", "reasoning_gym", "regex", "format", "length"]
 """Those of Verifier, and those of a response's form."""
@@ -106,6 +106,20 @@ def check_verified(prompts: PromptSet, verifier: Verifier, source: str, setting:
     if verifier == "reasoning_gym":
         return check_gym(prompts, source, setting)
     return check_answers(prompts.answers, verifier, source, setting)
+
+
+def doubts_of(
+    judges: Mapping[str, TextJudgeConfig], verifier: Decider | None, prompts: PromptSet, source: str
+) -> list[str]:
+    """What is to be said, before any model is built, of how the judges, and the verifier, can judge these prompts.
+
+    judges: by name. Raises: a MegarlhfError where one of them cannot.
+    """
+    found = [judge.check(f"judges.{name}", prompts, source) for name, judge in judges.items()]
+    asked = [judge.verifier for judge in judges.values()]
+    if verifier is not None and verifier != "code_tests" and verifier not in asked:
+        found.append(check_verified(prompts, verifier, source))
+    return [doubt for doubt in found if doubt]
 
 
 def judged(rule: RuleConfig, responses: Sequence[Response]) -> list[Opinion]:

@@ -81,7 +81,7 @@ class TextJudgeConfig(JudgeConfig):
 
     @abstractmethod
     def scorer(self, setting: str, reader: Reader) -> Scorer:
-        """What judges responses, on this rank; `setting` as above."""
+        """What judges responses, on this rank, whoever's prompts they are to; `setting` as above."""
 
 
 class RightOrWrongConfig(TextJudgeConfig):

@@ -23,12 +23,12 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("Score", ("rollout/score_mean", "rollout/reward_mean")),
-    Panel("Accuracy", ("rollout/accuracy",)),
+    Panel("Score", ("rollout/score_mean", "rollout/reward_mean", "eval/score_mean")),
+    Panel("Accuracy", ("rollout/accuracy", "eval/accuracy")),
     Panel("Groups of equal scores", ("group/equal_fraction",)),
-    Panel("KL to the reference", ("kl/reference_mean",)),
-    Panel("Response length", ("rollout/response_length_mean",)),
-    Panel("Truncated responses", ("rollout/truncated_fraction",)),
+    Panel("KL to the reference", ("kl/reference_mean", "eval/kl_mean")),
+    Panel("Response length", ("rollout/response_length_mean", "eval/response_length_mean")),
+    Panel("Truncated responses", ("rollout/truncated_fraction", "eval/truncated_fraction")),
     Panel("Entropy", ("policy/entropy_mean",)),
     Panel("Clip fraction", ("policy/clip_fraction", "value/clip_fraction")),
     Panel("Policy loss", ("policy/loss",)),

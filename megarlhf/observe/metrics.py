@@ -191,6 +191,16 @@ _TRAIN = {
     "train/skipped_steps": Metric("steps", "optimiser steps skipped: non-finite loss or gradient", "sum since start"),
 }
 
+_HELDOUT = "mean over the responses to the held-out prompts, drawn with the same random numbers each time"
+_EVAL = {
+    "eval/accuracy": Metric("fraction", "[response verified as correct], where its prompt has an answer", _HELDOUT),
+    "eval/score_mean": Metric("reward", "scores, before any penalty", _HELDOUT),
+    "eval/kl_mean": Metric("nats", "as kl/reference_mean (k1)", _HELDOUT),
+    "eval/kl_k3_mean": Metric("nats", "as kl/reference_k3_mean (k3)", _HELDOUT),
+    "eval/response_length_mean": Metric("tokens", "response tokens, EOS included", _HELDOUT),
+    "eval/truncated_fraction": Metric("fraction", "[response ended without EOS]", _HELDOUT),
+}
+
 _POSITIONS = "positions of rows up to the last one that is read, supervised or not"
 _TOKENS_OF = {
     "rollout": "response tokens",
@@ -268,6 +278,7 @@ GLOSSARY: dict[str, Metric] = {
     **_SFT,
     **_REWARD,
     **_DPO,
+    **_EVAL,
     **_TRAIN,
     **_WARNING,
     **_RESOURCES,

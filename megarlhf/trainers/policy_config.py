@@ -18,7 +18,7 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.judges import JudgeSettings
 from megarlhf.judges.reward_model import ModelJudgeConfig
-from megarlhf.judges.rules import check_verified
+from megarlhf.judges.rules import doubts_of
 from megarlhf.judges.shaping import ShapingConfig
 from megarlhf.judges.texts import TextJudgeConfig
 from megarlhf.judges.verifiers import AutoVerifier, Decider, chosen_verifier, is_told_right
@@ -27,6 +27,7 @@ from megarlhf.models.optim import OptimConfig
 from megarlhf.models.spec import PRESETS
 from megarlhf.observe.metrics import GAPS, names_of
 from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
+from megarlhf.runs.measuring import check_measuring
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
@@ -39,6 +40,7 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.texts import chosen_data
 from megarlhf.trainers.correction import SamplerCorrectionConfig
+from megarlhf.trainers.heldout import HeldOut, held_out
 from megarlhf.trainers.kl_coefficient import KLCoefficient
 from megarlhf_kernels import Clip
 
@@ -77,6 +79,9 @@ class PolicyConfig(RunConfig):
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the actor's own."""
     prompts: DataConfig = DataConfig()
     """Prompts to roll out: columns prompt and, optionally, answer."""
+    heldout: DataConfig | None = None
+    """Prompts to measure accuracy, score and KL on, as eval_every says: one response each by `sampling` and `seed`, as
+    `megarlhf eval` draws it. null with eval_every: up to 256 of the held-out split, where prompts are generated."""
     sampling: SamplingConfig = SamplingConfig()
     """How responses are drawn."""
     rollout: Annotated[RolloutConfig, FreeToChange()] = RolloutConfig()
@@ -319,6 +324,8 @@ class PolicyInputs:
     verifier: Decider | None
     doubts: str
     """What is to be said of answers that are right for no response."""
+    heldout: HeldOut | None = None
+    """Measured while the policy learns."""
 
     @property
     def distinct(self) -> list[Model]:
@@ -346,19 +353,23 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     data = chosen_data(cfg.prompts, "prompts", actor)
     prompts = load_prompts(data, tokenizer)
     check_prompt_count(prompts, cfg.prompts_per_iteration)
+    heldout = held_out(cfg.heldout, cfg.eval_every, data, prompts, actor, tokenizer)
+    longest = max(prompts.longest, heldout.prompts.longest if heldout else 0)
     for role, model in models.items():
         check_tokenizer(tokenizer, model.description.spec, role)
-        check_room(prompts.longest, cfg.sampling.max_new_tokens, model.description.spec, role)
-    texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}
-    doubts = [judge.check(f"judges.{name}", prompts, data.named) for name, judge in texts.items()]
+        check_room(longest, cfg.sampling.max_new_tokens, model.description.spec, role)
     known = cfg.deciders
     verifier = known[0] if known and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
+    texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}
+    doubts = doubts_of(texts, verifier, prompts, data.named)
+    if heldout:
+        of_heldout = doubts_of(texts, verifier, heldout.prompts, heldout.data.named)
+        doubts += [f"heldout: {doubt}" for doubt in of_heldout if doubt not in doubts]
     verified = is_told_right(verifier, prompts)
-    cfg.check_best(_best_of(cfg, verified=verified))
+    measured = heldout.logged(verifier, reference=cfg.needs_reference) if heldout else set[str]()
+    check_measuring(cfg, _best_of(cfg, verified=verified), measured, "set heldout.source")
     cfg.check_ending(verified=verified)
-    if verifier is not None and verifier != "code_tests" and verifier not in known:
-        doubts.append(check_verified(prompts, verifier, data.named))
-    inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, "; ".join(filter(None, doubts)))
+    inputs = PolicyInputs(models, tokenizer, data, prompts, verifier, "; ".join(doubts), heldout)
     for model in inputs.distinct[1:]:
         check_same_tokenizer(tokenizer, str(actor), model)
     return inputs

@@ -34,6 +34,7 @@ from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
+from megarlhf.runs.measuring import Measuring
 from megarlhf.runtime.policy_models import PolicyModels
 from megarlhf.runtime.roles import (
     away,
@@ -46,6 +47,7 @@ from megarlhf.runtime.roles import (
 )
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day
+from megarlhf.trainers.heldout import measure_policy
 from megarlhf.trainers.kl_coefficient import KLCoefficient
 from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, cut_score_remark, prepare
 from megarlhf.trainers.policy_metrics import accuracy_metric, sample_rows
@@ -206,26 +208,29 @@ def _train(
     }
     run = Run(cfg, cast.learners, cards, {"prompts": loader, **cast.shaper.parts, **cast.kl.parts}, guard, mesh)
     clock, watch = Clock(mesh.device, mesh.trail, mesh.work), Watch(cfg)
+    measuring = Measuring(cfg, cfg.iterations, _measure(cast, cfg, inputs), clock, mesh)
 
     def step(number: int, writer: RunWriter | None) -> Metrics:
         turn = Turn(number, cfg.seed, clock, guard, more=lambda count: inputs.prompts.batch(loader.take(count)))
         done = iteration(inputs.prompts.batch(next(loader)), cfg, turn)
+        metrics = {**done.metrics, **accuracy_metric(done.judgement.correct), "train/skipped_steps": guard.skipped}
+        warnings, said = watch.look(metrics)
+        print_remark("\n".join(said), mesh)
+        measured = measuring.after(number + 1, ending=watch.ends(warnings))
         timed = clock.metrics()  # without what follows, which is for the reader
         if writer is not None and turn.due(cfg.samples_every):
             rows = sample_rows(done.rollout, done.judgement, cfg.samples, inputs.tokenizer, inputs.prompts)
             writer.samples(rows, number + 1)
-        accuracy = accuracy_metric(done.judgement.correct)
-        metrics = {**done.metrics, **timed, **accuracy, "train/skipped_steps": guard.skipped}
-        warnings, said = watch.look(metrics)
-        print_remark("\n".join(said), mesh)
-        return {**metrics, **warnings}
+        return {**metrics, **timed, **warnings, **measured}
 
     def ready(first: int) -> None:
-        watch.restore(broadcast_object(read_metrics(cfg.run_dir).rows[:first] if mesh.is_main else [], mesh, "world"))
+        steps = [row for row in read_metrics(cfg.run_dir).rows if row["step"]] if mesh.is_main else []
+        watch.restore(broadcast_object(steps[:first], mesh, "world"))
         if cfg.gates == "on":
             prompts = gate_prompts(inputs.prompts, mesh)
             same = cfg.reference_init == cfg.actor.init and first <= cfg.first_iteration
             check_gates(cheap_gates(cast, prompts, lesson, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
+        measuring.begin(first, writer)
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
         metrics = run_steps(
@@ -236,12 +241,22 @@ def _train(
             run=run,
             writer=writer,
             ready=ready,
-            enough=watch.ends,
+            enough=lambda metrics: watch.ends(metrics) or measuring.ends(),
         )
     if watch.ends(metrics):
         print_remark(watch.conclusion(), mesh)
+    measuring.conclude()
     save_model(cast.actor, cfg.model_dir, cards["actor"])
     return metrics
+
+
+def _measure(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs) -> Callable[[], Metrics] | None:
+    """What measures the actor on the held-out prompts; None where there are none."""
+    if inputs.heldout is None:
+        return None
+    reader = Reader(inputs.heldout.prompts, inputs.tokenizer, cast.actor.mesh, cfg.timeout_s)
+    panel = cast.panel.reading(reader)
+    return partial(measure_policy, cast, panel, reader, cfg.sampling, rollout=cfg.rollout, seed=cfg.seed)
 
 
 def _title(config: type[PolicyConfig]) -> str:
@@ -252,13 +267,18 @@ def _title(config: type[PolicyConfig]) -> str:
 def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> None:
     print_choices([*cast.actor.settings.compute.choices, cfg.policy_loss_choice], mesh)
     print_memory_plan(cast.every, mesh)
-    print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
     sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
+    heldout = inputs.heldout
+    if heldout is not None:
+        sets.append(DataSet("heldout", heldout.asked, heldout.data, heldout.prompts))
+    for each in sets:
+        print_dropped(each.name, each.rows.dropped, len(each.rows), mesh)
     epochs = cfg.iterations * cfg.prompts_per_iteration / len(inputs.prompts)
     say_data(sets, inputs.tokenizer, mesh, epochs={"prompts": epochs})
     actor, *others = inputs.distinct
     say([*remarks(sets, inputs.tokenizer, actor, others), ends(inputs.tokenizer)], mesh)
-    say([verifier_remark(inputs.verifier, inputs.prompts), *filter(None, [inputs.doubts])], mesh)
+    doubts = [inputs.doubts, heldout.shared if heldout else ""]
+    say([verifier_remark(inputs.verifier, inputs.prompts), *filter(None, doubts)], mesh)
     each = f"{cfg.rollouts_per_iteration:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
     say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
     print_remark("\n".join(filter(None, [*cfg.remarks, cut_score_remark(cfg, cast.panel.wrong_score)])), mesh)
