@@ -8,7 +8,7 @@ Judged responses have `prompt`, `response` and `correct` (a number from 0 to 1, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,9 +61,9 @@ class PreferenceSet:
         return sum(map(len, [*self.chosen, *self.rejected]))
 
     @property
-    def sides(self) -> list[Sequence[int]]:
+    def sides(self) -> Iterator[Sequence[int]]:
         """Both sequences of each pair in one."""
-        return [[*chosen, *rejected] for chosen, rejected in zip(self.chosen, self.rejected, strict=True)]
+        return ([*chosen, *rejected] for chosen, rejected in zip(self.chosen, self.rejected, strict=True))
 
     @property
     def example(self) -> dict[str, Sequence[int]]:

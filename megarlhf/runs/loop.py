@@ -315,7 +315,8 @@ def run_steps(
     """Call `step(0)` to `step(count - 1)`, or from where the run was, log what each returns, and return the last.
 
     notes: names of the metrics shown beside the progress bar, where the run logs them. ready: called before the first
-    step, with its number. enough: whether the run ends after a step that logged these metrics; its state is saved.
+    step, with its number. enough: whether the run ends after a step that logged these metrics (none before the first
+    step of a start); its state is saved.
     Ranks:    rank 0 has the writer and shows the bar.
     """
     metrics: Metrics = {}
@@ -326,7 +327,8 @@ def run_steps(
     with run.under_way(), Progress(count - first, named, enabled=run.mesh.is_main) as bar:
         trail.step = first
         run.check(lambda: ready(first))
-        for index in range(first, count):
+        # One that had ended, and was killed before its model was saved, has no step left to take.
+        for index in range(first, first if enough(metrics) else count):
             trail.step, before = index, run.parts()
             try:
                 metrics = step(index)

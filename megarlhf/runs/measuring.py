@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from megarlhf.checkpoint.training_state import Best
+from megarlhf.checkpoint.training_state import latest_state, read_position
 from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
@@ -18,7 +18,6 @@ from megarlhf.observe.run_files import BEST
 from megarlhf.observe.writers import RunWriter, read_metrics
 from megarlhf.parallel.collectives import broadcast_object
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.runs.loop import better
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.roles import print_remark
 
@@ -39,9 +38,8 @@ class Measuring:
     ) -> None:
         self.clock = clock
         self._cfg, self._steps, self._measure, self._mesh = cfg, steps, measure, mesh
-        self._best: Best | None = None
-        self._last = self._stale = 0
-        """Steps before the newest measurement; how many in a row have not bettered the best."""
+        self._seen: dict[int, float] = {}
+        """What keep_best was, by the steps before each measurement, where `patience` counts them."""
 
     def begin(self, first: int, writer: RunWriter | None) -> None:
         """Measure where no step was done, logged as step 0; else take up what the run had measured. Collective."""
@@ -63,23 +61,31 @@ class Measuring:
     @property
     def steps(self) -> int:
         """Steps of the run, fewer than were planned where it has ended itself."""
-        return self._last if self.ends() else self._steps
+        return max(self._seen) if self.ends() else self._steps
 
     def ends(self) -> bool:
         """Whether the run is to end, since as many measurements as `patience` says have bettered nothing."""
-        return 0 < self._cfg.patience <= self._stale
+        return 0 < self._cfg.patience <= sum(step > self._best for step in self._seen)
+
+    @property
+    def _best(self) -> int:
+        """The first step before the best measurement."""
+        sign = -1.0 if self._cfg.keep_best.startswith("-") else 1.0
+        return max(sorted(self._seen), key=lambda step: sign * self._seen[step], default=0)
 
     def conclude(self) -> None:
-        """Say, where the run has ended so, which measurement was the best, and where that state is."""
-        cfg, best = self._cfg, self._best
-        if not self.ends() or best is None:
+        """Say, where the run has ended so, which measurement was the best, and which saved state is."""
+        cfg, mesh = self._cfg, self._mesh
+        if not self.ends() or not mesh.is_main:
             return
-        when = f"after step {best.step}" if best.step else "before the first step"
+        state = latest_state(cfg.states_dir)
+        saved = None if state is None else read_position(state).best
+        when = f"after step {self._best}" if self._best else "before the first step"
+        kept = f"{cfg.states_dir / BEST}, the best that was saved, is after step {saved.step}, " if saved else ""
         print_remark(
-            f"ended after step {self._last} of {self._steps} (patience={cfg.patience}): keep_best={cfg.keep_best} was "
-            f"best {when}, {best.value:.4g}; the best saved state is {cfg.states_dir / BEST}, the model as it is now "
-            f"in {cfg.model_dir}.",
-            self._mesh,
+            f"ended after step {self.steps} of {self._steps} (patience={cfg.patience}): keep_best={cfg.keep_best} was "
+            f"best {when}, {self._seen[self._best]:.4g}; {kept}the model as it is now in {cfg.model_dir}.",
+            mesh,
         )
 
     def _measured(self, step: int, measure: Callable[[], Metrics]) -> Metrics:
@@ -97,8 +103,7 @@ class Measuring:
     def _count(self, step: int, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self._cfg.keep_best.removeprefix("-"), math.nan)
         if self._cfg.patience and not math.isnan(value):
-            before, self._best = self._best, better(self._best, self._cfg.keep_best, step, dict(metrics))
-            self._last, self._stale = step, 0 if self._best is not before else self._stale + 1
+            self._seen[step] = value
 
 
 def check_measuring(cfg: RunConfig, logged: Collection[str], measured: Collection[str], remedy: str) -> None:

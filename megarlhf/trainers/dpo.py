@@ -245,14 +245,13 @@ def preference_loss(policy: TrainableRole, cfg: DPOConfig) -> Loss[AnchoredPairs
 def measure(cast: DPOModels, heldout: PreferenceSet, cfg: DPOConfig) -> Metrics:
     """Loss, order and rewards of held-out pairs. Collective; equal on every rank."""
     parts = [heldout.batch(part) for part in torch.arange(len(heldout)).split(PART_ROWS // 2)]
-    # One model after the other, each once: it may have to come from the host.
-    ref_logprobs = [cast.reference.score(part).cpu() for part in parts]
-    rewards = torch.cat(
-        [
-            _rewards(cast.policy.score(part).cpu(), ref, part, cfg.beta)
-            for part, ref in zip(parts, ref_logprobs, strict=True)
-        ]
-    )
+    # One model after the other, and each comes from the host once.
+    with cast.reference.resident():
+        ref_logprobs = [cast.reference.score(part).cpu() for part in parts]
+    with cast.policy.resident():
+        logprobs = [cast.policy.score(part).cpu() for part in parts]
+    read = zip(logprobs, ref_logprobs, parts, strict=True)
+    rewards = torch.cat([_rewards(now, ref, part, cfg.beta) for now, ref, part in read])
     weight = torch.cat([part.weight for part in parts]).double()
     total, seen = dpo_loss(rewards[0::2], rewards[1::2], weight, label_smoothing=cfg.label_smoothing)
     whole = float(weight.sum())

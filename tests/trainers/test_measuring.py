@@ -21,6 +21,7 @@ from megarlhf.models.readings import LabelLogprobs, SequenceScores
 from megarlhf.ops.preference_loss import calibration_error
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.runs.loop import Run
 from megarlhf.runs.settings import RunConfig
 from megarlhf.trainers import dpo, reward, sft
 from megarlhf.trainers.dpo import DPOConfig
@@ -28,7 +29,7 @@ from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.models import frozen, name_of, whole_weights, worst
 from tests.helpers.ranks import run_ranks
-from tests.runs.test_resume import logged_lines, stopped_after
+from tests.runs.test_resume import StoppedError, logged_lines, stopped_after
 
 LAYOUTS = [ParallelLayout(data=2), ParallelLayout(tensor=2), ParallelLayout(pipeline=2)]
 ROWS = 13
@@ -246,11 +247,35 @@ def test_a_run_ends_when_it_no_longer_gets_better(stops: tuple[int | None, ...],
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]  # of ten
     assert len({row["sft/heldout_loss"] for row in rows if "sft/heldout_loss" in row}) == 1
     assert "ended after step 4 of 10 (patience=2): keep_best=-sft/heldout_loss was best before the first step" in said
-    assert str(cfg.states_dir / "best") in said
+    assert f"{cfg.states_dir / 'best'}, the best that was saved, is after step 2, the model as it is now" in said
     state = latest_state(cfg.states_dir)
     assert state is not None
     assert state.name.endswith("4")
     assert (cfg.states_dir / "best").is_file()
+
+
+def cut_short(cfg: Any) -> int:
+    """The run ends itself and is killed before its model is saved; the steps that the next start takes."""
+    mesh, taken = start(cfg.layout, seed=1), []
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()):
+        patch.setattr(sft, "save_model", killed)
+        with pytest.raises(StoppedError):
+            sft.train(cfg, sft.prepare(cfg), ["sft"], mesh)
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()):
+        patch.setattr(Run, "step_ended", lambda _self, done, _metrics: taken.append(done))
+        sft.train(cfg, sft.prepare(cfg), ["sft"], mesh)
+    return len(taken)
+
+
+def killed(*_: Any) -> None:
+    raise StoppedError
+
+
+def test_one_that_had_ended_takes_no_step_more(tmp_path: Path) -> None:
+    cfg = config("sft", tmp_path / "run", ParallelLayout(), patience=2, epochs=2.0, **STILL)
+    assert run_ranks(cut_short, 1, cfg) == [0]
+    assert logged_lines(cfg.run_dir)[-1]["step"] == 4
+    assert (cfg.model_dir / "model.json").is_file()
 
 
 def test_a_run_that_gets_better_does_not_end(tmp_path: Path) -> None:
