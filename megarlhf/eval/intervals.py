@@ -48,6 +48,35 @@ def mean(values: Tensor) -> Interval:
     return _student(values.double().numpy())
 
 
+def within(found: float, error: float, low: float = -math.inf, high: float = math.inf) -> Interval:
+    """An estimate with its standard error, as the normal distribution has it, cut at what it can be."""
+    half = float(scipy.stats.norm.ppf(0.5 + CONFIDENCE / 2)) * error
+    return Interval(found, max(found - half, low), min(found + half, high))
+
+
+def auc_error(auc: float, right: int, wrong: int) -> float:
+    """The standard error of the area under the curve of so many right and wrong ones (Hanley and McNeil 1982)."""
+    two_right, two_wrong = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (right - 1) * (two_right - auc**2) + (wrong - 1) * (two_wrong - auc**2)
+    return math.sqrt(max(variance, 0.0) / (right * wrong))
+
+
+def ratio_error(sums: Tensor, counts: Tensor) -> float:
+    """The standard error of sum(sums) / sum(counts), [N] each, over N independent rows (Cochran 1977, eq. 2.46).
+
+    The tokens of a row are not independent; the rows are. 0 for a single one.
+    """
+    sums, counts, rows = sums.double(), counts.double(), len(sums)
+    residuals = sums - counts * (sums.sum() / counts.sum())
+    return float((residuals.square().sum() * rows / max(rows - 1, 1)).sqrt() / counts.sum())
+
+
+def effective(weights: Tensor) -> float:
+    """How many rows of equal weight are worth as much as those of `weights` [N]: (sum w)^2 / sum w^2 (Kish 1965)."""
+    weights = weights.double()
+    return float(weights.sum().square() / weights.square().sum())
+
+
 def paired_difference(before: Tensor, after: Tensor) -> Interval:
     """Mean of after - before over the same N problems, with Student's interval of the paired differences.
 

@@ -134,12 +134,14 @@ _VALUE = {
 _SFT = {
     "sft/loss": Metric("nats/token", "-logprobs on supervised tokens", "sum / global count of supervised tokens"),
     "sft/heldout_loss": Metric("nats/token", "as sft/loss", "sum / count of supervised tokens, of held-out rows"),
+    "sft/heldout_loss_stderr": Metric("nats/token", "standard error of sft/heldout_loss", "over held-out rows"),
     "sft/grad_norm": Metric("1", "2-norm of the gradient before clipping", "of the step"),
     "sft/learning_rate": Metric("1", "the schedule's value", "of the step"),
     "sft/tokens": Metric("tokens", "supervised tokens", "sum over the global batch"),
 }
 
 _HELDOUT_PAIRS = "weighted mean over the held-out pairs"
+_EFFECTIVE = "(sum of weights)^2 / sum of their squares: pairs, where all weigh alike"
 
 _REWARD = {
     "reward/loss": Metric("nats", "pairwise + pointwise_weight * pointwise", "each weighted sum / global weight"),
@@ -148,7 +150,9 @@ _REWARD = {
     "reward/pair_accuracy": Metric("fraction", "[chosen > rejected], ties 1/2", "mean over pairs"),
     "reward/accuracy": Metric("fraction", "[(score > 0) = correct]", "mean over labelled responses"),
     "reward/auc": Metric("fraction", "P(score of a right response > of a wrong one), ties 1/2", "held-out responses"),
+    "reward/auc_stderr": Metric("fraction", "standard error of reward/auc (Hanley, McNeil 1982)", "held-out responses"),
     "reward/margin_mean": Metric("reward", "chosen - rejected", "mean over pairs"),
+    "reward/heldout_pairs": Metric("pairs", _EFFECTIVE, "of the held-out pairs"),
     "reward/heldout_pairwise_loss": Metric("nats", "as reward/pairwise_loss", _HELDOUT_PAIRS),
     "reward/heldout_pair_accuracy": Metric("fraction", "as reward/pair_accuracy", _HELDOUT_PAIRS),
     "reward/heldout_margin_mean": Metric("reward", "as reward/margin_mean", _HELDOUT_PAIRS),
@@ -179,6 +183,7 @@ _DPO = {
     "dpo/rejected_reward_mean": Metric("reward", f"{_IMPLICIT}, rejected", _PAIRS),
     "dpo/grad_norm": Metric("1", "2-norm of the gradient before clipping", "of the step"),
     "dpo/learning_rate": Metric("1", "the schedule's value", "of the step"),
+    "dpo/heldout_pairs": Metric("pairs", _EFFECTIVE, "of the held-out pairs"),
     "dpo/heldout_loss": Metric("nats", "as dpo/loss", _HELDOUT_PAIRS),
     "dpo/heldout_accuracy": Metric("fraction", "as dpo/accuracy", _HELDOUT_PAIRS),
     "dpo/heldout_margin_mean": Metric("reward", "as dpo/margin_mean", _HELDOUT_PAIRS),
@@ -195,6 +200,9 @@ _HELDOUT = "mean over the responses to the held-out prompts, drawn with the same
 _EVAL = {
     "eval/accuracy": Metric("fraction", "[response verified as correct], where its prompt has an answer", _HELDOUT),
     "eval/score_mean": Metric("reward", "scores, before any penalty", _HELDOUT),
+    "eval/score_std": Metric("reward", "standard deviation of the scores", "over the responses of eval/score_mean"),
+    "eval/prompts": Metric("prompts", "held-out prompts, each with one response", "in all"),
+    "eval/verified": Metric("responses", "responses that were verified", "in all"),
     "eval/kl_mean": Metric("nats", "as kl/reference_mean (k1)", _HELDOUT),
     "eval/kl_k3_mean": Metric("nats", "as kl/reference_k3_mean (k3)", _HELDOUT),
     "eval/response_length_mean": Metric("tokens", "response tokens, EOS included", _HELDOUT),

@@ -47,7 +47,7 @@ class RunConfig(RanksConfig):
     eval_every: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
     """Steps (of a policy: iterations) between two measurements of held-out data: before the first step, logged as step
     0, after every so many, and after the last. 0 measures after the last alone, what a setting names as held out."""
-    patience: Annotated[int, FreeToChange()] = Field(default=0, ge=0)
+    patience: Annotated[int, FreeToChange(ends=True)] = Field(default=0, ge=0)
     """Measurements in a row that do not better keep_best, which must be measured, after which the run ends, its state
     and its model saved; 0 for never."""
     save_before: Annotated[float, FreeToChange()] = Field(default=0.0, ge=0)

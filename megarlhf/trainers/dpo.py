@@ -26,6 +26,7 @@ from megarlhf.data.loader import Loader
 from megarlhf.data.preferences import PreferenceSet, load_preferences
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.eval.intervals import effective
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole, TrainableRole
@@ -256,6 +257,7 @@ def measure(cast: DPOModels, heldout: PreferenceSet, cfg: DPOConfig) -> Metrics:
     total, seen = dpo_loss(rewards[0::2], rewards[1::2], weight, label_smoothing=cfg.label_smoothing)
     whole = float(weight.sum())
     return {
+        "dpo/heldout_pairs": effective(weight),
         "dpo/heldout_loss": float(total) / whole,
         "dpo/heldout_accuracy": float(seen["accuracy"]) / whole,
         "dpo/heldout_margin_mean": float(seen["margin_mean"]) / whole,
@@ -268,7 +270,7 @@ def _summary(cfg: DPOConfig, metrics: Metrics) -> list[str]:
     return [
         *plainly(metrics, "dpo/loss"),
         *as_share(metrics, "dpo/accuracy", cfg.global_batch),
-        *plainly(metrics, "dpo/heldout_accuracy"),
+        *as_share(metrics, "dpo/heldout_accuracy", metrics.get("dpo/heldout_pairs", 0)),
     ]
 
 

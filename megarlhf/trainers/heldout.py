@@ -97,7 +97,10 @@ def measure_policy(
         }
         parts.append({**said, **_distances(cast, drawn)})
     means = {name: float(torch.cat([part[name] for part in parts]).double().mean()) for name in parts[0]}
-    return {**({"eval/accuracy": correct.count(True) / len(correct)} if correct else {}), **means}
+    scores = torch.cat([part["eval/score_mean"] for part in parts]).double()
+    counted = {"eval/prompts": float(len(scores)), "eval/score_std": float(scores.std(correction=0))}
+    right = {"eval/accuracy": correct.count(True) / len(correct), "eval/verified": len(correct)} if correct else {}
+    return {**right, **means, **counted}
 
 
 def _distances(cast: PolicyModels, drawn: Rollout) -> dict[str, Tensor]:

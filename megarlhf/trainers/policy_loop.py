@@ -288,7 +288,13 @@ def _summary(cfg: PolicyConfig, metrics: Metrics) -> list[str]:
     """Responses to one prompt are alike: the prompts are what is independent."""
     prompts = metrics.get("rollout/verified", 0) // cfg.group_size
     score = as_mean(metrics, "rollout/score_mean", "rollout/score_std", cfg.prompts_per_iteration)
-    return [*score, *as_share(metrics, "rollout/accuracy", prompts), *plainly(metrics, "kl/reference_mean")]
+    return [
+        *score,
+        *as_share(metrics, "rollout/accuracy", prompts),
+        *plainly(metrics, "kl/reference_mean"),
+        *as_mean(metrics, "eval/score_mean", "eval/score_std", metrics.get("eval/prompts", 0)),
+        *as_share(metrics, "eval/accuracy", metrics.get("eval/verified", 0)),
+    ]
 
 
 def _following(cfg: PolicyConfig) -> tuple[str, ...]:

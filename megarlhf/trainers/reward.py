@@ -55,7 +55,7 @@ from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_apart, check_one_day, chosen_data, chosen_heldout
 from megarlhf.trainers.reward_measures import measure_pairs, measure_scores
-from megarlhf.trainers.summary import as_share, plainly
+from megarlhf.trainers.summary import as_estimate, as_share, plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
 MEASURED = 1024
@@ -361,12 +361,16 @@ def measure_heldout(role: Role, cfg: RewardConfig, inputs: RewardInputs) -> Metr
     if inputs.heldout is None or not cfg.eval_every:
         return found
     of_responses = measure_scores(role, responses_to_measure(inputs), heldout=True)
-    return {**found, **{name: value for name, value in of_responses.items() if name == "reward/auc"}}
+    return {**found, **{name: value for name, value in of_responses.items() if name.startswith("reward/auc")}}
 
 
 def _summary(cfg: RewardConfig, metrics: Metrics) -> list[str]:
-    ordered = as_share(metrics, "reward/pair_accuracy", cfg.pairs_batch)
-    return [*plainly(metrics, "reward/loss"), *ordered, *plainly(metrics, "reward/auc")]
+    return [
+        *plainly(metrics, "reward/loss"),
+        *as_share(metrics, "reward/pair_accuracy", cfg.pairs_batch),
+        *as_share(metrics, "reward/heldout_pair_accuracy", metrics.get("reward/heldout_pairs", 0)),
+        *as_estimate(metrics, "reward/auc", 0.0, 1.0),
+    ]
 
 
 def _following(cfg: RewardConfig) -> tuple[str, ...]:

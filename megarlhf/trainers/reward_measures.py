@@ -7,6 +7,7 @@ import torch
 
 from megarlhf.batch.supervised import LabelledResponses
 from megarlhf.data.preferences import PreferenceSet
+from megarlhf.eval.intervals import auc_error, effective
 from megarlhf.models.role import Role
 from megarlhf.observe.metrics import Metrics
 from megarlhf.ops.preference_loss import bradley_terry_loss, calibration_error
@@ -21,6 +22,7 @@ def measure_pairs(role: Role, pairs: PreferenceSet) -> Metrics:
     loss, seen = bradley_terry_loss(scores[0::2], scores[1::2], weight)
     whole = float(weight.sum())
     return {
+        "reward/heldout_pairs": effective(weight),
         "reward/heldout_pairwise_loss": float(loss) / whole,
         "reward/heldout_pair_accuracy": float(seen["accuracy"]) / whole,
         "reward/heldout_margin_mean": float(seen["score_gap"]) / whole,
@@ -42,5 +44,7 @@ def measure_scores(role: Role, responses: LabelledResponses, *, heldout: bool) -
         if heldout:
             # AUC is the Mann-Whitney statistic over all right-wrong couples.
             statistic = scipy.stats.mannwhitneyu(scores[right].numpy(), scores[~right].numpy()).statistic
-            metrics["reward/auc"] = float(statistic) / (int(right.sum()) * int((~right).sum()))
+            rights, wrongs = int(right.sum()), int((~right).sum())
+            metrics["reward/auc"] = float(statistic) / (rights * wrongs)
+            metrics["reward/auc_stderr"] = auc_error(metrics["reward/auc"], rights, wrongs)
     return {**metrics, "reward/centre": metrics["reward/score_mean"]}

@@ -17,6 +17,7 @@ from megarlhf.config.base import FreeToChange
 from megarlhf.data.loader import Loader
 from megarlhf.data.sft import SftData, SftSet, load_sft
 from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.eval.intervals import ratio_error
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import Role, TrainableRole
@@ -40,11 +41,11 @@ from megarlhf.runtime.checks import (
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_apart, check_one_day, chosen_data, chosen_heldout
-from megarlhf.trainers.summary import plainly
+from megarlhf.trainers.summary import as_estimate, plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
 MEASURED = {"sft/heldout_loss"}
-"""Metrics of held-out demonstrations."""
+"""Metrics of held-out demonstrations by which a state can be the best."""
 
 
 class SftConfig(RunConfig):
@@ -189,13 +190,15 @@ def next_token_loss(role: TrainableRole) -> Loss[TokenBatch]:
 
 def heldout_loss(role: Role, rows: SftSet) -> Metrics:
     """-log p(label), the mean over all supervised tokens of the rows. Collective; equal on every rank."""
-    total, count = 0.0, 0
+    sums, counts = [], []
     for part in torch.arange(len(rows)).split(PART_ROWS):
         batch = rows.batch(part)
-        logprobs = role.score(batch).cpu()[batch.loss_mask]
-        total -= float(logprobs.sum(dtype=torch.float64))
-        count += len(logprobs)
-    return {"sft/heldout_loss": total / count}
+        logprobs = torch.where(batch.loss_mask, role.score(batch).cpu(), 0.0)
+        sums.append(-logprobs.sum(1, dtype=torch.float64))
+        counts.append(batch.loss_mask.sum(1))
+    nats, tokens = torch.cat(sums), torch.cat(counts)
+    loss, error = float(nats.sum()) / int(tokens.sum()), ratio_error(nats, tokens)
+    return {"sft/heldout_loss": loss, "sft/heldout_loss_stderr": error}
 
 
 def _following(cfg: SftConfig) -> tuple[str, ...]:
@@ -209,6 +212,6 @@ TRAINER = Trainer(
     models=models,
     learners={"model": Learner(TokenBatch, lambda role, _: next_token_loss(role))},
     train=train,
-    summary=lambda _, metrics: plainly(metrics, "sft/loss", "sft/heldout_loss"),
+    summary=lambda _, metrics: [*plainly(metrics, "sft/loss"), *as_estimate(metrics, "sft/heldout_loss", 0.0)],
     following=_following,
 )

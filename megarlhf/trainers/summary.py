@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megarlhf.eval.intervals import Interval, mean_of, share_of
+import math
+
+from megarlhf.eval.intervals import Interval, mean_of, share_of, within
 from megarlhf.observe.metrics import Metrics
 
 
@@ -20,6 +22,12 @@ def as_mean(metrics: Metrics, name: str, spread: str, count: float) -> list[str]
     """A mean over `count` independent values, whose standard deviation is the metric `spread`."""
     known = name in metrics and spread in metrics and count >= 2
     return _within(name, mean_of(metrics[name], metrics[spread], count)) if known else plainly(metrics, name)
+
+
+def as_estimate(metrics: Metrics, name: str, low: float = -math.inf, high: float = math.inf) -> list[str]:
+    """What is logged with its standard error, as NAME_stderr, and lies from low to high."""
+    error = f"{name}_stderr"
+    return _within(name, within(metrics[name], metrics[error], low, high)) if error in metrics else []
 
 
 def _within(name: str, found: Interval) -> list[str]:

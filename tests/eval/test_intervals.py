@@ -6,7 +6,17 @@ import pytest
 import scipy.stats
 import torch
 
-from megarlhf.eval.intervals import mean, mean_of, paired_difference, share, share_of
+from megarlhf.eval.intervals import (
+    auc_error,
+    effective,
+    mean,
+    mean_of,
+    paired_difference,
+    ratio_error,
+    share,
+    share_of,
+    within,
+)
 
 
 def test_wilson_interval_of_a_share():
@@ -35,6 +45,32 @@ def test_a_mean_by_its_spread_is_that_of_its_values() -> None:
 def test_a_share_of_all_or_none_keeps_an_open_side():
     assert share(torch.ones(10, dtype=torch.bool)).low < 0.8
     assert share(torch.zeros(10, dtype=torch.bool)).high > 0.2
+
+
+def test_the_error_of_an_area_is_that_of_hanley_and_mcneil() -> None:
+    """Their example (1982, table II): 0.893 of 51 abnormal and 58 normal images has 0.032."""
+    assert auc_error(0.893, 51, 58) == pytest.approx(0.032, abs=1e-3)
+    assert auc_error(1.0, 5, 5) == 0.0
+
+
+def test_the_error_of_a_mean_over_tokens_is_over_rows() -> None:
+    """Rows of one length: the error of their means; many tokens in a row make it no smaller."""
+    means = torch.tensor([1.0, 2.0, 4.0, 9.0])
+    assert ratio_error(means * 50, torch.full((4,), 50)) == pytest.approx(float(means.std()) / 2)
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(400):
+        counts = torch.randint(1, 20, (100,), generator=generator)
+        sums = counts * (1 + 0.5 * torch.randn(100, generator=generator))
+        found = within(float(sums.sum() / counts.sum()), ratio_error(sums, counts))
+        covered += found.low <= 1 <= found.high
+    assert 0.9 <= covered / 400 <= 0.98
+
+
+def test_weights_that_differ_are_worth_fewer_rows() -> None:
+    assert effective(torch.full((7,), 3.0)) == pytest.approx(7)
+    assert effective(torch.tensor([1.0, 0.0, 1.0])) == pytest.approx(2)
+    assert effective(torch.tensor([1.0, 3.0])) == pytest.approx(16 / 10)
 
 
 def test_student_interval_by_hand():

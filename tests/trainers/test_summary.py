@@ -31,9 +31,9 @@ def test_intervals_are_of_what_is_independent() -> None:
 def test_other_runs_say_theirs() -> None:
     cfg = load_config(reward.RewardConfig, None, ["run_dir=x", "pairs_batch=32"])
     loss, ordered, auc = reward.TRAINER.summary(
-        cfg, {"reward/loss": 0.25, "reward/pair_accuracy": 0.875, "reward/auc": 0.9}
+        cfg, {"reward/loss": 0.25, "reward/pair_accuracy": 0.875, "reward/auc": 0.99, "reward/auc_stderr": 0.01}
     )
-    assert (loss, auc) == ("reward/loss 0.25", "reward/auc 0.9")
+    assert (loss, auc) == ("reward/loss 0.25", "reward/auc 0.99 [0.9704, 1]")
     assert within(ordered) == pytest.approx(share_of(0.875, 32), rel=1e-3)
     of_pairs = load_config(dpo.DPOConfig, None, ["run_dir=x", "model=tiny-xs", "global_batch=16"])
     said = dpo.TRAINER.summary(of_pairs, {"dpo/loss": 0.5, "dpo/accuracy": 1.0})
