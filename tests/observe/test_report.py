@@ -387,6 +387,25 @@ def test_a_legend_stands_above_the_curves(tmp_path: Path) -> None:
     assert all(float(y) <= top for y in re.findall(r'<text [^>]*y="([\d.]+)"', legend))
 
 
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("rollout/accuracy", "eval/accuracy"), ["rollout", "eval"]),
+        (("sft/loss", "sft/heldout_loss"), ["loss", "heldout loss"]),
+        (
+            ("rollout/score_mean", "rollout/reward_mean", "eval/score_mean"),
+            ["rollout score", "rollout reward", "eval score"],
+        ),
+    ],
+)
+def test_lines_are_named_by_what_tells_them_apart(names: tuple[str, ...], labels: list[str]) -> None:
+    """What is held out is measured now and then, and drawn where it was."""
+    rows: list[dict[str, float]] = [{"step": 0, names[-1]: 0.1}]
+    rows += [{"step": step, **dict.fromkeys(names[: -1 if step % 5 else None], 0.2)} for step in range(1, 11)]
+    svg = curves_svg(Panel("Panel", names), rows, prefix="p")
+    assert re.findall(r"<text[^>]*>([^<]*[a-z][^<]*)</text>", svg) == labels
+
+
 def test_the_command_names_the_runs_below(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunWriter(tmp_path / "sft") as writer:
         writer.log({"sft/loss": 0.5}, step=1)

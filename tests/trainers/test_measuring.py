@@ -18,12 +18,14 @@ from megarlhf.commands import score
 from megarlhf.commands.score import ScoreConfig
 from megarlhf.data.arithmetic import ArithmeticConfig, preference_rows, sft_rows
 from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.observe.clock import Clock
 from megarlhf.ops.preference_loss import calibration_error
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runs.loop import Run
+from megarlhf.runs.measuring import Measuring
 from megarlhf.runs.settings import RunConfig
-from megarlhf.trainers import dpo, reward, sft
+from megarlhf.trainers import dpo, reward, reward_measures, sft
 from megarlhf.trainers.dpo import DPOConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
@@ -235,6 +237,46 @@ def test_the_best_state_is_that_of_the_best_measurement(whole: tuple[str, Path, 
         best = read_position(state).best
         assert best is not None
         assert (best.step, best.value) == (pick(found, key=found.__getitem__), pick(found.values()))
+
+
+def in_parts(command: str, run_dir: str, rows: int) -> list[dict[str, float]]:
+    """What is measured of the trained model with the usual number of sequences at once, and with so few."""
+    cfg = config(command, Path(run_dir), ParallelLayout())
+    trained = cfg.model_copy(update={"model": str(cfg.model_dir), "run_dir": Path(f"{run_dir}_unused")})
+    mesh, inputs = start(cfg.layout, seed=1), OF[command].prepare(trained)
+    cast = OF[command].models(trained, inputs, mesh)
+    measure: dict[str, Any] = {
+        "sft": lambda: sft.heldout_loss(cast.role, inputs.heldout),
+        "reward": lambda: reward_measures.measure_pairs(cast.role, inputs.heldout_pairs),
+        "dpo": lambda: dpo.measure(cast, inputs.heldout, trained),
+    }
+    found = [measure[command]()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reward_measures if command == "reward" else OF[command], "PART_ROWS", rows)
+        return [*found, measure[command]()]
+
+
+def test_rows_are_measured_in_parts(whole: tuple[str, Path, Any]) -> None:
+    """13 rows in parts of 4: the last one is of a row, and counts as one."""
+    command, run_dir, _ = whole
+    ((at_once, part_by_part),) = run_ranks(in_parts, 1, command, str(run_dir), 4)
+    assert part_by_part == pytest.approx(at_once, rel=1e-5, abs=1e-6)
+
+
+def drawing(run_dir: str) -> tuple[bool, float]:
+    """A measurement that draws random numbers; whether the next draw is that of a run without."""
+    mesh = start(ParallelLayout(), seed=1)
+    cfg = config("sft", Path(run_dir), mesh.layout)
+    measuring = Measuring(cfg, 4, lambda: {"sft/heldout_loss": float(torch.rand(()))}, Clock(mesh.device), mesh)
+    before = torch.get_rng_state()
+    found = measuring.after(2)
+    return torch.equal(torch.get_rng_state(), before), found["sft/heldout_loss"]
+
+
+def test_random_numbers_stay_where_they_were(tmp_path: Path) -> None:
+    ((unmoved, drawn),) = run_ranks(drawing, 1, str(tmp_path))
+    assert unmoved
+    assert 0 < drawn < 1
 
 
 STILL = {"optim": {"lr": 1e-20, "schedule": "constant"}, "keep_best": "-sft/heldout_loss"}

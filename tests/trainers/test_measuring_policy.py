@@ -44,6 +44,7 @@ def config(run_dir: Path, layout: ParallelLayout, folder: str, **changes: Any) -
         "heldout": HELDOUT,
         "eval_every": 2,
         "value_warmup_iterations": 0,
+        "sampling": {"temperature": 0.9, "top_k": 60, "top_p": 0.95, "max_new_tokens": 8},
         "actor": {"init": f"{folder}/actor", "optim": optim},
     }
     return ppo_settings(run_dir, layout, folder, **{**given, **changes})
@@ -90,8 +91,7 @@ def evaluated(cfg: EvalConfig) -> None:
 def separately(cfg: PPOConfig, model: str, output: Path) -> list[dict[str, Any]]:
     """The sampled responses of `megarlhf eval`, judged."""
     of = cfg.sampling
-    sampling = {"temperature": of.temperature, "max_new_tokens": of.max_new_tokens}
-    given = {**sampling, "seed": cfg.seed, "micro_batch": cfg.micro_batch, "prompts": HELDOUT}
+    given = {**dict(of), "seed": cfg.seed, "micro_batch": cfg.micro_batch, "prompts": HELDOUT}
     asked = {"model": model, "reward": cfg.reward.init, "tokenizer": "arithmetic", "verifier": "gsm8k"}
     run_ranks(evaluated, 1, EvalConfig.model_validate({**given, **asked, "output": output}))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -170,6 +170,16 @@ def test_no_layout_changes_it(
     assert ours.keys() == theirs.keys()
     assert ours[0] == pytest.approx(theirs[0], rel=1e-4, abs=1e-5)
     assert ours[4] == pytest.approx(theirs[4], rel=2e-2, abs=2e-3)
+
+
+def test_what_ends_a_run_early_is_measured_last(folder: str, tmp_path: Path) -> None:
+    """As after the last iteration, whatever eval_every says."""
+    ending = {"kl_bound": 1e-9, "stop_when_over_optimised": True, "eval_every": 100, "iterations": 12}
+    cfg = config(tmp_path / "run", ParallelLayout(), folder, **ending)
+    run(cfg)
+    steps = int(logged_lines(cfg.run_dir)[-1]["step"])
+    assert steps < 12
+    assert sorted(measured(cfg.run_dir)) == [0, steps]
 
 
 def silent(cfg: PPOConfig) -> str:
