@@ -78,7 +78,13 @@ def test_a_run_says_of_each_program_what_its_tests_say(place: Path) -> None:
 
 def test_eval_says_the_same(place: Path) -> None:
     data = [f"prompts.programs.{name}={value}" for name, value in DATA.items()]
-    settings = ("prompts.source=programs", "prompts.split=train", *data, "max_new_tokens=40", "output=said.jsonl")
+    settings = (
+        "prompts.source=programs",
+        "prompts.split=train",
+        *data,
+        "sampling.max_new_tokens=40",
+        "output=said.jsonl",
+    )
     done = megarlhf("eval", "model=runs/tiny/code/model", *settings, directory=place)
     assert done.returncode == 0, done.stderr
     assert "verifier: code_tests" in done.stderr
@@ -111,7 +117,12 @@ def test_the_whole_examples_raise_sampled_and_greedy_accuracy(tmp_path: Path) ->
         (line,) = commands((EXAMPLES / file).read_text(encoding="utf-8"))
         whole([*line, "seed=1"], tmp_path)
         run_dir = load_config(GRPOConfig if line[0] == "grpo" else SftConfig, EXAMPLES / file, []).run_dir
-        data = ("prompts.source=programs", f"prompts.programs.rows={PROBLEMS}", "max_new_tokens=40", "micro_batch=64")
+        data = (
+            "prompts.source=programs",
+            f"prompts.programs.rows={PROBLEMS}",
+            "sampling.max_new_tokens=40",
+            "micro_batch=64",
+        )
         whole(["eval", f"model={run_dir}/model", *data, "layout.data=2", f"output={file}.jsonl"], tmp_path)
         said = rows(tmp_path / f"{file}.jsonl")
         kinds = ("sampled", "greedy")

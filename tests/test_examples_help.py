@@ -54,7 +54,7 @@ def verdicts(model: str, directory: Path) -> dict[str, torch.Tensor]:
     """Which held-out problems the model gets right, sampled and greedy."""
     output = f"{model}.jsonl"
     data = ("prompts.source=arithmetic", "prompts.template=plain", "prompts.arithmetic.level=1")
-    size = (f"prompts.arithmetic.rows={PROBLEMS}", "max_new_tokens=32", "micro_batch=64")
+    size = (f"prompts.arithmetic.rows={PROBLEMS}", "sampling.max_new_tokens=32", "micro_batch=64")
     megarlhf(
         ["eval", f"model=runs/tiny/{model}/model", *data, *size, "verifier=arithmetic", f"output={output}"], directory
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
 from rich.table import Table
 
 from megarlhf.checkpoint.model_directory import ModelDescription
@@ -54,14 +53,9 @@ class EvalConfig(RanksConfig):
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     prompts: DataConfig = DataConfig()
     """Problems: columns prompt and answer, or what verifier=code_tests reads."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Of the sampled responses; 1 is the policy itself. The greedy ones are at 0."""
-    top_k: int = Field(default=0, ge=0)
-    """Sampled responses are drawn from the k most likely tokens; 0 draws from all."""
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Sampled responses are drawn from the fewest most likely tokens that hold this much probability; 1: from all."""
-    max_new_tokens: int = Field(default=512, ge=1)
-    """A response that has not ended after this many tokens is cut."""
+    sampling: SamplingConfig = SamplingConfig(temperature=1.0)
+    """How the sampled responses are drawn: at temperature 1, the policy itself, unless you say. The greedy ones are as
+    long, at 0."""
     rollout: RolloutConfig = RolloutConfig()
     """How much is drawn at once."""
     verifier: AutoVerifier | Literal["code_tests"] = "auto"
@@ -73,7 +67,8 @@ class EvalConfig(RanksConfig):
     code_tests: SandboxedTests = SandboxedTests()
     """How programs are run with verifier=code_tests."""
     output: Path | None = None
-    """File for the responses, one JSON object a line, which must not exist; none are kept without it."""
+    """JSON lines file to write, one response a line, which appears once all are judged; any that exists is refused.
+    null keeps none."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +92,10 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
     if cfg.output is not None:
         check_new_file(cfg.output)
     check_rolls_out(cfg.layout, cfg.rollout, offload=cfg.offload, fp8=cfg.compute.fp8 != "off")
+    if cfg.sampling.temperature == 0:
+        raise ConfigError(
+            "sampling.temperature=0: greedy responses are measured anyway, beside sampled ones; set it above 0."
+        )
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     reward = checked_model(cfg.reward, cfg.layout, "reward") if cfg.reward else None
     policy = Model("model", cfg.model, model)
@@ -111,7 +110,7 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
     for name, found in (("model", model), ("reward", reward)):
         if found is not None:
             check_tokenizer(tokenizer, found.spec, name)
-            check_room(prompts.longest, cfg.max_new_tokens, found.spec, name, "max_new_tokens")
+            check_room(prompts.longest, cfg.sampling.max_new_tokens, found.spec, name)
     if verifier == "code_tests":
         judge = CodeTestsConfig(kind="code_tests", reward="all", **dict(cfg.code_tests))
         doubts = judge.check("code_tests", prompts, data.source)
@@ -147,7 +146,7 @@ def _run(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
 
 def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
     speaker = Model("model", cfg.model, inputs.model)
-    policy = frozen("policy", speaker, LabelLogprobs(cfg.temperature), cfg, mesh)
+    policy = frozen("policy", speaker, LabelLogprobs(cfg.sampling.temperature), cfg, mesh)
     sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
     readers = [Model("reward", cfg.reward, inputs.reward)] if inputs.reward else []
     said = remarks(sets, inputs.tokenizer, speaker, readers)
@@ -175,9 +174,8 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
 
 
 def _samplings(cfg: EvalConfig) -> dict[str, SamplingConfig]:
-    greedy = SamplingConfig(temperature=0.0, max_new_tokens=cfg.max_new_tokens)
-    drawn = {"temperature": cfg.temperature, "top_k": cfg.top_k, "top_p": cfg.top_p}
-    return {"sampled": greedy.model_copy(update=drawn), "greedy": greedy}
+    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    return {"sampled": cfg.sampling, "greedy": cfg.sampling.model_copy(update=greedy)}
 
 
 def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation], mesh: Mesh) -> None:

@@ -1,16 +1,15 @@
 """`megarlhf score`: what a model says of given responses, added to the rows of a JSON lines file.
 
-A language model adds `logprobs`, one natural logarithm a predicted token at `temperature`, and `logprob_sum`, their
-sum. A reward model adds `score`, its offset and scale applied. data/score_rows.py says which rows there are and which
-of their tokens are predicted: those of the response with its EOS, or every token id but the first. A number that is
-not finite becomes null, since JSON has no word for it.
+A language model adds `logprobs`, one natural logarithm a predicted token at `sampling.temperature`, and `logprob_sum`,
+their sum. A reward model adds `score`, its offset and scale applied. data/score_rows.py says which rows there are and
+which of their tokens are predicted: those of the response with its EOS, or every token id but the first. A number that
+is not finite becomes null, since JSON has no word for it.
 
 Rows are scored in parts and written part by part. The same command again goes on after the last whole row.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from typing import Any
 from pydantic import Field
 
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.commands.scored_file import DAY, Done, ScoredFile, content
+from megarlhf.commands.row_file import DAY, Done, RowFile, finite, who_reads
+from megarlhf.config import Config
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
 from megarlhf.errors import ConfigError
@@ -44,6 +44,24 @@ ADDED = {"language": ("logprobs", "logprob_sum"), "scalar": ("score",)}
 """Fields that are added to a row, by the model's head."""
 
 
+class Rendering(Config):
+    """How the texts of a row become tokens."""
+
+    template: Template | None = None
+    """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models); null
+    for what the model was trained with, or chat where nobody knows."""
+    control_tokens: ControlTokens = "refuse"
+    """What a control token in a text, such as <|eot_id|>, is: an error that names the row (`refuse`), its letters
+    (`text`), or what ends turns and responses (`control`)."""
+
+
+class Drawing(Config):
+    """How responses are taken to have been drawn."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of a language model before its log-probs; 1 is the model itself."""
+
+
 class ScoreConfig(RanksConfig):
     """`megarlhf score`: log-probs of given responses, or a reward model's scores."""
 
@@ -58,16 +76,12 @@ class ScoreConfig(RanksConfig):
     messages, a conversation whose last turn, the assistant's, is predicted likewise; or tokens, a list of ids of which
     all but the first are predicted. It may have other fields too."""
     output: Path
-    """JSON lines file to write: every row of the input with all its fields, in order, and what is added. If it is
-    there already, the same command goes on with it."""
-    template: Template | None = None
-    """How a prompt is rendered: `chat` (the tokenizer's template) or `plain` (BOS and the text, for tiny models); null
-    for what the model was trained with, or chat where nobody knows."""
-    control_tokens: ControlTokens = "refuse"
-    """What a control token in a text, such as <|eot_id|>, is: an error that names the row (`refuse`), its letters
-    (`text`), or what ends turns and responses (`control`)."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of a language model before its log-probs; 1 is the model itself."""
+    """JSON lines file to write: every row of the input with all its fields, in order, and what is added. Where it is
+    there already the same command goes on with it, and any other is refused."""
+    prompts: Rendering = Rendering()
+    """How the texts of a row become tokens."""
+    sampling: Drawing = Drawing()
+    """How the responses are taken to have been drawn."""
 
     def decisive(self, own: Template | None = None) -> dict[str, Any]:
         """The settings that decide what is added to a row, by name. The layout is none: it changes rounding at most.
@@ -75,13 +89,10 @@ class ScoreConfig(RanksConfig):
         own: what the model was trained with.
         """
         return {
-            "model": _place(self.model),
-            "model's content": _content(self.model),
-            "tokenizer": _place(self.tokenizer),
-            "tokenizer's content": _content(self.tokenizer),
-            "template": self.template or own or "chat",
-            "control_tokens": self.control_tokens,
-            "temperature": self.temperature,
+            **who_reads(self.model, self.tokenizer),
+            "prompts.template": self.prompts.template or own or "chat",
+            "prompts.control_tokens": self.prompts.control_tokens,
+            "sampling.temperature": self.sampling.temperature,
             "seed": self.seed,
             "compute.dtype": self.compute.dtype,
             "compute.fp8": self.compute.fp8,
@@ -96,7 +107,7 @@ class ScoreInputs:
     tokenizer: Tokenizer | None
     """None where every row has ids."""
     rows: ScoreSet
-    output: ScoredFile
+    output: RowFile
     done: Done
 
 
@@ -107,7 +118,7 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
     model = checked_model(cfg.model, cfg.layout, "model", needs="scalar")
     reader = Model("model", cfg.model, model)
     settings = cfg.decisive(model.template)
-    output = ScoredFile(cfg.output, settings, ADDED[model.head])
+    output = RowFile(cfg.output, settings, ADDED[model.head])
     output.check_writable()
 
     @cache
@@ -115,9 +126,9 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
         # An output that is gone on with after midnight has rows of one day.
         found = resolve_tokenizer(cfg.tokenizer, reader, cfg.date or output.day())
         check_tokenizer(found, model.spec, "model")
-        return found.taking(cfg.control_tokens)
+        return found.taking(cfg.prompts.control_tokens)
 
-    rows = load_score_rows(cfg.input, tokenizer, settings["template"])
+    rows = load_score_rows(cfg.input, tokenizer, settings["prompts.template"])
     rows.check(model.spec.vocab_size, model.spec.max_positions, output.added)
     used = tokenizer() if tokenizer.cache_info().currsize else None
     if used is not None and used.date is not None:
@@ -139,18 +150,18 @@ def run(cfg: ScoreConfig, inputs: ScoreInputs, mesh: Mesh) -> None:
     # The file is rank 0's; another machine may see it late, or not at all.
     done = broadcast_object(inputs.done, mesh, "world")
     left = len(inputs.rows) - done.rows
-    if done.rows:
-        say(
-            [f"{cfg.output}: {done.rows} of {len(inputs.rows)} rows are there, {left or 'nothing is'} left to do"], mesh
-        )
+    say(inputs.output.said(done, len(inputs.rows)), mesh)
     if not left:
         return
     with sole_writer(lock_of_file(cfg.output), "output", cfg.output, mesh):
         model = build(cfg, inputs.model, mesh)
         reader = Model("model", cfg.model, inputs.model)
-        used, own = chosen_template(cfg.template, reader), inputs.model.template
+        used, own = chosen_template(cfg.prompts.template, reader), inputs.model.template
         say([f"{cfg.input}: {len(inputs.rows):,} rows, template {used}"], mesh)
-        say([f"template is {used}, but {reader} was trained with {own}"] if own not in (None, used) else [], mesh)
+        say(
+            [f"prompts.template is {used}, but {reader} was trained with {own}"] if own not in (None, used) else [],
+            mesh,
+        )
         say(told_day(inputs.tokenizer), mesh)
         print_choices(model.settings.compute.choices, mesh)
         opened = inputs.output.open_after(done) if mesh.is_main else nullcontext()
@@ -164,7 +175,7 @@ def run(cfg: ScoreConfig, inputs: ScoreInputs, mesh: Mesh) -> None:
 def build(cfg: ScoreConfig, described: ModelDescription, mesh: Mesh) -> FrozenRole:
     """The model, with the reading that its head has."""
     scores = described.scores()
-    reading = LabelLogprobs(cfg.temperature) if described.head == "language" else scores
+    reading = LabelLogprobs(cfg.sampling.temperature) if described.head == "language" else scores
     return frozen("model", Model("model", cfg.model, described), reading, cfg, mesh)
 
 
@@ -186,20 +197,6 @@ def score_part(model: FrozenRole, rows: ScoreSet, part: range) -> list[dict[str,
     batch = rows.batch(part)
     scores = model.score(batch).cpu()
     if model.head == "scalar":
-        return [{"score": _finite(score)} for score in scores.tolist()]
+        return [{"score": finite(score)} for score in scores.tolist()]
     logprobs = [row[mask].tolist() for row, mask in zip(scores, batch.response_mask, strict=True)]
-    return [{"logprobs": [*map(_finite, row)], "logprob_sum": _finite(sum(row))} for row in logprobs]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _place(name: str) -> str:
-    """A directory by its full path, whatever the working directory; any other name as it is."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
-
-
-def _content(name: str) -> str:
-    """What tells a directory from one that was trained anew in its place; nothing of a built-in name."""
-    return content(Path(name)) if name and Path(name).is_dir() else ""
+    return [{"logprobs": [*map(finite, row)], "logprob_sum": finite(sum(row))} for row in logprobs]

@@ -77,16 +77,14 @@ def check_longest(data: str, tokens: int, spec: ModelSpec) -> None:
         )
 
 
-def check_room(
-    prompt: int, max_new_tokens: int, spec: ModelSpec, name: str, setting: str = "sampling.max_new_tokens"
-) -> None:
+def check_room(prompt: int, max_new_tokens: int, spec: ModelSpec, name: str) -> None:
     """Raise ConfigError where a response to the longest prompt could exceed the context of the model `name`."""
     room = spec.max_positions - prompt
     if max_new_tokens > room:
-        fits = f"set {setting} to at most {room}"
+        fits = f"set sampling.max_new_tokens to at most {room}"
         remedy = fits if room > 0 else "lower prompts.max_tokens and set prompts.overlong=drop"
         raise ConfigError(
-            f"{setting}={max_new_tokens} after prompts of up to {prompt} tokens exceeds the context of "
+            f"sampling.max_new_tokens={max_new_tokens} after prompts of up to {prompt} tokens exceeds the context of "
             f"{name}, {spec.max_positions} tokens; {remedy}."
         )
 

@@ -145,7 +145,7 @@ def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_every_layout_says_what_transformers_says(layout: ParallelLayout, oracle: Oracle, tmp_path: Path) -> None:
-    run(layout, oracle.folder, "speaker", tmp_path / "spoken.jsonl", temperature=0.7)
+    run(layout, oracle.folder, "speaker", tmp_path / "spoken.jsonl", sampling={"temperature": 0.7})
     rows = read(tmp_path / "spoken.jsonl")
     assert [without(row, "logprobs", "logprob_sum") for row in rows] == ROWS
     for row, expected in zip(rows, oracle.logprobs(0.7), strict=True):
@@ -288,7 +288,9 @@ def test_a_reward_model_refuses_its_own_field_alone(tmp_path: Path, oracle: Orac
         (["output=no/out.jsonl"], "output=no/out.jsonl: there is no directory .*no; make it, or choose another"),
         (["output=."], "output=. is a directory; name a file"),
         (["output=rows.jsonl"], "output=rows.jsonl exists and rows.jsonl.settings.json does not: .*; choose another"),
-        (["temperature=0"], "setting temperature = 0"),
+        (["sampling.temperature=0"], "setting sampling.temperature = 0"),
+        (["temperature=0.5"], "unknown setting temperature = 0.5 .*; did you mean sampling.temperature?"),
+        (["template=plain"], "unknown setting template = 'plain' .*; did you mean prompts.template?"),
         (["model=nowhere"], "model 'nowhere' is neither a directory nor a preset"),
         (["tokenizer=''"], "tokenizer is empty and the preset tiny-xs has none of its own"),
         (["layout.tensor=3"], "model heads=4 is not divisible by layout.tensor=3"),
@@ -310,13 +312,13 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, refused: Callable, mon
     [
         (
             [GOOD],
-            ["temperature=0.5"],
-            "out.jsonl was begun with other settings (temperature 1.0 -> 0.5); put them back",
+            ["sampling.temperature=0.5"],
+            "out.jsonl was begun with other settings (sampling.temperature 1.0 -> 0.5); put them back",
         ),
         (
             [GOOD],
-            ["template=plain", "seed=2", "compute.dtype=bfloat16"],
-            "(template 'chat' -> 'plain', seed 1 -> 2, compute.dtype 'auto' -> 'bfloat16'); put them back",
+            ["prompts.template=plain", "seed=2", "compute.dtype=bfloat16"],
+            "(prompts.template 'chat' -> 'plain', seed 1 -> 2, compute.dtype 'auto' -> 'bfloat16'); put them back",
         ),
         ([GOOD], ["model=tiny-s"], "(model 'tiny-xs' -> 'tiny-s'); put them back to go on with it, or choose another"),
         ([{**GOOD, "id": 1}], [], "output=out.jsonl, row 1: other id than in row 1 of rows.jsonl; put the input back"),
@@ -324,11 +326,11 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, refused: Callable, mon
         ([GOOD, GOOD], [], "output=out.jsonl, row 2: other flag than in row 2 of rows.jsonl; put the input back"),
         ([GOOD, {**GOOD, "flag": 1}], [], "output=out.jsonl, row 2: other flag than in row 2"),  # 1 is not true
         ([GOOD, {**GOOD, "flag": True}, GOOD], [], "output=out.jsonl has more rows than the 2 of rows.jsonl; put the"),
-        (["{"], [], "output=out.jsonl, row 1: not JSON .*; remove the file to score anew"),
-        (["5"], [], "output=out.jsonl, row 1: no JSON object ('5'); remove the file to score anew"),
-        (["[]"], [], "output=out.jsonl, row 1: no JSON object ('[]'); remove the file to score anew"),
-        (["null"], [], "output=out.jsonl, row 1: no JSON object ('null'); remove the file to score anew"),
-        (["[" * 5000], [], "output=out.jsonl, row 1: not JSON .*; remove the file to score anew"),
+        (["{"], [], "output=out.jsonl, row 1: not JSON .*; remove the file to begin anew"),
+        (["5"], [], "output=out.jsonl, row 1: no JSON object ('5'); remove the file to begin anew"),
+        (["[]"], [], "output=out.jsonl, row 1: no JSON object ('[]'); remove the file to begin anew"),
+        (["null"], [], "output=out.jsonl, row 1: no JSON object ('null'); remove the file to begin anew"),
+        (["[" * 5000], [], "output=out.jsonl, row 1: not JSON .*; remove the file to begin anew"),
     ],
 )
 def test_only_what_was_begun_alike_is_gone_on_with(
@@ -346,7 +348,7 @@ def test_rows_that_lack_what_is_added_are_not_gone_on_with(tmp_path: Path, refus
     write(tmp_path / "rows.jsonl", [GOOD])
     write(tmp_path / "out.jsonl", [{**GOOD, "logprobs": [-1.0]}])
     (tmp_path / "out.jsonl.settings.json").write_text("{")
-    assert_matches(refused(), "out.jsonl.settings.json: not JSON .*; remove it and out.jsonl to score anew")
+    assert_matches(refused(), "out.jsonl.settings.json: not JSON .*; remove it and out.jsonl to begin anew")
     begun = ScoreConfig(model="tiny-xs", tokenizer="arithmetic", input=Path("rows.jsonl"), output=Path("out.jsonl"))
     (tmp_path / "out.jsonl.settings.json").write_text(json.dumps(begun.decisive()))
     assert_matches(refused(), "output=out.jsonl, row 1: other logprob_sum than in row 1 of rows.jsonl; put the input")
@@ -361,7 +363,7 @@ def test_settings_that_are_none_are_not_gone_on_with(
     write(tmp_path / "rows.jsonl", [GOOD])
     write(tmp_path / "out.jsonl", [GOOD])
     (tmp_path / "out.jsonl.settings.json").write_text(text)
-    assert_matches(refused(), f"out.jsonl.settings.json: {what}; remove it and out.jsonl to score anew")
+    assert_matches(refused(), f"out.jsonl.settings.json: {what}; remove it and out.jsonl to begin anew")
 
 
 def again(command: list[str]) -> tuple[int, str]:

@@ -33,7 +33,7 @@ RUN = (
 )
 ROLLED_OUT = (*(setting for setting in RUN if not setting.startswith("critic")), "group_size=2")
 MODEL = ("model=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain", "prompts.source=rows.jsonl")
-EVAL, GENERATE = (*MODEL, "max_new_tokens=8"), (*MODEL, "sampling.max_new_tokens=8")
+EVAL = GENERATE = (*MODEL, "sampling.max_new_tokens=8")
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_rows_as_gsm8k_has_them_are_read_by_the_commands_of_the_page() -> None:
     assert (inputs.verifier, inputs.doubts) == ("gsm8k", "")
     assert shlex.split(grpo.TRAINER.following(load_config(grpo.GRPOConfig, None, [*ROLLED_OUT, *rolled_out]))[0])[
         3:
-    ] == ["prompts.source=FILE", "verifier=gsm8k", "max_new_tokens=8"], "what a run says to come next"
+    ] == ["prompts.source=FILE", "verifier=gsm8k", "sampling.max_new_tokens=8"], "what a run says to come next"
     tested = evaluate.prepare(load_config(evaluate.EvalConfig, None, [*EVAL, *asked])).prompts
     drawn = generate.prepare(load_config(generate.GenerateConfig, None, [*GENERATE])).prompts
     assert list(tested.tokens) == list(drawn.tokens) == list(inputs.prompts.tokens)

@@ -131,12 +131,13 @@ def test_what_they_are_not_is_named() -> None:
 def test_a_run_names_them_for_its_evaluation() -> None:
     judge = ("judges.works.kind=code_tests", "judges.works.isolation=none", "sampling.max_new_tokens=40")
     cfg = load_config(grpo.GRPOConfig, None, ["run_dir=run", "actor.init=tiny-xs", "prompts.source=programs", *judge])
-    assert grpo.TRAINER.following(cfg)[0] == "megarlhf eval model=run/model prompts.source=programs max_new_tokens=40"
+    asked = "prompts.source=programs sampling.max_new_tokens=40"
+    assert grpo.TRAINER.following(cfg)[0] == f"megarlhf eval model=run/model {asked}"
 
 
 def test_eval_runs_the_tests_of_held_out_ones() -> None:
     settings = ("model=tiny-xs", "tokenizer=programs", "prompts.source=programs", "prompts.template=plain")
-    sizes = ("prompts.programs.rows=4", "max_new_tokens=8", "code_tests.isolation=none")
+    sizes = ("prompts.programs.rows=4", "sampling.max_new_tokens=8", "code_tests.isolation=none")
     inputs = evaluate.prepare(load_config(evaluate.EvalConfig, None, [*settings, *sizes]))
     assert (inputs.verifier, inputs.data.split) == ("code_tests", "heldout")
     assert inputs.prompts.columns == program_rows(ProgramsConfig(rows=4), "heldout")

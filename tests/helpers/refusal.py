@@ -43,7 +43,7 @@ GENERATE = (
 
 EVAL = (
     *("eval", "model=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain", "prompts.arithmetic.rows=4"),
-    "max_new_tokens=16",
+    "sampling.max_new_tokens=16",
 )
 
 

@@ -31,7 +31,13 @@ from megarlhf.trainers import sft
 pytest.importorskip("reasoning_gym", reason="the package reasoning-gym is not installed: pip install -e '.[tasks]'")
 
 LEGS = "reasoning_gym:leg_counting"
-EVAL = ("model=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain", "max_new_tokens=4", "prompts.max_tokens=250")
+EVAL = (
+    "model=tiny-xs",
+    "tokenizer=arithmetic",
+    "prompts.template=plain",
+    "sampling.max_new_tokens=4",
+    "prompts.max_tokens=250",
+)
 
 
 def rows(source: str = LEGS, split: Any = "train", **settings: Any) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ RUN = (
     *("actor.init=tiny-xs", "run_dir=run", "rollout_batch=2", "group_size=2", "global_batch=2", "micro_batch=1"),
     *("sampling.max_new_tokens=8", *SHARED),
 )
-EVAL = ("model=tiny-xs", "max_new_tokens=8", *SHARED)
+EVAL = ("model=tiny-xs", "sampling.max_new_tokens=8", *SHARED)
 WORKS = ("judges.works.kind=code_tests", "judges.works.isolation=none", "judges.works.weight=0")
 ANSWER = ("judges.answer.kind=rule", "judges.answer.rule=gsm8k")
 TESTS = [{"stdin": "", "stdout": "5"}]

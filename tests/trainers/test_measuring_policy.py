@@ -90,8 +90,7 @@ def evaluated(cfg: EvalConfig) -> None:
 
 def separately(cfg: PPOConfig, model: str, output: Path) -> list[dict[str, Any]]:
     """The sampled responses of `megarlhf eval`, judged."""
-    of = cfg.sampling
-    given = {**dict(of), "seed": cfg.seed, "micro_batch": cfg.micro_batch, "prompts": HELDOUT}
+    given = {"sampling": cfg.sampling, "seed": cfg.seed, "micro_batch": cfg.micro_batch, "prompts": HELDOUT}
     asked = {"model": model, "reward": cfg.reward.init, "tokenizer": "arithmetic", "verifier": "gsm8k"}
     run_ranks(evaluated, 1, EvalConfig.model_validate({**given, **asked, "output": output}))
     rows = [json.loads(line) for line in output.read_text().splitlines()]

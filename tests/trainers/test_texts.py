@@ -44,7 +44,7 @@ OWN = {
         *("doctor", "actor.init=own", "reward.init=tiny-xs", "rollout_batch=1", *SMALL),
         "sampling.max_new_tokens=4",
     ),
-    "eval": ("eval", "model=own", "max_new_tokens=4"),
+    "eval": ("eval", "model=own", "sampling.max_new_tokens=4"),
     "generate": ("generate", "model=own", "sampling.max_new_tokens=4"),
 }
 """Commands on a model of one's own, without a source of data."""
@@ -286,7 +286,7 @@ def test_the_template_is_the_model_s(template: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     trained_with(template, Path("own"))
     other = {"chat": "plain", "plain": "chat"}[template]
-    sizes = ["model=own", "prompts.arithmetic.rows=4", "max_new_tokens=4"]
+    sizes = ["model=own", "prompts.arithmetic.rows=4", "sampling.max_new_tokens=4"]
     cfg = load_config(EvalConfig, None, sizes)
     inputs = command.prepare(cfg)
     assert (inputs.data.template, inputs.data.source, inputs.data.split) == (template, "arithmetic", "heldout")

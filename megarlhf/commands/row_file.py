@@ -1,6 +1,6 @@
-"""The output of `megarlhf score`: a file that grows row by row, in the input's order, and can be gone on with.
+"""The output of `megarlhf score` and `generate`: a file that grows row by row, in order, and can be gone on with.
 
-Y.jsonl                   one row of the input a line, with the fields that scoring adds
+Y.jsonl                   one row of the input a line, with the fields that the command adds
 Y.jsonl.settings.json     the settings that decide those fields
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,31 @@ DAY = "date"
 BLOCKS, BLOCK = 64, 1 << 16
 """So many blocks of so many bytes are read of a file: a step of training changes every block of weights, and all of a
 70B model's would take minutes."""
+
+
+def who_reads(model: str, tokenizer: str) -> dict[str, Any]:
+    """The settings that decide what a model and its tokenizer make of a row: their directories, and what is in them."""
+    return {
+        "model": _place(model),
+        "model's content": _content(model),
+        "tokenizer": _place(tokenizer),
+        "tokenizer's content": _content(tokenizer),
+    }
+
+
+def _place(name: str) -> str:
+    """A directory by its full path, whatever the working directory; any other name as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _content(name: str) -> str:
+    """What tells a directory from one that was trained anew in its place; nothing of a built-in name."""
+    return content(Path(name)) if name and Path(name).is_dir() else ""
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: null where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def content(directory: Path) -> str:
@@ -51,7 +77,7 @@ class Done(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ScoredFile:
+class RowFile:
     """An output, and what must be true of it to go on with it."""
 
     path: Path
@@ -64,6 +90,11 @@ class ScoredFile:
     def settings_path(self) -> Path:
         """Where the settings lie."""
         return self.path.with_name(f"{self.path.name}.settings.json")
+
+    def said(self, done: Done, rows: int) -> list[str]:
+        """What a start says of a file that is gone on with. rows: in all."""
+        left = f"{rows - done.rows} left" if done.rows < rows else "nothing is left"
+        return [f"{self.path}: {done.rows} of {rows} rows are there, {left} to do"] if done.rows else []
 
     def day(self) -> datetime.date | None:
         """The day that the chat template was told when the file was begun; None where it was not, or nobody knows."""
@@ -109,7 +140,7 @@ class ScoredFile:
                         f"output={self.path} has more rows than the {len(rows)} of {rows[0].source}; put the input "
                         "back to go on with it, or choose another output."
                     )
-                self._check_row(line, rows[count])
+                self._check_row(line, count + 1, rows[count])
                 count, size = count + 1, size + len(line)
         return Done(count, size)
 
@@ -147,7 +178,7 @@ class ScoredFile:
                 "choose another file, or remove it."
             ) from None
         except ValueError as error:
-            raise ConfigError(f"{self.settings_path}: {error}; remove it and {self.path.name} to score anew.") from None
+            raise ConfigError(f"{self.settings_path}: {error}; remove it and {self.path.name} to begin anew.") from None
         changed = [name for name in self.settings if then.get(name) != self.settings[name]]
         if changed:
             values = ", ".join(f"{name} {then.get(name)!r} -> {self.settings[name]!r}" for name in changed)
@@ -156,19 +187,17 @@ class ScoredFile:
                 "choose another output."
             )
 
-    def _check_row(self, line: bytes, row: Row) -> None:
+    def _check_row(self, line: bytes, number: int, row: Row) -> None:
         try:
             written = _object(line)
         except ValueError as error:
-            raise ConfigError(
-                f"output={self.path}, row {row.number}: {error}; remove the file to score anew."
-            ) from None
+            raise ConfigError(f"output={self.path}, row {number}: {error}; remove the file to begin anew.") from None
         lacking = set(self.added) - written.keys()
         kept = {name: value for name, value in written.items() if name not in self.added}
         differing = lacking | {name for name, _ in _texts(kept) ^ _texts(row.columns)}
         if differing:
             raise ConfigError(
-                f"output={self.path}, row {row.number}: other {', '.join(sorted(differing))} than in row {row.number} "
+                f"output={self.path}, row {number}: other {', '.join(sorted(differing))} than in row {row.number} "
                 f"of {row.source}; put the input back to go on with it, or choose another output."
             )
 

@@ -1,4 +1,4 @@
-"""What must be true of an output before `megarlhf score` goes on with it: the same files behind the same names."""
+"""What must be true of an output before a command goes on with it: the same files behind the same names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from megarlhf.checkpoint.hf_convert import Options, to_megatron
 from megarlhf.commands import score
-from megarlhf.commands.score import ScoreConfig
-from megarlhf.commands.scored_file import BLOCK, BLOCKS, content
+from megarlhf.commands.row_file import BLOCK, BLOCKS, content
+from megarlhf.commands.score import Rendering, ScoreConfig
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import ConfigError
@@ -49,7 +49,7 @@ def test_rows_are_rendered_with_the_day_of_the_model_or_of_the_output_s_first_st
     rows.write_text(f"{json.dumps(GOOD)}\n" * 2)
 
     def begins(model: str, **changes: str) -> str:
-        given = {"model": str(tmp_path / model), "input": rows, "output": output, "template": "chat"}
+        given = {"model": str(tmp_path / model), "input": rows, "output": output, "prompts": {"template": "chat"}}
         inputs = score.prepare(ScoreConfig.model_validate_json(json.dumps({**given, **changes}, default=str)))
         return load_tokenizer(hf).decode_all(inputs.rows.batch([0]).tokens[0].tolist()).partition(" ")[0]
 
@@ -60,7 +60,7 @@ def test_rows_are_rendered_with_the_day_of_the_model_or_of_the_output_s_first_st
     assert (begins("hf"), begins("model"), begins("model", date="2026-03-07")) == ("5", "5", "7")
 
     (hf / "config.json").write_text(json.dumps(config))
-    settings = ScoreConfig(model=str(hf), input=rows, output=output, template="chat").decisive()
+    settings = ScoreConfig(model=str(hf), input=rows, output=output, prompts=Rendering(template="chat")).decisive()
     output.write_text(json.dumps({**GOOD, "logprobs": [-1.0], "logprob_sum": -1.0}) + "\n")
     output.with_name("out.jsonl.settings.json").write_text(json.dumps({**settings, "date": "2001-02-03"}))
     assert begins("hf") == "3"
