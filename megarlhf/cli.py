@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import sys
@@ -10,11 +9,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megarlhf import __version__
+from megarlhf.commands.help import console, print_commands, print_first, print_settings
+from megarlhf.commands.table import COMMANDS, Command, commands, program
 from megarlhf.errors import (
     BAD_INPUT,
     DONE,
@@ -27,68 +26,7 @@ from megarlhf.errors import (
     printable,
 )
 
-if TYPE_CHECKING:
-    from megarlhf.config import Config
-    from megarlhf.observe.terminal import Terminal
-
-
-class Command(NamedTuple):
-    """A command: what it does, and where its settings class and its entry `main(cfg, argv) -> exit code` are."""
-
-    summary: str
-    settings: str = ""
-    entry: str = ""
-    goes_on: bool = False
-    """The same command takes up again what a signal stopped."""
-    trainer: str = ""
-    """The trainer whose command it is, and who has both. Of a command with places of its own, the one whose run it is
-    about, unless `trainer=NAME` is given; both are then functions of that name."""
-
-
-COMMANDS = {
-    "demo": Command(
-        "the whole pipeline on a laptop: data, SFT, reward model, PPO, evaluation, report",
-        "megarlhf.commands.demo:DemoConfig",
-        "megarlhf.commands.demo:main",
-    ),
-    "doctor": Command(
-        "check this machine and a run's settings: environment, and gates for correct results",
-        "megarlhf.commands.doctor:settings_of",
-        "megarlhf.commands.doctor:main",
-        trainer="ppo",
-    ),
-    "generate": Command(
-        "sample responses to a prompt or a file of prompts",
-        "megarlhf.commands.generate:GenerateConfig",
-        "megarlhf.commands.generate:main",
-    ),
-    "eval": Command(
-        "accuracy on held-out problems, sampled and greedy, with intervals",
-        "megarlhf.commands.evaluate:EvalConfig",
-        "megarlhf.commands.evaluate:main",
-    ),
-    "score": Command(
-        "log-probs of given responses, or a reward model's scores, of a file of rows",
-        "megarlhf.commands.score:ScoreConfig",
-        "megarlhf.commands.score:main",
-    ),
-    "replay": Command(
-        "take a failed step again on one device, from the capsule that the run left",
-        "megarlhf.commands.replay:ReplayConfig",
-        "megarlhf.commands.replay:main",
-    ),
-    "report": Command(
-        "make the page of a run again", "megarlhf.commands.report:ReportConfig", "megarlhf.commands.report:main"
-    ),
-}
-
-
-def commands() -> dict[str, Command]:
-    """Every command: those above, and each trainer of the package by its name."""
-    from megarlhf.trainers.find import trainers
-
-    train = {name: Command(does, goes_on=True, trainer=name) for name, does in trainers().items()}
-    return {"demo": COMMANDS["demo"], **train, **COMMANDS}
+HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,17 +104,20 @@ def _ending_at_once(*, goes_on: bool) -> Iterator[None]:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        _print_commands()
-        return DONE if arguments else BAD_INPUT
+    if not arguments:
+        print_first()
+        return BAD_INPUT
+    if arguments[0] in (*HELP, "help"):
+        print_commands()
+        return DONE
     if arguments[0] == "--version":
-        _console().print(f"megarlhf {__version__}")
+        console().print(f"megarlhf {__version__}")
         return DONE
     name, *rest = arguments
     command = _command(name)
-    if "-h" in rest or "--help" in rest:
+    if asked := [place for place, word in enumerate(rest) if word in HELP]:
         settings, _ = program(command, None, [word for word in rest if word.startswith("trainer=")])
-        _print_settings(name, command, settings)
+        print_settings(name, command, settings, [word for word in rest[asked[0] + 1 :] if "=" not in word])
         return DONE
     path, overrides = _split(name, rest)
     with _ending_at_once(goes_on=command.goes_on):
@@ -203,24 +144,6 @@ def _command(name: str) -> Command:
     return there[name]
 
 
-def program(
-    command: Command, path: Path | None = None, overrides: Sequence[str] = ()
-) -> tuple[type[Config], Callable[[Any, Sequence[str]], int]]:
-    """The command's settings class and its entry, imported as late as possible; for the trainer that is given."""
-    if not command.settings:
-        from megarlhf.trainers.find import trainer_named
-
-        own = trainer_named(command.trainer)
-        return own.config, own.main
-    settings, entry = _load(command.settings), _load(command.entry)
-    if not command.trainer:
-        return settings, entry
-    from megarlhf.config.load import given
-
-    chosen = str(given(path, overrides).get("trainer", command.trainer))
-    return settings(chosen), partial(entry, chosen)
-
-
 def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Separate `--config FILE` from the overrides."""
     path: Path | None = None
@@ -240,63 +163,9 @@ def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
     return path, overrides
 
 
-def _load(where: str) -> Any:
-    """Import what a Command names, as `module:attribute`."""
-    module, _, attribute = where.partition(":")
-    return vars(importlib.import_module(module))[attribute]
-
-
 def _who() -> str:
     """Name the rank in front of an error when there are several, as under torchrun."""
     return f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-
-
-def _console() -> Terminal:
-    from megarlhf.observe.terminal import Terminal
-
-    # Piped to a file or a pager there is no width to respect, and a table squeezed to 80 columns is hard to read.
-    return Terminal() if sys.stdout.isatty() else Terminal(width=140)
-
-
-def _print_commands() -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    console = _console()
-    console.print(Text("megarlhf <command> [--config FILE] [name=value ...]", style="bold"))
-    console.print(Text("RLHF for Llama 3 on Megatron-Core\n"))
-    table = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
-    for name, command in commands().items():
-        table.add_row(Text(name, style="bold cyan"), Text(command.summary))
-    console.print(table)
-    console.print(Text("\nmegarlhf <command> --help lists every setting with its type, default and meaning."))
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
-
-
-def _print_settings(name: str, command: Command, settings: type[Config]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from megarlhf.config import describe, describe_groups
-
-    console = _console()
-    console.print(Text(f"megarlhf {name} [--config FILE] [name=value ...]", style="bold"))
-    console.print(Text(f"{_sentence(command.summary)} Precedence: default < file < command line.\n"))
-    table = Table(box=None, padding=(0, 2, 1, 0), header_style="dim")
-    for heading, ratio in (("setting", 3), ("type", 3), ("default", 2), ("meaning", 8)):
-        table.add_column(heading, overflow="fold", ratio=ratio)
-    groups = describe_groups(settings)
-    for row in describe(settings):
-        # A group is introduced where its first setting stands.
-        parents = [name for name in groups if row.name.startswith(f"{name}.")]
-        for name in parents:
-            table.add_row(Text(f"{name}.*", style="bold"), Text(""), Text(""), Text(groups.pop(name), style="bold"))
-        default = Text(row.default, style="bold red" if row.default == "required" else "green")
-        table.add_row(Text(row.name, style="bold cyan"), Text(row.type, style="dim"), default, Text(row.help))
-    console.print(table)
 
 
 if __name__ == "__main__":

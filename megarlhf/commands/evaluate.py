@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rich.table import Table
 
@@ -44,6 +44,12 @@ from megarlhf.runtime.texts import check_one_day, chosen_heldout
 
 class EvalConfig(RanksConfig):
     """`megarlhf eval`: how often a policy is right."""
+
+    first: ClassVar[tuple[str, ...]] = (
+        *("model", "prompts.source", "verifier", "reward", "sampling.temperature", "sampling.max_new_tokens"),
+        *("output", "micro_batch", "layout.data", "layout.tensor"),
+    )
+    needed: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = ""
     """The policy: a model directory, Hugging Face or megarlhf."""

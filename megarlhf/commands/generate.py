@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -49,6 +49,11 @@ ADDED = ("response", "logprob", "tokens", "terminated")
 
 class GenerateConfig(RanksConfig):
     """`megarlhf generate`: sample responses."""
+
+    first: ClassVar[tuple[str, ...]] = (
+        *("model", "prompt", "prompts.source", "output", "group_size", "sampling.temperature"),
+        *("sampling.max_new_tokens", "layout.data", "layout.tensor"),
+    )
 
     model: str
     """Directory of a language model, Hugging Face or megarlhf; or a preset, drawn at random from `seed`."""

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -64,6 +64,11 @@ class Drawing(Config):
 
 class ScoreConfig(RanksConfig):
     """`megarlhf score`: log-probs of given responses, or a reward model's scores."""
+
+    first: ClassVar[tuple[str, ...]] = (
+        *("model", "input", "output", "prompts.template", "sampling.temperature", "micro_batch", "layout.data"),
+        "layout.tensor",
+    )
 
     model: str
     """Directory of a language or a reward model, Hugging Face or megarlhf; or a preset, drawn at random from `seed`.

@@ -6,7 +6,7 @@ import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic
 from pydantic_core import PydanticCustomError
@@ -51,6 +51,10 @@ class Config(pydantic.BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+    first: ClassVar[tuple[str, ...]] = ()
+    """Settings that one needs first, by dotted name: what `--help` shows."""
+    needed: ClassVar[tuple[str, ...]] = ()
+    """Settings, by dotted name, whose default stands for nothing: they are required all the same."""
 
     @pydantic.field_validator("*", mode="after")
     @classmethod

@@ -16,9 +16,10 @@ from megarlhf.config.base import Config, kinds_of, named_config
 
 _WORDS = {int: "int", float: "float", bool: "true | false", str: "text", Path: "path", type(None): "null"}
 
-
 NAME = "NAME"
 """Stands in the name of a setting for one that the user chooses."""
+REQUIRED = "required"
+"""Stands for the default of a setting that must be given."""
 
 
 class FieldHelp(NamedTuple):
@@ -35,7 +36,8 @@ def describe(cls: type[Config]) -> list[FieldHelp]:
 
     A mapping from names of the user's to groups of several kinds has the rows of all kinds, under NAME.
     """
-    return list(_rows(cls, prefix="", defaults=None))
+    rows = _rows(cls, prefix="", defaults=None)
+    return [row._replace(default=REQUIRED) if row.name in cls.needed else row for row in rows]
 
 
 def describe_groups(cls: type[Config]) -> dict[str, str]:
@@ -82,7 +84,7 @@ def _rows_of_kinds(kinds: Mapping[str, type[Config]], prefix: str) -> Iterator[F
     """A setting that all kinds have once; one of some kinds with their names."""
     every = [(kind, row) for kind, cls in kinds.items() for row in _rows(cls, prefix, defaults=None)]
     texts = [row.help.rstrip(".") for _, row in every if row.name == f"{prefix}kind"]
-    yield FieldHelp(f"{prefix}kind", " | ".join(kinds), "required", "; ".join(dict.fromkeys(texts)))
+    yield FieldHelp(f"{prefix}kind", " | ".join(kinds), REQUIRED, "; ".join(dict.fromkeys(texts)))
     for text in dict.fromkeys(row for _, row in every if row.name != f"{prefix}kind"):
         of = [kind for kind, row in every if row == text]
         yield text if len(of) == len(kinds) else text._replace(help=f"Of {', '.join(of)}. {text.help}")
@@ -125,7 +127,7 @@ def _bound_text(item: Any) -> str:
 
 def _default_text(default: Any) -> str:
     if default is PydanticUndefined:
-        return "required"
+        return REQUIRED
     if default is None:
         return "null"
     if isinstance(default, bool):

@@ -176,7 +176,7 @@ def _explain(cls: type[Config], detail: Any, path: Path | None, typed: Collectio
             )
         case "extra_forbidden":
             source = "the command line" if is_typed else str(path)
-            return f"unknown setting {name} = {value} (from {source}); {_suggestion(cls, name, chosen)}"
+            return f"unknown setting {name} = {value} (from {source}); {suggestion(cls, name, chosen)}"
         case "missing" if setting == name:
             file = "the file" if path is None else str(path)
             return f"missing setting {name} ({wanted}); add it to {file} or give {name}=... on the command line."
@@ -212,7 +212,8 @@ def _prefixes(loc: Sequence[str | int]) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def _suggestion(cls: type[Config], name: str, chosen: str = NAME) -> str:
+def suggestion(cls: type[Config], name: str, chosen: str = NAME) -> str:
+    """What to do about `name`, which is no setting of `cls`: the nearest that is. chosen: the user's for NAME."""
     known = [_chosen(row.name, chosen) for row in describe(cls)]
     groups = sorted({prefix for row in known for prefix in _prefixes(row.split("."))[1:]})
     leaves = {row.rpartition(".")[2]: row for row in reversed(known)}
@@ -220,7 +221,7 @@ def _suggestion(cls: type[Config], name: str, chosen: str = NAME) -> str:
     close = [leaves[name]] if name in leaves else difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.6)
     if not close:
         close = [leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.75)]
-    return f"did you mean {close[0]}?" if close else "run the command with --help to see every setting."
+    return f"did you mean {close[0]}?" if close else "run the command with --help all to see every setting."
 
 
 def _shown(value: Any) -> str:

@@ -33,12 +33,11 @@ class SourceConfig(Config):
     """Where rows come from."""
 
     source: str = ""
-    """A file (.jsonl, .json, either as .gz, or .parquet), a directory or hub name that `datasets` loads, `arithmetic`
-    (the built-in task), `programs` (built-in programs, for prompts and demonstrations), or for prompts
-    `reasoning_gym:TASK`, problems that the package makes. docs/data.md has the forms of public data that are read as
-    they are.
-    Required, unless `mix` has several, except where the model is a preset or was trained on the built-in task: then
-    empty means that task."""
+    """Where rows come from: required, unless `mix` names several, or the model is a preset or was trained on the
+    built-in task, which empty then means. A file (.jsonl, .json, either as .gz, or .parquet), a directory or hub name
+    that `datasets` loads, `arithmetic` (the built-in task), `programs` (built-in programs, for prompts and
+    demonstrations), or for prompts `reasoning_gym:TASK`, problems that the package makes. docs/data.md has the forms of
+    public data that are read as they are."""
     subset: str = ""
     """Configuration of a hub data set; empty for its default."""
     split: str = ""

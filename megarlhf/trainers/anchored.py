@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from megarlhf.trainers.policy_config import PolicyConfig
 
 class AnchoredConfig(PolicyConfig):
     """A policy with a KL to its reference."""
+
+    first: ClassVar[tuple[str, ...]] = (*PolicyConfig.first, "kl_coef")
 
     kl_coef: float = Field(default=0.05, ge=0)
     """Cost of the KL to the reference in the reward, per nat. Source: Huang et al. 2024."""

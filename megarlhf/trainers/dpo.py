@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -58,6 +58,12 @@ from megarlhf.trainers.trainer import Learner, Trainer
 
 class DPOConfig(RunConfig):
     """`megarlhf dpo`: a policy from preference pairs."""
+
+    first: ClassVar[tuple[str, ...]] = (
+        *("run_dir", "model", "pairs.source", "heldout.source", "beta", "epochs", "optim.lr", "global_batch"),
+        *("micro_batch", "layout.data", "layout.tensor"),
+    )
+    needed: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = ""
     """Where the policy starts: a model directory (usually the SFT model), or a preset drawn from `seed`."""

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -66,15 +66,22 @@ class FrozenConfig(Config):
 class PolicyConfig(RunConfig):
     """A policy that is rolled out, judged, and improved: what does not depend on how it learns."""
 
+    first: ClassVar[tuple[str, ...]] = (
+        *("run_dir", "actor.init", "reward.init", "judges", "prompts.source", "sampling.max_new_tokens", "iterations"),
+        *("rollout_batch", "group_size", "global_batch", "micro_batch", "actor.optim.lr", "layout.data"),
+        "layout.tensor",
+    )
+    needed: ClassVar[tuple[str, ...]] = ("actor.init",)
+
     actor: LearnerConfig = LearnerConfig()
     """The policy; `actor.init` is usually the SFT model."""
     reference: FrozenConfig = FrozenConfig()
     """The policy that the KL is measured to. Without a KL there is none, unless `reference.init` names it."""
     reward: FrozenConfig = FrozenConfig()
-    """The model that scores responses; short for a judge: judges.reward.kind=model judges.reward.init=..."""
+    """The model that scores responses; short for a judge: judges.reward.kind=model judges.reward.init=DIR"""
     judges: dict[str, JudgeSettings] = Field(default={})
-    """What scores responses, by names of yours: each has a `kind` and a `weight`, and what its kind needs. The weighted
-    scores are added; each is logged as judge/NAME_mean."""
+    """What scores responses, one at least where reward.init is empty, by names of yours. Each has a `kind`, a `weight`,
+    and what its kind needs. The weighted scores are added; each is logged as judge/NAME_mean."""
     tokenizer: str = ""
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the actor's own."""
     prompts: DataConfig = DataConfig()

@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -64,6 +64,12 @@ MEASURED = 1024
 
 class RewardConfig(RunConfig):
     """`megarlhf reward`: a reward model from pairs, from judged responses, or from both."""
+
+    first: ClassVar[tuple[str, ...]] = (
+        *("run_dir", "model", "pairs.source", "labelled.source", "heldout.source", "epochs", "optim.lr"),
+        *("pairs_batch", "labelled_batch", "micro_batch", "layout.data", "layout.tensor"),
+    )
+    needed: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = ""
     """Where the body starts: a model directory (usually the SFT model), or a preset drawn from `seed`."""

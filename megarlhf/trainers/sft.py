@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -50,6 +50,11 @@ MEASURED = {"sft/heldout_loss"}
 
 class SftConfig(RunConfig):
     """`megarlhf sft`: a language model from demonstrations."""
+
+    first: ClassVar[tuple[str, ...]] = (
+        *("run_dir", "model", "data.source", "data.max_tokens", "epochs", "optim.lr", "global_batch", "micro_batch"),
+        *("layout.data", "layout.tensor"),
+    )
 
     model: str = "tiny-s"
     """Where the weights start: a model directory (Hugging Face or megarlhf), or a preset drawn from `seed`."""

@@ -1,0 +1,95 @@
+"""Every command: what it does, and where its settings and its entry are, which are imported as late as possible."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from megarlhf.config import Config
+
+
+class Command(NamedTuple):
+    """A command: what it does, and where its settings class and its entry `main(cfg, argv) -> exit code` are."""
+
+    summary: str
+    settings: str = ""
+    entry: str = ""
+    goes_on: bool = False
+    """The same command takes up again what a signal stopped."""
+    trainer: str = ""
+    """The trainer whose command it is, and who has both. Of a command with places of its own, the one whose run it is
+    about, unless `trainer=NAME` is given; both are then functions of that name."""
+
+
+COMMANDS = {
+    "demo": Command(
+        "the whole pipeline on a laptop: data, SFT, reward model, PPO, evaluation, report",
+        "megarlhf.commands.demo:DemoConfig",
+        "megarlhf.commands.demo:main",
+    ),
+    "doctor": Command(
+        "check this machine and a run's settings: environment, and gates for correct results",
+        "megarlhf.commands.doctor:settings_of",
+        "megarlhf.commands.doctor:main",
+        trainer="ppo",
+    ),
+    "generate": Command(
+        "sample responses to a prompt or a file of prompts",
+        "megarlhf.commands.generate:GenerateConfig",
+        "megarlhf.commands.generate:main",
+    ),
+    "eval": Command(
+        "accuracy on held-out problems, sampled and greedy, with intervals",
+        "megarlhf.commands.evaluate:EvalConfig",
+        "megarlhf.commands.evaluate:main",
+    ),
+    "score": Command(
+        "log-probs of given responses, or a reward model's scores, of a file of rows",
+        "megarlhf.commands.score:ScoreConfig",
+        "megarlhf.commands.score:main",
+    ),
+    "replay": Command(
+        "take a failed step again on one device, from the capsule that the run left",
+        "megarlhf.commands.replay:ReplayConfig",
+        "megarlhf.commands.replay:main",
+    ),
+    "report": Command(
+        "make the page of a run again", "megarlhf.commands.report:ReportConfig", "megarlhf.commands.report:main"
+    ),
+}
+
+
+def commands() -> dict[str, Command]:
+    """Every command: those above, and each trainer of the package by its name."""
+    from megarlhf.trainers.find import trainers
+
+    train = {name: Command(does, goes_on=True, trainer=name) for name, does in trainers().items()}
+    return {"demo": COMMANDS["demo"], **train, **COMMANDS}
+
+
+def program(
+    command: Command, path: Path | None = None, overrides: Sequence[str] = ()
+) -> tuple[type[Config], Callable[[Any, Sequence[str]], int]]:
+    """The command's settings class and its entry, imported as late as possible; for the trainer that is given."""
+    if not command.settings:
+        from megarlhf.trainers.find import trainer_named
+
+        own = trainer_named(command.trainer)
+        return own.config, own.main
+    settings, entry = _load(command.settings), _load(command.entry)
+    if not command.trainer:
+        return settings, entry
+    from megarlhf.config.load import given
+
+    chosen = str(given(path, overrides).get("trainer", command.trainer))
+    return settings(chosen), partial(entry, chosen)
+
+
+def _load(where: str) -> Any:
+    """Import what a Command names, as `module:attribute`."""
+    module, _, attribute = where.partition(":")
+    return vars(importlib.import_module(module))[attribute]
