@@ -144,7 +144,7 @@ NEXT = {
     "reward": "ppo actor.init=runs/tiny/sft/model reward.init=MODEL prompts.source=FILE",
     "dpo": "generate model=MODEL prompt='...', or megarlhf eval model=MODEL prompts.source=FILE verifier=maths",
     "ppo": "eval model=MODEL prompts.source=arithmetic prompts.arithmetic.level=1 sampling.max_new_tokens=12, "
-    "or python tools/convert_hf.py to-hf MODEL OUT --verify",
+    "or megarlhf convert model=MODEL output=OUT to=hf verify=true",
 }
 
 

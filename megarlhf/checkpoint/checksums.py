@@ -72,7 +72,7 @@ def check_checksums(
 
 
 def check_hugging_face(directory: Path, mesh: Mesh | None = None) -> None:
-    """Compare the weights of a Hugging Face directory with the sums that `to-hf` left there; others have none.
+    """Compare the weights of a Hugging Face directory with the sums that a conversion left there; others have none.
 
     Ranks:    as `check_checksums`.
     Raises:   CheckpointError naming the first file that is missing or was changed, and the remedies.

@@ -103,7 +103,7 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
     """
     options = options or Options()
     if (source / MODEL).is_file():
-        raise CheckpointError(f"{source} is a megarlhf model directory already; to-hf converts those.")
+        raise CheckpointError(f"{source} is a megarlhf model directory already; to=hf converts those.")
     check_place(str(source), CONFIG)
     # A relative name could be a preset's; a path that begins with / is not.
     found = describe_model(str(source.absolute()))
@@ -143,7 +143,7 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
     options, source = options or Options(), Path(model_of(str(source)))
     check_place(str(source), MODEL)
     if not (source / MODEL).is_file():
-        raise CheckpointError(f"{source}: {MODEL} is missing; name a directory that training or to-megatron wrote.")
+        raise CheckpointError(f"{source}: {MODEL} is missing; name a directory that training or to=megatron wrote.")
     described = describe_model(str(source.absolute()))
     spec, head = described.spec, described.head
     groups = pieces_of(spec, head, layer_cuts=1, vocabulary_cuts=READ_CUTS)
@@ -206,7 +206,7 @@ class _Run:
             name, odd = next((name, dtype) for name, dtype in dtypes.items() if dtype != usual)
             raise CheckpointError(
                 f"{source}: {name} is of type {_short(odd)}, others are {_short(usual)}; if that is meant, choose one "
-                "type for all with --dtype."
+                "type for all, with dtype=bfloat16 for example."
             )
         self.pieces = [piece for group in groups for piece in group]
         self.dtypes = dict.fromkeys(dtypes, options.dtype) if options.dtype else dtypes
@@ -247,7 +247,7 @@ class _Run:
         if not bool(rounded.isfinite().all()):
             raise CheckpointError(
                 f"{name}: its largest number, {float(box.abs().max()):.3g}, is too large for "
-                f"{_short(self.dtypes[name])}; choose another type with --dtype."
+                f"{_short(self.dtypes[name])}; choose another type, with dtype=bfloat16 for example."
             )
         return rounded
 
@@ -276,7 +276,7 @@ def _staged(target: Path, needed: int) -> Iterator[Path]:
     """
     partial = target.with_name(target.name + ".partial")
     if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists; name another, or remove it.")
+        raise CheckpointError(f"{target} exists; choose another, or remove it.")
     if not target.parent.is_dir():
         raise CheckpointError(f"{target.parent} is not a directory; create it first.")
     free = shutil.disk_usage(target.parent).free

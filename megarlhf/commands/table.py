@@ -57,6 +57,11 @@ COMMANDS = {
         "megarlhf.commands.replay:ReplayConfig",
         "megarlhf.commands.replay:main",
     ),
+    "convert": Command(
+        "a Llama 3 model from a Hugging Face directory, or to one",
+        "megarlhf.commands.convert:ConvertConfig",
+        "megarlhf.commands.convert:main",
+    ),
     "report": Command(
         "make the page of a run again", "megarlhf.commands.report:ReportConfig", "megarlhf.commands.report:main"
     ),

@@ -300,7 +300,7 @@ def _summary(cfg: PolicyConfig, metrics: Metrics) -> list[str]:
 def _following(cfg: PolicyConfig) -> tuple[str, ...]:
     model = shlex.quote(str(cfg.model_dir))
     asked = shlex.join([*_held_out(cfg), f"sampling.max_new_tokens={cfg.sampling.max_new_tokens}"])
-    return (f"megarlhf eval model={model} {asked}", f"python tools/convert_hf.py to-hf {model} OUT --verify")
+    return (f"megarlhf eval model={model} {asked}", f"megarlhf convert model={model} output=OUT to=hf verify=true")
 
 
 def _held_out(cfg: PolicyConfig) -> list[str]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from megarlhf import cli
 from megarlhf.checkpoint import hf_convert
 from megarlhf.checkpoint.checksums import CHECKSUMS
 from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
@@ -24,6 +25,7 @@ from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, pieces_of
 from megarlhf.checkpoint.hf_verify import compare_logits
 from megarlhf.checkpoint.model_directory import Card, describe_model, load_model, save_model
+from megarlhf.commands import convert
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError, OutputError
@@ -33,8 +35,6 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from tests.helpers.models import STRETCHED, blank, language_model, llama_config, score_model, whole_weights
 from tests.helpers.ranks import run_ranks
-from tools import convert_hf
-from tools.convert_hf import main
 
 TENSOR, STAGES = ParallelLayout(tensor=2), ParallelLayout(pipeline=2)
 QUIET = Options(progress=False)
@@ -215,7 +215,8 @@ def test_a_rounded_result_is_verified_against_its_source_rounded_alike(
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out = str(tmp_path / "out")
     try:
-        assert main(["to-hf", str(converted / "llama3.1"), out, "--dtype", dtype, "--verify", "--quiet"]) == 0
+        given = (f"model={converted / 'llama3.1'}", f"output={out}", "to=hf", f"dtype={dtype}", "verify=true")
+        assert cli.main(["convert", *given]) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -244,14 +245,14 @@ def fail_writing(*_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "fault"), [(convert_hf, "_verify", fail_verifying), (hf_convert, "_write_parts", fail_writing)]
+    ("where", "name", "fault"), [(convert, "_verify", fail_verifying), (hf_convert, "_write_parts", fail_writing)]
 )
 def test_what_fails_after_the_input_was_read_is_not_its_fault(
     where: Any, name: str, fault: Any, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, name, fault)
-    monkeypatch.setattr(signal, "signal", print)  # the tool takes over two
-    assert main(["to-hf", str(converted / "llama3"), str(tmp_path / "out"), "--verify", "--quiet"]) == 1
+    given = (f"model={converted / 'llama3'}", f"output={tmp_path / 'out'}", "to=hf", "verify=true")
+    assert cli.main(["convert", *given]) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from megarlhf import cli
 from megarlhf.checkpoint import hf_convert
 from megarlhf.checkpoint.hf_convert import ConversionError, Options, to_hf, to_megatron
 from megarlhf.data.arithmetic import words
@@ -26,7 +27,6 @@ from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import CheckpointError
 from tests.helpers.hostile import sum_again
 from tests.helpers.models import language_model
-from tools.convert_hf import main
 
 QUIET = Options(progress=False)
 SINGLE = "model.safetensors"
@@ -161,7 +161,7 @@ HF_DAMAGE: dict[str, Damage] = {
     "two sets of weights": Damage("hf", lambda p: shutil.copy(p / FIRST, p / SINGLE), f"both {SINGLE} and {INDEX}"),
     "wrong shape": Damage("single", weight(lambda t: t[:, :31].clone()), f"{UP} is [64, 31]"),
     "wrong type": Damage(
-        "single", weight(torch.Tensor.half), f"{UP} is of type float16, others are float32; .*--dtype"
+        "single", weight(torch.Tensor.half), rf"{UP} is of type float16, others are float32; .*dtype=bfloat16"
     ),
     "integers": Damage("single", weight(torch.Tensor.int), f"'{UP}' is of type I32"),
     "not a number": Damage("single", weight(set_nan), f"{UP} holds numbers that are not finite"),
@@ -281,7 +281,7 @@ DIRECTIONS = [pytest.param(to_megatron, "hf", id="to-megatron"), pytest.param(to
 def test_what_exists_is_left_alone(convert: Any, kind: str, whole: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     for name, said in (
-        ("out", f"{target} exists; name another"),
+        ("out", f"{target} exists; choose another"),
         ("out.partial", "or was killed; in that case remove"),
     ):
         (tmp_path / name).mkdir()
@@ -341,7 +341,7 @@ import sys, time
 from pathlib import Path
 from megarlhf.checkpoint.dist_files import CheckpointReader
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory
-from tools.convert_hf import main
+from megarlhf.cli import main
 for kind in (CheckpointReader, SafetensorsDirectory):
     def read(self, part, quick=kind.read):
         time.sleep(0.2)
@@ -352,10 +352,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_signal_in_the_middle_leaves_nothing(whole: Path, tmp_path: Path) -> None:
-    cases = [("to-megatron", "hf", signal.SIGTERM, 143), ("to-hf", "model", signal.SIGINT, 130)]
+    cases = [("megatron", "hf", signal.SIGTERM, 143), ("hf", "model", signal.SIGINT, 130)]
     running = []
     for direction, kind, number, code in cases:
-        command = [sys.executable, "-c", SLOW, direction, str(whole / kind), str(tmp_path / direction), "--quiet"]
+        given = (f"model={whole / kind}", f"output={tmp_path / direction}", f"to={direction}")
+        command = [sys.executable, "-c", SLOW, "convert", *given]
         child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
         running.append((child, tmp_path / f"{direction}.partial", number, code))
     for child, partial, number, code in running:
@@ -372,29 +373,23 @@ def test_a_signal_in_the_middle_leaves_nothing(whole: Path, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """The tool takes over two signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_exit_codes_of_the_tool(
-    whole: Path, tmp_path: Path, handlers: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_exit_codes_of_the_command(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = str(whole / "hf"), str(tmp_path / "out")
-    assert main(["to-megatron", source, out, "--quiet"]) == 0
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert cli.main(["convert", f"model={source}", f"output={out}", "to=megatron"]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     said = capsys.readouterr()
     assert re.search(r"out: 39 tensors, 0\.000 GB, .*MB/s\)\npeak memory: \d+ MB above the start; .* is 0 MB", said.out)
     assert not said.err
-    assert main(["to-hf", out, str(tmp_path / "back"), "--quiet", "--max-shard-size", "60KB"]) == 0
+    back = (f"model={out}", f"output={tmp_path / 'back'}", "to=hf")
+    assert cli.main(["convert", *back, "max_shard_size=60KB"]) == 0
     assert len(list((tmp_path / "back").glob("model-*-of-00004.safetensors"))) == 4
-    assert main(["to-megatron", source, out]) == 2
-    assert "exists; name another" in capsys.readouterr().err
-    assert main(["to-hf", out, str(tmp_path / "x"), "--max-shard-size", "many"]) == 2
-    assert "--max-shard-size many: not a size" in capsys.readouterr().err
+    assert cli.main(["convert", f"model={source}", f"output={out}", "to=megatron"]) == 2
+    assert "exists; choose another" in capsys.readouterr().err
+    assert cli.main(["convert", *back, f"output={tmp_path / 'x'}", "max_shard_size=many"]) == 2
+    assert "max_shard_size=many: not a size" in capsys.readouterr().err
     monkeypatch.setattr(hf_convert, "SPARE_BYTES", 10**18)
-    assert main(["to-megatron", source, str(tmp_path / "y")]) == 1
+    assert cli.main(["convert", f"model={source}", f"output={tmp_path / 'y'}", "to=megatron"]) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "out"]

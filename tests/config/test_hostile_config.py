@@ -79,6 +79,8 @@ def check_numbers(cls: type[Config], value: str) -> None:
     """Every one of them is refused where all have this value."""
     rows = [row for row in describe(cls) if f".{NAME}." not in row.name]
     numbers = [row.name for row in rows if {"int", "float"} & set(row.type.replace("|", " ").split())]
+    if not numbers:
+        return
     given: dict[str, Any] = {}
     for name in numbers:
         *groups, leaf = name.split(".")

@@ -91,8 +91,8 @@ def test_a_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_speaks_to_the_terminal_without_escaping() -> None:
     package = Path(megarlhf.__file__).parent
-    # Of the tools, those that repeat what files say; the others print what they have measured.
-    tools = [package.parent / "tools" / name for name in ("compare_runs.py", "convert_hf.py")]
+    # Of the tools, the one that repeats what files say; the others print what they have measured.
+    tools = [package.parent / "tools" / "compare_runs.py"]
     speaks = re.compile(r"rich\.console|(?<![\w.])print\(|sys\.(stderr|stdout)\.write\(")
     found = {
         f"{os.path.relpath(path, package)}: {line.strip()}"
