@@ -73,9 +73,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["megarlhf", "megarlhf.*"]), "megarlhf_kernels"],
-    package_dir={"megarlhf_kernels": "kernels/megarlhf_kernels"},
-    package_data={"megarlhf": ["py.typed", "observe/report.css"]},
+    # `megarlhf examples` copies the run files, which lie beside the package.
+    packages=[*find_packages(include=["megarlhf", "megarlhf.*"]), "megarlhf.examples", "megarlhf_kernels"],
+    package_dir={"megarlhf_kernels": "kernels/megarlhf_kernels", "megarlhf.examples": "examples"},
+    package_data={"megarlhf": ["py.typed", "observe/report.css"], "megarlhf.examples": ["*.yaml"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megarlhf = megarlhf.cli:main"]},

@@ -1,8 +1,15 @@
-"""What README offers to install is what setup.py has, what constraints.txt pins, and what CI resolves from PyPI."""
+"""What README offers to install is what setup.py has, what constraints.txt pins, and what CI resolves from PyPI; and a
+wheel, installed away from the checkout, has all that its commands need."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -40,3 +47,43 @@ def test_ci_resolves_every_set() -> None:
 def test_every_requirement_is_pinned_within_its_bounds(text: str) -> None:
     requirement = Requirement(text)
     assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command of a fresh environment that has a wheel of this tree; its dependencies are those of this one."""
+    folder: Path = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for part in ("megarlhf", "kernels", "examples"):
+        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / part, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    alone = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *alone, "--no-build-isolation", "-w", str(folder), str(source)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    shutil.rmtree(source)
+    venv.create(folder / "venv")
+    python = folder / "venv" / "bin" / "python"
+    (packages,) = (folder / "venv" / "lib").glob("*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    subprocess.run([*pip, "--python", str(python), "install", *alone, str(wheel)], check=True)
+    return python.with_name("megarlhf")
+
+
+def test_a_wheel_has_the_run_files_and_runs_them(installed: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
+
+    def run(*words: str) -> str:
+        command = [str(installed), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = run("examples", "output=x").splitlines()
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {path.name for path in (ROOT / "examples").glob("*.*")}
+    assert "megarlhf sft --config x/sft_tiny.yaml layout.data=2" in said
+    sizes = ("model=tiny-xs", "data.arithmetic.rows=128", "epochs=1", "optim.warmup_steps=0")
+    run("sft", "--config", "x/sft_tiny.yaml", *sizes)
+    assert (tmp_path / "runs/tiny/sft/report.html").is_file()
+    assert (tmp_path / "runs/tiny/sft/model/model.json").is_file()

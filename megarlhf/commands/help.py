@@ -35,6 +35,7 @@ FIRST = (
         "grpo run_dir=grpo actor.init=sft reward.init=rm prompts.source=FILE",
     ),
     ("and how often it is right.", "eval model=grpo prompts.source=FILE verifier=maths"),
+    ("Run files to begin with, which say what they need.", "examples"),
 )
 """What somebody who has typed nothing yet may type, each with its reason."""
 

@@ -62,6 +62,11 @@ COMMANDS = {
         "megarlhf.commands.convert:ConvertConfig",
         "megarlhf.commands.convert:main",
     ),
+    "examples": Command(
+        "list the run files that come with the package, or copy them",
+        "megarlhf.commands.examples:ExamplesConfig",
+        "megarlhf.commands.examples:main",
+    ),
     "report": Command(
         "make the page of a run again", "megarlhf.commands.report:ReportConfig", "megarlhf.commands.report:main"
     ),

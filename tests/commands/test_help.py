@@ -145,7 +145,7 @@ def test_without_a_word_it_says_what_to_type_first(capsys: pytest.CaptureFixture
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= COLUMNS
     typed = [line.split() for line in lines if line.startswith("  megarlhf ")]
-    assert [words[1] for words in typed] == ["demo", "sft", "reward", "grpo", "eval"]
+    assert [words[1] for words in typed] == ["demo", "sft", "reward", "grpo", "eval", "examples"]
     for _, command, *words in typed:
         load_config(settings_of(command), None, words)
 
@@ -155,7 +155,7 @@ def test_a_terminal_of_80_columns_breaks_no_name_either() -> None:
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
-    command = [sys.executable, "-m", "megarlhf.cli", "report", "--help"]
+    command = [sys.executable, "-m", "megarlhf.cli", "convert", "--help"]
     with subprocess.Popen(command, stdout=side, stderr=side, env={**environment, "TERM": "dumb"}) as process:
         os.close(side)
         said = b""
@@ -168,4 +168,4 @@ def test_a_terminal_of_80_columns_breaks_no_name_either() -> None:
     assert process.returncode == 0, said
     lines = said.decode().replace("\r", "").splitlines()
     assert max(map(len, lines)) <= COLUMNS
-    assert {row.name for row in describe(settings_of("report"))} <= set(names(lines))
+    assert {row.name for row in describe(settings_of("convert"))} <= set(names(lines))

@@ -1,0 +1,64 @@
+"""`megarlhf examples` lists the run files and copies them, and never overwrites one that differs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megarlhf import cli
+from megarlhf.commands.examples import directory
+from megarlhf.commands.table import commands, program
+from megarlhf.config import load_config
+
+THERE = sorted(path.name for path in (Path(__file__).resolve().parents[2] / "examples").glob("*.[yp]*"))
+
+
+def out(capfd: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert cli.main(["examples", *words]) == 0
+    return capfd.readouterr().out.splitlines()
+
+
+def test_they_are_listed_each_with_what_it_says_of_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = out(capfd)
+    assert [line.split()[0] for line in lines if line.startswith(tuple(THERE))] == THERE
+    said = [" ".join(line.split()) for line in lines]
+    assert "rloo_tiny.yaml Each answer against the three others to its prompt." in said
+    assert out(capfd, "name=ppo_tiny")[0].startswith("ppo_tiny.yaml   Four colocated models")
+
+
+def test_copies_are_the_same_and_the_commands_that_are_said_take_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = out(capfd, "output=mine/first")
+    assert sorted(path.name for path in Path("mine/first").iterdir()) == THERE
+    for name in THERE:
+        assert (Path("mine/first") / name).read_bytes() == (directory() / name).read_bytes()
+    assert sum(line.startswith("python mine/first/0") for line in said) == 2
+    runs = [line.partition("   ")[0] for line in said if line.startswith("megarlhf ")]
+    assert len(runs) == sum(name.endswith(".yaml") for name in THERE)
+    for line in runs:
+        _, command, _, file, *overrides = shlex.split(line)
+        load_config(program(commands()[command])[0], Path(file), overrides)
+
+
+def test_a_file_that_is_there_and_differs_is_left_and_nothing_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    Path("x/sft_tiny.yaml").write_text("mine: true\n")
+    assert cli.main(["examples", "output=x"]) == 2
+    assert capfd.readouterr().err == "output=x: x/sft_tiny.yaml exists and differs; choose another, or remove it.\n"
+    assert [path.name for path in Path("x").iterdir()] == ["sft_tiny.yaml"]
+    assert Path("x/sft_tiny.yaml").read_text() == "mine: true\n"
+    # Another one goes beside it, twice.
+    for _ in range(2):
+        assert out(capfd, "output=x", "name=ppo_tiny.yaml") == ["megarlhf ppo --config x/ppo_tiny.yaml layout.data=2"]
+
+
+def test_a_name_that_is_none_is_answered_by_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["examples", "name=ppo_tny"]) == 2
+    assert capfd.readouterr().err == "name=ppo_tny: there is no such example; did you mean ppo_tiny?\n"
