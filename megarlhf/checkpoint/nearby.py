@@ -17,7 +17,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_of(init: str) -> str:
-    """The model directory that `init` leads to: a run to its model, or while it has none to its newest state, and a
+    """The model directory that `init` leads to: a run to its model, or while it has none to its newest state; and a
     state to the model that a run is named for. Any other path is returned as it is.
 
         RUN        RUN/checkpoints        RUN/checkpoints/{latest,best}        RUN/checkpoints/step_12
@@ -27,9 +27,12 @@ def model_of(init: str) -> str:
     path = Path(init)
     if (path / MODEL).is_file() or not init:
         return init
-    if (path / run_files.STATES).is_dir() and (path / run_files.CONFIG).is_file():
+    if (path / run_files.CONFIG).is_file():
         finished = path / run_files.MODEL
-        return str(finished if (finished / MODEL).is_file() else _in_state(init, _pointed(path / run_files.STATES)))
+        if (finished / MODEL).is_file():
+            return str(finished)
+        if (path / run_files.STATES).is_dir():
+            return str(_in_state(init, _pointed(path / run_files.STATES)))
     if path.name == run_files.STATES and run_files.steps_in(path):
         return str(_in_state(init, _pointed(path)))
     if path.parent.name != run_files.STATES or not path.parent.is_dir():

@@ -18,7 +18,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run with states, an unfinished one, a demo of two stages, and a Hugging Face directory in a folder."""
     files = (
         *("done/model/model.json", "done/model/weights/a.distcp", "done/model/tokenizer/tokenizer.json"),
-        *("done/metrics.jsonl", "done/config.yaml"),
+        *("done/metrics.jsonl", "done/config.yaml", "short/config.yaml", "short/model/model.json"),
         *(f"done/checkpoints/step_0000000{n}/{role}/model.json" for n in (2, 4) for role in ("actor", "critic")),
         *("begun/config.yaml", "begun/checkpoints/step_00000003/model/model.json"),
         *("old/config.yaml", "old/checkpoints/step_00000001/state.json", "odd/checkpoints/latest"),
@@ -57,6 +57,7 @@ def test_the_model_near_by_is_named(path: str, meant: str, tree: Path) -> None:
 
 TAKEN = [
     *((path, "done/model") for path in ("done", "done/")),
+    ("short", "short/model"),  # of fewer steps than save_every
     *((f"done/checkpoints{rest}", "done/checkpoints/step_00000004/actor") for rest in ("", "/", "/latest", "/step_4")),
     ("done/checkpoints/best", "done/checkpoints/step_00000002/actor"),
     *((f"done/checkpoints/{name}", "done/checkpoints/step_00000002/actor") for name in ("step_00000002", "step_02")),
