@@ -158,6 +158,12 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
+def leave() -> None:
+    """Leave the process group if this process is in one, so that it can start another."""
+    if dist.is_initialized():
+        stop()
+
+
 @contextmanager
 def own_scratch(scratch: dict[Any, Tensor]) -> Iterator[None]:
     """Inside, `scratch` is where Megatron-Core keeps the tensors that it gathers into, grown as they are needed.
