@@ -30,6 +30,7 @@ from megarlhf.eval.intervals import effective
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole, TrainableRole
+from megarlhf.observe.about import About
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics, names_of
 from megarlhf.ops.preference_loss import dpo_loss, implicit_rewards
@@ -39,6 +40,7 @@ from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
 from megarlhf.runs.measuring import PART_ROWS, Measuring, check_measuring
 from megarlhf.runs.settings import RunConfig
+from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
@@ -161,7 +163,7 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
     policy, reference = cast.policy, cast.reference
     print_choices(policy.settings.compute.choices, mesh)
     print_memory_plan([policy, reference], mesh)
-    _say_start(cfg, inputs, mesh)
+    facts = _say_start(cfg, inputs, mesh)
     loader = Loader(len(inputs.pairs), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     card = Card(inputs.tokenizer, inputs.data["pairs"], cfg.model)
@@ -191,6 +193,7 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
         }
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
+        leave_about(cfg.run_dir, facts, mesh)
         metrics = run_steps(
             inputs.steps,
             "DPO",
@@ -206,16 +209,18 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
     return metrics
 
 
-def _say_start(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> None:
+def _say_start(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> About:
     for name, rows in inputs.sets.items():
         print_dropped(name, rows.dropped, len(rows), mesh)
     asked = {"pairs": cfg.pairs, "heldout": cfg.heldout or cfg.pairs}
     sets = [DataSet(name, asked[name], inputs.data[name], rows) for name, rows in inputs.sets.items()]
-    epochs = inputs.steps * cfg.global_batch / len(inputs.pairs)
-    say_data(sets, inputs.tokenizer, mesh, epochs={"pairs": epochs})
+    epochs = {"pairs": inputs.steps * cfg.global_batch / len(inputs.pairs)}
+    say_data(sets, inputs.tokenizer, mesh, epochs=epochs)
     others = [inputs.reference] if cfg.reference else []
     say([*remarks(sets, inputs.tokenizer, inputs.policy, others), *filter(None, [inputs.shared])], mesh)
     say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} pairs; the reference is {inputs.reference}"], mesh)
+    roles = {"policy": inputs.policy, "reference": inputs.reference}
+    return about(cfg, roles, sets, mesh, epochs=epochs, steps=inputs.steps)
 
 
 def models(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> DPOModels:

@@ -24,6 +24,7 @@ from megarlhf.judges.texts import Reader
 from megarlhf.judges.verifiers import verifier_remark
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import Role, TrainableRole, Update
+from megarlhf.observe.about import About
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.writers import RunWriter, read_metrics
@@ -35,6 +36,7 @@ from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
 from megarlhf.runs.measuring import Measuring
+from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.policy_models import PolicyModels
 from megarlhf.runtime.roles import (
     away,
@@ -192,7 +194,7 @@ def _train(
 ) -> Metrics:
     """Run every iteration and save the actor; `lesson` is the actor's, for the gates."""
     mesh = cast.actor.mesh
-    _say_start(cast, cfg, inputs, mesh)
+    facts = _say_start(cast, cfg, inputs, mesh)
     loader = Loader(len(inputs.prompts), cfg.prompts_per_iteration, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     cards = {
@@ -233,6 +235,7 @@ def _train(
         measuring.begin(first, writer)
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
+        leave_about(cfg.run_dir, facts, mesh)
         metrics = run_steps(
             cfg.iterations,
             _title(type(cfg)),
@@ -264,7 +267,7 @@ def _title(config: type[PolicyConfig]) -> str:
     return config.__name__.removesuffix("Config")
 
 
-def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> None:
+def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> About:
     print_choices([*cast.actor.settings.compute.choices, cfg.policy_loss_choice], mesh)
     print_memory_plan(cast.every, mesh)
     sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
@@ -273,8 +276,8 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
         sets.append(DataSet("heldout", heldout.asked, heldout.data, heldout.prompts))
     for each in sets:
         print_dropped(each.name, each.rows.dropped, len(each.rows), mesh)
-    epochs = cfg.iterations * cfg.prompts_per_iteration / len(inputs.prompts)
-    say_data(sets, inputs.tokenizer, mesh, epochs={"prompts": epochs})
+    epochs = {"prompts": cfg.iterations * cfg.prompts_per_iteration / len(inputs.prompts)}
+    say_data(sets, inputs.tokenizer, mesh, epochs=epochs)
     actor, *others = inputs.distinct
     say([*remarks(sets, inputs.tokenizer, actor, others), ends(inputs.tokenizer)], mesh)
     doubts = [inputs.doubts, heldout.shared if heldout else ""]
@@ -282,6 +285,7 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
     each = f"{cfg.rollouts_per_iteration:,} rollouts and {cfg.steps_per_iteration:,} optimiser steps of each learner"
     say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
     print_remark("\n".join(filter(None, [*cfg.remarks, cut_score_remark(cfg, cast.panel.wrong_score)])), mesh)
+    return about(cfg, inputs.models, sets, mesh, epochs=epochs, steps=cfg.iterations, unit="iterations")
 
 
 def _summary(cfg: PolicyConfig, metrics: Metrics) -> list[str]:

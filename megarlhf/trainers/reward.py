@@ -33,6 +33,7 @@ from megarlhf.errors import ConfigError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import SequenceScores
 from megarlhf.models.role import Role, TrainableRole
+from megarlhf.observe.about import About
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics, names_of
 from megarlhf.ops.preference_loss import bradley_terry_loss, pointwise_loss
@@ -42,6 +43,7 @@ from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
 from megarlhf.runs.measuring import Measuring, check_measuring
 from megarlhf.runs.settings import RunConfig
+from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
@@ -251,7 +253,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
     print_choices(role.settings.compute.choices, mesh)
     print_memory_plan([role], mesh)
     pairs, labelled = inputs.pairs, inputs.labelled
-    _say_start(cfg, inputs, mesh)
+    facts = _say_start(cfg, inputs, mesh)
     if inputs.heldout is None and cfg.normalise != "none":
         used = f"{len(responses)} training responses"
         print_remark(f"heldout is unset: normalise={cfg.normalise} measures the scores of {used}", mesh)
@@ -286,6 +288,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
         }
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
+        leave_about(cfg.run_dir, facts, mesh)
         metrics = run_steps(
             inputs.steps,
             "reward model",
@@ -309,7 +312,7 @@ def train(cfg: RewardConfig, inputs: RewardInputs, argv: Sequence[str], mesh: Me
     return metrics
 
 
-def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> None:
+def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> About:
     given = {
         "pairs": (inputs.pairs, cfg.pairs_batch),
         "labelled": (inputs.labelled, cfg.labelled_batch),
@@ -324,7 +327,8 @@ def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> None:
     learnt = {name: (batch, rows) for name, (rows, batch) in given.items() if batch and rows}
     epochs = {name: inputs.steps * batch / len(rows) for name, (batch, rows) in learnt.items()}
     say_data(sets, inputs.tokenizer, mesh, epochs=epochs)
-    found = remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model))
+    start_from = Model("model", cfg.model, inputs.model)
+    found = remarks(sets, inputs.tokenizer, start_from)
     say([*found, *filter(None, inputs.shared)], mesh)
     templates = {each.name: each.data.rendering for each in sets}
     if len(set(templates.values())) > 1:
@@ -332,6 +336,7 @@ def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> None:
         say([f"prompts are rendered differently ({used}); the model is said to be of the first"], mesh)
     batches = " and ".join(f"{batch:,} rows of {name}" for name, (batch, _) in learnt.items())
     say([f"steps: {inputs.steps:,}, each of {batches}"], mesh)
+    return about(cfg, {"model": start_from}, sets, mesh, epochs=epochs, steps=inputs.steps)
 
 
 def models(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> Pupil:

@@ -21,6 +21,7 @@ from megarlhf.eval.intervals import ratio_error
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import Role, TrainableRole
+from megarlhf.observe.about import About
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics, names_of
 from megarlhf.parallel.mesh import Mesh
@@ -29,6 +30,7 @@ from megarlhf.runs.guard import StepGuard
 from megarlhf.runs.loop import Run, open_run, run_steps
 from megarlhf.runs.measuring import PART_ROWS, Measuring, check_measuring
 from megarlhf.runs.settings import RunConfig
+from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
@@ -124,7 +126,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
     role = pupil.role
     print_choices(role.settings.compute.choices, mesh)
     print_memory_plan([role], mesh)
-    _say_start(cfg, inputs, mesh)
+    facts = _say_start(cfg, inputs, mesh)
     loader = Loader(len(inputs.rows), cfg.global_batch, seed=cfg.seed)
     guard = StepGuard(cfg.run_dir, cfg.max_skipped_steps, mesh)
     card = Card(inputs.tokenizer, inputs.data["data"], cfg.model)
@@ -151,6 +153,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
         }
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
+        leave_about(cfg.run_dir, facts, mesh)
         metrics = run_steps(
             inputs.steps,
             "SFT",
@@ -166,15 +169,18 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
     return metrics
 
 
-def _say_start(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> None:
+def _say_start(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> About:
     for name, rows in inputs.sets.items():
         print_dropped(name, rows.dropped, len(rows), mesh)
     asked = {"data": cfg.data, "heldout": cfg.heldout or cfg.data}
     sets = [DataSet(name, asked[name], inputs.data[name], rows) for name, rows in inputs.sets.items()]
-    say_data(sets, inputs.tokenizer, mesh, epochs={"data": inputs.steps * cfg.global_batch / len(inputs.rows)})
-    found = remarks(sets, inputs.tokenizer, Model("model", cfg.model, inputs.model))
+    epochs = {"data": inputs.steps * cfg.global_batch / len(inputs.rows)}
+    start_from = Model("model", cfg.model, inputs.model)
+    say_data(sets, inputs.tokenizer, mesh, epochs=epochs)
+    found = remarks(sets, inputs.tokenizer, start_from)
     say([*found, *filter(None, [inputs.shared])], mesh)
     say([f"steps: {inputs.steps:,}, each of {cfg.global_batch:,} rows"], mesh)
+    return about(cfg, {"model": start_from}, sets, mesh, epochs=epochs, steps=inputs.steps)
 
 
 def models(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> Pupil:

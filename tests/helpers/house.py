@@ -19,7 +19,7 @@ THE_PATCHES = "megarlhf/parallel/cpu.py"
 THE_UNPICKLER = "megarlhf/checkpoint/plain_metadata.py"
 THE_RUN_FILES = "megarlhf/observe/run_files.py"
 _RUN_FILES = re.compile(
-    r"(config\.yaml|command\.txt|trainer\.txt|versions\.json|(metrics|samples)\.jsonl|report\.(html|json)|checkpoints|capsules)|08d"
+    r"(config\.yaml|command\.txt|trainer\.txt|versions\.json|(metrics|samples)\.jsonl|report\.(html|json)|about\.json|checkpoints|capsules)|08d"
 )
 _OURS = {"megarlhf", "megarlhf_kernels", "tests", "__future__"}
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
