@@ -76,7 +76,7 @@ setup(
     # `megarlhf examples` copies the run files, which lie beside the package.
     packages=[*find_packages(include=["megarlhf", "megarlhf.*"]), "megarlhf.examples", "megarlhf_kernels"],
     package_dir={"megarlhf_kernels": "kernels/megarlhf_kernels", "megarlhf.examples": "examples"},
-    package_data={"megarlhf": ["py.typed", "observe/report.css"], "megarlhf.examples": ["*.yaml"]},
+    package_data={"megarlhf": ["py.typed", "observe/page.css", "observe/page.js"], "megarlhf.examples": ["*.yaml"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megarlhf = megarlhf.cli:main"]},

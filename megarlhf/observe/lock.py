@@ -62,18 +62,30 @@ def held(lock: Path, what: str, setting: str) -> Iterator[None]:
 
 def check_free(lock: Path, what: str, setting: str) -> None:
     """Raise ConfigError, as `held` does, where another process has `lock` now; nothing is made or written."""
+    said = holder(lock)
+    if said is not None:
+        raise _refusal(lock, what, setting, said)
+
+
+def holder(lock: Path) -> str | None:
+    """What the process that has `lock` now says of itself; None where there is none, or nobody can know."""
     try:
         handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
-        return
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _refusal(lock, what, setting, handle) from None
+        return _said(handle)
     except OSError:
-        return
+        return None
     finally:
         os.close(handle)
+    return None
+
+
+def _said(handle: int) -> str:
+    return os.pread(handle, 200, 0).decode(errors="replace")
 
 
 def _taken(lock: Path, what: str, setting: str) -> int:
@@ -86,7 +98,7 @@ def _taken(lock: Path, what: str, setting: str) -> int:
         except BlockingIOError:
             tries += 1
             if tries == TRIES:
-                raise _refusal(lock, what, setting, handle) from None
+                raise _refusal(lock, what, setting, _said(handle)) from None
             os.close(handle)
             time.sleep(BETWEEN_S)
             continue
@@ -105,9 +117,8 @@ def _is_at(handle: int, path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(handle), path.stat())
 
 
-def _refusal(lock: Path, what: str, setting: str, handle: int) -> ConfigError:
-    holder = os.pread(handle, 200, 0).decode(errors="replace")
-    found = re.fullmatch(r"([\w.-]+) (\d+) ([\w:-]+)\n", holder)
+def _refusal(lock: Path, what: str, setting: str, said: str) -> ConfigError:
+    found = re.fullmatch(r"([\w.-]+) (\d+) ([\w:-]+)\n", said)
     if found is None:
         return ConfigError(f"{what} is in use by another process ({lock}); wait for it, or choose another {setting}.")
     host, pid, since = found.groups()

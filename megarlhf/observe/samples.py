@@ -1,18 +1,29 @@
-"""Rollouts as text on a report's page."""
+"""Prompts and responses as text on a page. What files and models say is shown, and does nothing."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from megarlhf.errors import printable
 from megarlhf.observe.files import json_lines, own_file
+from megarlhf.observe.page import TABS, minus, section, tabs
 from megarlhf.observe.run_files import SAMPLES
 
 SHOWN = 8
 """Rollouts of a step on the page."""
+HEAD, TAIL = 2000, 1000
+"""Characters shown of a long text: where it begins, and how it ends."""
+_CONTROL = re.compile(r"&lt;\|[^|\s]{1,60}\|&gt;")
+"""A control token of Llama 3 and its like, in HTML."""
+
+Said = str | tuple[tuple[str, str], ...]
+"""A prompt: text, or the turns of a conversation, each a role and what it says."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +45,21 @@ class SampleRow:
     after: JudgedResponse
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt, a response to it, and what was said of that."""
+
+    prompt: Said
+    response: str
+    answer: str = ""
+    score: float | None = None
+    correct: bool | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """By judge, where there are several."""
+
+
 def compared_section(rows: Sequence[SampleRow]) -> str:
     """Prompts with the responses before and after training."""
-    if not rows:
-        return ""
     cards = "".join(
         _card(
             row.prompt,
@@ -46,84 +68,94 @@ def compared_section(rows: Sequence[SampleRow]) -> str:
         )
         for row in rows
     )
-    return f"<h2>Sample rollouts</h2><p class=note>The same held-out prompts before and after.</p>{cards}"
+    note = "<p class=note>The same held-out prompts before and after.</p>"
+    return section("Sample rollouts", f"{note}{cards}" if cards else "")
 
 
 def rollouts_section(run_dir: Path) -> str:
-    """The rollouts of the first and of the last step that samples.jsonl has; lines that no run writes are counted."""
-    first: list[Rollout] = []
-    last: list[Rollout] = []
+    """The rollouts of samples.jsonl by step, the last step's shown; lines that no run writes are counted."""
+    steps: dict[int, list[Rollout]] = {}
     unread = 0
     for row in json_lines(own_file(run_dir, SAMPLES)):
         rollout = None if row is None else _rollout(row)
-        if rollout is None:
+        step = None if row is None else row.get("step")
+        if rollout is None or type(step) is not int:
             unread += 1
             continue
-        if last and rollout.step != last[0].step:
-            last = []
-        if not first or rollout.step == first[0].step:
-            first.append(rollout)
-        last.append(rollout)
-    parts = [last, first] if last and last[0].step != first[0].step else [last]
-    shown = "".join(_of_step(part, open_=part is last) for part in parts if part)
-    unread_note = f"<p class=note>{unread} lines of {SAMPLES} that no run writes are left out.</p>"
-    return f"<h2>Sample rollouts</h2>{unread_note if unread else ''}{shown}" if shown or unread else ""
+        steps.setdefault(step, [])
+        if len(steps[step]) < SHOWN:
+            steps[step].append(rollout)
+    notes = [f"{unread} lines of {SAMPLES} that no run writes are left out."] if unread else []
+    chosen = spread(sorted(steps), TABS)
+    if len(chosen) < len(steps):
+        notes.append(f"{len(chosen)} of the {len(steps)} steps that {SAMPLES} has.")
+    parts = [(f"step {step}", cards(steps[step])) for step in chosen]
+    shown = tabs("samples", parts, shown=len(parts) - 1) if parts else ""
+    return section("Sample rollouts", "".join(f"<p class=note>{note}</p>" for note in notes) + shown)
 
 
-class Rollout(NamedTuple):
-    """A line of samples.jsonl."""
-
-    step: int
-    prompt: str
-    response: str
-    answer: str
-    score: float | None
-    correct: bool | None
+def spread(items: Sequence[int], most: int) -> list[int]:
+    """At most so many of the items: the first, the last, and others evenly between them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
 
 
 def _rollout(row: Mapping[str, Any]) -> Rollout | None:
-    """The rollout of a line, None where it has no step, prompt or response."""
-    step, prompt, response, answer = row.get("step"), _said(row.get("prompt")), row.get("response"), row.get("answer")
-    if type(step) is not int or prompt is None or not isinstance(response, str):
+    """The rollout of a line, None where it has no prompt or response."""
+    prompt, response, answer = prompt_of(row.get("prompt")), row.get("response"), row.get("answer")
+    if prompt is None or not isinstance(response, str):
         return None
-    score, correct = row.get("score"), row.get("correct")
+    score, correct, scores = row.get("score"), row.get("correct"), row.get("scores")
     return Rollout(
-        step,
         prompt,
         response,
         answer if isinstance(answer, str) else "",
         score if isinstance(score, float) else None,
         correct if isinstance(correct, bool) else None,
+        {str(name): one for name, one in scores.items() if isinstance(one, float)} if isinstance(scores, dict) else {},
     )
 
 
-def _said(prompt: Any) -> str | None:
-    """A prompt as one text: itself, or the turns of a conversation."""
-    if isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt):
-        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
-    return prompt if isinstance(prompt, str) else None
+def prompt_of(value: Any) -> Said | None:
+    """A prompt as rows have it, text or a conversation [{role, content}, ...]; None for anything else."""
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        return tuple((str(turn.get("role")), str(turn.get("content"))) for turn in value)
+    return value if isinstance(value, str) else None
 
 
-def _of_step(rollouts: Sequence[Rollout], *, open_: bool) -> str:
-    cards = "".join(
-        _card(row.prompt, row.answer, _response("Response", row.response, row.score, row.correct))
-        for row in rollouts[:SHOWN]
+def cards(rollouts: Sequence[Rollout]) -> str:
+    """Each prompt once, with the responses to it that follow each other."""
+    return "".join(
+        _card(prompt, answer, "".join(_response("Response", each) for each in group))
+        for (prompt, answer), group in groupby(rollouts, lambda each: (each.prompt, each.answer))
     )
-    summary = f"Step {rollouts[0].step}, {min(len(rollouts), SHOWN)} rollouts"
-    return f"<details class=samples{' open' if open_ else ''}><summary>{summary}</summary>{cards}</details>"
 
 
-def _card(prompt: str, answer: str, responses: str) -> str:
-    reference = f"<p class=answer>Reference answer: <b>{escape(answer)}</b></p>" if answer else ""
-    return f"<article class='sample card'><p class=prompt>{escape(prompt)}</p>{reference}{responses}</article>"
+def _card(prompt: Said, answer: str, responses: str) -> str:
+    reference = f"<p class=answer>Reference answer: <b>{_text(answer)}</b></p>" if answer else ""
+    turns = [("", prompt)] if isinstance(prompt, str) else prompt
+    roles = (f"<span class=role>{_text(role)}</span>" if role else "" for role, _ in turns)
+    shown = "".join(f"{role}<p class=prompt>{_text(said)}</p>" for role, (_, said) in zip(roles, turns, strict=True))
+    return f"<article class='sample card'>{shown}{reference}{responses}</article>"
 
 
-def _judged(when: str, response: JudgedResponse) -> str:
-    return _response(when, response.text, response.score, response.correct)
+def _judged(when: str, said: JudgedResponse) -> str:
+    return _response(when, Rollout("", said.text, score=said.score, correct=said.correct))
 
 
-def _response(title: str, text: str, score: float | None, correct: bool | None) -> str:
-    mark, word = ("✓", "right") if correct else ("✗", "wrong")
-    badge = "" if correct is None else f" <span class='badge {word}'>{mark} {word}</span>"
-    number = "" if score is None else f"<span class=score>score {f'{score:+.2f}'.replace('-', '−')}</span>"
-    return f"<div class=response><header>{title}{badge}{number}</header><pre>{escape(text)}</pre></div>"
+def _response(title: str, of: Rollout) -> str:
+    mark, word = ("✓", "right") if of.correct else ("✗", "wrong")
+    badge = "" if of.correct is None else f" <span class='badge {word}'>{mark} {word}</span>"
+    each = "".join(f"<span>{_text(name)} {minus(f'{one:+.2f}')}</span>" for name, one in of.scores.items())
+    whole = "" if of.score is None else f"<span>score {minus(f'{of.score:+.2f}')}</span>"
+    scores = f"<span class=score>{each}{whole}</span>" if each or whole else ""
+    return f"<div class=response><header>{title}{badge}{scores}</header><pre>{_text(of.response)}</pre></div>"
+
+
+def _text(text: str) -> str:
+    """`text` in HTML: control tokens marked, what cannot be seen as its escape, a long one without its middle."""
+    if len(text) > HEAD + TAIL:
+        left_out = len(text) - HEAD - TAIL
+        text = f"{text[:HEAD]}\n[… {left_out:,} characters …]\n{text[-TAIL:]}"
+    return _CONTROL.sub(lambda token: f"<span class=token>{token[0]}</span>", escape(printable(text)))

@@ -112,6 +112,14 @@ def read_metrics(run_dir: Path) -> MetricLog:
     return MetricLog([by_step[step] for step in sorted(by_step)], unread)
 
 
+def logged(rows: Iterable[Mapping[str, float]]) -> list[str]:
+    """The names of the metrics in any of the rows, in the order in which they were first logged."""
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+    return [name for name in names if name != "step"]
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -LARGEST <= value <= LARGEST
 

@@ -9,7 +9,7 @@ import pytest
 
 from megarlhf.config import load_config
 from megarlhf.errors import ConfigError
-from megarlhf.observe.page import curves
+from megarlhf.observe.curves import curves
 from megarlhf.observe.writers import read_metrics
 from megarlhf.trainers.ppo import TRAINER, PPOConfig
 from tests.test_cli_runs import megarlhf
