@@ -1,4 +1,4 @@
-"""The demo's pipeline in miniature, through the command line and on real ranks: SFT, reward model, PPO, generate."""
+"""The demo's pipeline in miniature, through the command line and on real ranks: SFT, reward, PPO, generate, eval."""
 
 from __future__ import annotations
 
@@ -43,6 +43,10 @@ GENERATE = (
     *("generate", "model=runs/tiny/ppo/model", "prompts.template=plain", "prompts.split=heldout", "group_size=2"),
     *("prompts.source=arithmetic", "prompts.arithmetic.rows=3", "sampling.max_new_tokens=12", "output=responses.jsonl"),
 )
+EVAL = (
+    *("eval", "model=runs/tiny/ppo/model", "prompts.template=plain", "prompts.source=arithmetic"),
+    *("prompts.arithmetic.rows=20", "max_new_tokens=12", "output=judged.jsonl"),
+)
 
 
 def started(*arguments: str, directory: Path) -> subprocess.Popen[str]:
@@ -72,7 +76,7 @@ def megarlhf(*arguments: str, directory: Path) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all five commands have run, each from its example with smaller numbers."""
+    """Where all six commands have run, those that train from their examples with smaller numbers."""
     directory = tmp_path_factory.mktemp("pipeline")
     for command, overrides in (("sft", SFT), ("reward", REWARD), ("dpo", DPO), ("ppo", PPO)):
         done = megarlhf(command, "--config", str(EXAMPLES / f"{command}_tiny.yaml"), *overrides, directory=directory)
@@ -81,8 +85,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert "Warning" not in done.stderr
         assert done.stderr.count("what this run uses") == 1
         (directory / f"{command}.txt").write_text(done.stderr)
-    done = megarlhf(*GENERATE, directory=directory)
-    assert done.returncode == 0, done.stderr
+    for arguments in (GENERATE, EVAL):
+        done = megarlhf(*arguments, directory=directory)
+        assert done.returncode == 0, done.stderr
     return directory
 
 
@@ -164,8 +169,53 @@ def test_a_run_ends_with_its_page_and_says_where_the_model_is_and_what_is_next(
     assert f"{number} {value:.4g}" in last
     assert following == f"next: megarlhf {NEXT[stage].replace('MODEL', f'{run}/model')}"
     page = (runs / run / "report.html").read_text(encoding="utf-8")
-    assert "Finished after " in page
     assert (page.count("<article class='sample card'>") > 0) == (stage == "ppo")
+    for shown in PAGE[stage]:
+        assert re.sub(r"<wbr>", "", page).count(shown) == 1, shown
+
+
+PAGE = {
+    "sft": [
+        *("Finished after 3 of 3 steps.", "<tr><td>model<td>tiny-xs<td>0.218 M parameters, language</tr>"),
+        *("<td>arithmetic (train)<td>192<td>0<td>", "<tr><td>optim.lr<td>0.003<td>1e-05</tr>"),
+    ],
+    "reward": [
+        *("Finished after 2 of 2 steps.", "<td>arithmetic (heldout)<td>32<td>0<td>"),
+        *("<tr><td>heldout.split<td>heldout<td>&quot;&quot;</tr>", "<figcaption>Gradient norm<"),
+    ],
+    "dpo": [
+        *(
+            "Finished after 3 of 3 steps.",
+            "<tr><td>reference<td>runs/tiny/sft/model<td>0.218 M parameters, language</tr>",
+        ),
+        *("<tr><td>layout.tensor<td>2<td>1</tr>", "<dd>2 ranks, "),
+    ],
+    "ppo": [
+        *(
+            "Finished after 2 of 2 iterations.",
+            "<tr><td>critic<td>runs/tiny/reward/model<td>0.218 M parameters, scalar</tr>",
+        ),
+        *("<tr><td>actor.optim.lr<td>0.0002<td>3e-06</tr>", "<figcaption>Learning rate<", "<figcaption>Peak memory<"),
+    ],
+}
+"""What is there once on a run's page."""
+
+
+def test_an_evaluation_leaves_its_page(runs: Path) -> None:
+    rows = [json.loads(line) for line in (runs / "judged.jsonl").read_text().splitlines()]
+    page = (runs / "judged.jsonl.html").read_text(encoding="utf-8").replace("<wbr>", "")
+    right = {way: sum(row["correct"] for row in rows if row["decoding"] == way) for way in ("sampled", "greedy")}
+    for way, count in right.items():
+        assert f"Accuracy, {way}</div><div class=value>{5 * count:.1f} %</div>" in page
+        assert f"{20 - count} wrong, the first 8 of them" in page
+    assert "<tr><td>model<td>runs/tiny/ppo/model<td>0.218 M parameters, language</tr>" in page
+    assert "<tr><td>prompts.arithmetic.rows<td>20<td>4000</tr>" in page
+    done = megarlhf(*EVAL[:-1], "output=judged.jsonl", directory=runs)
+    assert done.returncode == 2
+    (runs / "again.jsonl.html").write_text("mine")
+    done = megarlhf(*EVAL[:-1], "output=again.jsonl", directory=runs)
+    assert done.returncode == 2
+    assert done.stderr == "output=again.jsonl.html exists; choose another file, or remove it.\n"
 
 
 def test_throughput_counts_every_token_that_goes_through_the_model(runs: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -22,10 +24,13 @@ from megarlhf.judges.rules import RuleConfig, check_verified
 from megarlhf.judges.texts import Reader
 from megarlhf.judges.verifiers import AutoVerifier, Decider, chosen_verifier
 from megarlhf.models.readings import LabelLogprobs
+from megarlhf.observe.evaluation import Decoding, page_of, write_evaluation
 from megarlhf.observe.files import json_line, write_whole
+from megarlhf.observe.samples import Rollout, prompt_of
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
+from megarlhf.runtime.about import about
 from megarlhf.runtime.checks import (
     Model,
     check_room,
@@ -74,7 +79,7 @@ class EvalConfig(RanksConfig):
     """How programs are run with verifier=code_tests."""
     output: Path | None = None
     """JSON lines file to write, one response a line, which appears once all are judged; any that exists is refused.
-    null keeps none."""
+    null keeps none. Beside it comes a page, OUTPUT.html."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,16 @@ class EvalInputs:
     doubts: str
     """What is to be said of answers that are right for no response."""
 
+    def data_set(self, cfg: EvalConfig) -> DataSet:
+        """The problems, as a start says them."""
+        return DataSet("prompts", cfg.prompts, self.data, self.prompts)
+
 
 def prepare(cfg: EvalConfig) -> EvalInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     if cfg.output is not None:
         check_new_file(cfg.output)
+        check_new_file(page_of(cfg.output))
     check_rolls_out(cfg.layout, cfg.rollout, offload=cfg.offload, fp8=cfg.compute.fp8 != "off")
     if cfg.sampling.temperature == 0:
         raise ConfigError(
@@ -141,19 +151,24 @@ def _verifier(cfg: EvalConfig, source: str) -> Decider:
 
 def main(cfg: EvalConfig, argv: Sequence[str]) -> int:
     """`megarlhf eval`."""
-    return on_ranks(cfg, argv, prepare, _run)
+    return on_ranks(cfg, argv, prepare, partial(_run, shlex.join(["megarlhf", *argv])))
 
 
-def _run(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
+def _run(command: str, cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
     check_one_day(inputs.tokenizer, mesh)
     with nullcontext() if cfg.output is None else sole_writer(lock_of_file(cfg.output), "output", cfg.output, mesh):
-        _evaluate(cfg, inputs, mesh)
+        results = _evaluate(cfg, inputs, mesh)
+        if mesh.is_main:
+            _report(cfg, inputs, results)
+            if cfg.output is not None:
+                _write(cfg.output, inputs, results)
+                _write_page(cfg, cfg.output, inputs, results, command, mesh)
 
 
-def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
+def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> dict[str, Evaluation]:
     speaker = Model("model", cfg.model, inputs.model)
     policy = frozen("policy", speaker, LabelLogprobs(cfg.sampling.temperature), cfg, mesh)
-    sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
+    sets = [inputs.data_set(cfg)]
     readers = [Model("reward", cfg.reward, inputs.reward)] if inputs.reward else []
     said = remarks(sets, inputs.tokenizer, speaker, readers)
     say_data(sets, inputs.tokenizer, mesh, epochs={})
@@ -164,7 +179,7 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
         reward = frozen("reward", judge, scores, cfg, mesh)
     reader = Reader(inputs.prompts, inputs.tokenizer, mesh, cfg.timeout_s)
     scorer = inputs.judge.scorer(inputs.verifier, reader)
-    results = {
+    return {
         name: evaluate(
             policy,
             reward,
@@ -176,7 +191,6 @@ def _evaluate(cfg: EvalConfig, inputs: EvalInputs, mesh: Mesh) -> None:
         )
         for name, sampling in _samplings(cfg).items()
     }
-    _report(cfg, inputs, results, mesh)
 
 
 def _samplings(cfg: EvalConfig) -> dict[str, SamplingConfig]:
@@ -184,9 +198,7 @@ def _samplings(cfg: EvalConfig) -> dict[str, SamplingConfig]:
     return {"sampled": cfg.sampling, "greedy": cfg.sampling.model_copy(update=greedy)}
 
 
-def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation], mesh: Mesh) -> None:
-    if not mesh.is_main:
-        return
+def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation]) -> None:
     table = Table(title=f"{cfg.model}, {len(inputs.prompts)} problems, 95 % intervals", title_justify="left")
     for column in ("responses", "accuracy", "mean score", "tokens", "cut"):
         table.add_column(column, justify="left" if column == "responses" else "right")
@@ -200,8 +212,6 @@ def _report(cfg: EvalConfig, inputs: EvalInputs, results: dict[str, Evaluation],
             f"{float((~result.terminated).float().mean()):.3f}",
         )
     Terminal().print(table)
-    if cfg.output is not None:
-        _write(cfg.output, inputs, results)
 
 
 def _write(path: Path, inputs: EvalInputs, results: dict[str, Evaluation]) -> None:
@@ -218,3 +228,34 @@ def _write(path: Path, inputs: EvalInputs, results: dict[str, Evaluation]) -> No
         for index, text in enumerate(result.responses)
     ]
     write_whole(path, "".join(map(json_line, rows)))
+
+
+def _write_page(
+    cfg: EvalConfig, output: Path, inputs: EvalInputs, results: dict[str, Evaluation], command: str, mesh: Mesh
+) -> None:
+    named = {"model": (cfg.model, inputs.model), "reward": (cfg.reward, inputs.reward)}
+    models = {role: Model(role, init, found) for role, (init, found) in named.items() if found is not None}
+    said = about(cfg, models, [inputs.data_set(cfg)], mesh, epochs={}, steps=0)
+    ways = [
+        Decoding(
+            name,
+            share(result.correct),
+            mean(result.scores) if cfg.reward else None,
+            float(result.lengths.float().mean()),
+            float((~result.terminated).float().mean()),
+            [
+                Rollout(
+                    prompt_of(inputs.prompts.columns[index]["prompt"]) or "",
+                    text,
+                    inputs.prompts.answers[index],
+                    float(result.scores[index]) if cfg.reward else None,
+                    bool(result.correct[index]),
+                )
+                for index, text in enumerate(result.responses)
+            ],
+        )
+        for name, result in results.items()
+    ]
+    page = page_of(output)
+    write_evaluation(page, cfg.model, inputs.verifier, command, said, ways)
+    Terminal(stderr=True, soft_wrap=True).print(f"the responses are in {output}, the page is {page}")
