@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -120,6 +121,7 @@ def _run(arguments: list[str]) -> int:
         print_settings(name, command, settings, [word for word in rest[asked[0] + 1 :] if "=" not in word])
         return DONE
     path, overrides = _split(name, rest)
+    overrides = named(command.listed, overrides)
     with _ending_at_once(goes_on=command.goes_on):
         from megarlhf.config import load_config
 
@@ -161,6 +163,17 @@ def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
         else:
             overrides.append(word)
     return path, overrides
+
+
+def named(setting: str, words: list[str]) -> list[str]:
+    """The words, with those that are no name=value as the value of `setting`."""
+    bare = [word for word in words if "=" not in word]
+    if not setting or not bare:
+        return words
+    if any(word.startswith(f"{setting}=") for word in words):
+        raise ConfigError(f"{' '.join(bare)}: {setting} is given too; give one of the two.")
+    named = json.dumps(bare, ensure_ascii=False)
+    return [f"{setting}={named}", *(word for word in words if word not in bare)]
 
 
 def _who() -> str:

@@ -18,6 +18,8 @@ class Command(NamedTuple):
     summary: str
     settings: str = ""
     entry: str = ""
+    listed: str = ""
+    """The setting that words without = are values of; empty where there may be none."""
     goes_on: bool = False
     """The same command takes up again what a signal stopped."""
     trainer: str = ""
@@ -68,7 +70,10 @@ COMMANDS = {
         "megarlhf.commands.examples:main",
     ),
     "report": Command(
-        "make the page of a run again", "megarlhf.commands.report:ReportConfig", "megarlhf.commands.report:main"
+        "make the page of a run again; of several, a page that compares them",
+        "megarlhf.commands.report:ReportConfig",
+        "megarlhf.commands.report:main",
+        listed="run_dir",
     ),
 }
 
