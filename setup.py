@@ -56,6 +56,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",  # make test shares the files among processes
         "ruff>=0.12",
+        "selenium>=4.40,<4.52",  # looks at pages in Debian's Chromium; 4.52 wants a certifi newer than the pinned one
         "pyright[nodejs]>=1.1.400",
         "import-linter>=2.3",
         "typos>=1.30",
