@@ -391,14 +391,3 @@ def _checked(role: str, init: str, cfg: PolicyConfig) -> Model:
 def _best_of(cfg: PolicyConfig, *, verified: bool) -> set[str]:
     """Metrics that a best state may be chosen by; accuracy where something judges it."""
     return cfg.logged if verified else cfg.logged - {"rollout/accuracy", "rollout/verified"}
-
-
-def cut_score_remark(cfg: PolicyConfig, wrong: float) -> str:
-    """Whether the score that was set for cut responses is above the mean score of wrong ones; empty where it is not."""
-    score = cfg.shaping.missing_eos if cfg.shaping.normalise == "none" else None  # which moves what wrong ones get
-    if score is None or score == "auto" or score <= wrong:
-        return ""
-    return (
-        f"shaping.missing_eos={score:g} is more than {wrong:.2f}, what {', '.join(cfg.panel)} gives wrong responses on "
-        "average: being cut will pay more than being wrong; leave it at auto, or set it lower."
-    )

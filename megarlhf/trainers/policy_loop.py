@@ -51,7 +51,7 @@ from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.heldout import measure_policy
 from megarlhf.trainers.kl_coefficient import KLCoefficient
-from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, cut_score_remark, prepare
+from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, prepare
 from megarlhf.trainers.policy_metrics import accuracy_metric, sample_rows
 from megarlhf.trainers.summary import as_mean, as_share, plainly
 from megarlhf.trainers.trainer import Learner, Trainer
@@ -286,6 +286,17 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
     say([f"iterations: {cfg.iterations:,}, each of {each}"], mesh)
     print_remark("\n".join(filter(None, [*cfg.remarks, cut_score_remark(cfg, cast.panel.wrong_score)])), mesh)
     return about(cfg, inputs.models, sets, mesh, epochs=epochs, steps=cfg.iterations, unit="iterations")
+
+
+def cut_score_remark(cfg: PolicyConfig, wrong: float) -> str:
+    """Whether the score that was set for cut responses is above the mean score of wrong ones; empty where it is not."""
+    score = cfg.shaping.missing_eos if cfg.shaping.normalise == "none" else None  # which moves what wrong ones get
+    if score is None or score == "auto" or score <= wrong:
+        return ""
+    return (
+        f"shaping.missing_eos={score:g} is more than {wrong:.2f}, what {', '.join(cfg.panel)} gives wrong responses on "
+        "average: being cut will pay more than being wrong; leave it at auto, or set it lower."
+    )
 
 
 def _summary(cfg: PolicyConfig, metrics: Metrics) -> list[str]:

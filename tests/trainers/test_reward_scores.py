@@ -17,7 +17,7 @@ from megarlhf.models.readings import SequenceScores
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import reward
-from megarlhf.trainers.policy_config import cut_score_remark
+from megarlhf.trainers.policy_loop import cut_score_remark
 from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.reward import RewardConfig, RewardInputs
 from tests.helpers.models import frozen
