@@ -165,7 +165,7 @@ def test_what_a_run_holds_cannot_run_or_load_anything(browser: Any, pages: Mappi
 
 
 @pytest.mark.parametrize(("title", "metrics"), [
-    ("Accuracy of rollouts", ["rollout/accuracy"]),
+    ("Accuracy", ["rollout/accuracy"]),
     ("Judges", ["judge/taste_mean", "judge/answer_mean"]),
     ("Learning rate", ["policy/learning_rate"]),
     ("Peak memory", ["memory/peak_bytes"]),
