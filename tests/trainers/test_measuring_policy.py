@@ -171,6 +171,13 @@ def test_no_layout_changes_it(
     assert ours[4] == pytest.approx(theirs[4], rel=2e-2, abs=2e-3)
 
 
+def test_what_was_warned_of_before_a_stop_is_not_said_again(folder: str, tmp_path: Path) -> None:
+    """The row of step 0 is of no iteration."""
+    _, said = run(config(tmp_path / "run", ParallelLayout(), folder, kl_bound=1e-9, iterations=3), 2)
+    assert said.count("warning, iteration 2: the KL to the reference is") == 1
+    assert said.count("over kl_bound=1e-09") == 1
+
+
 def test_what_ends_a_run_early_is_measured_last(folder: str, tmp_path: Path) -> None:
     """As after the last iteration, whatever eval_every says."""
     ending = {"kl_bound": 1e-9, "stop_when_over_optimised": True, "eval_every": 100, "iterations": 12}
