@@ -69,6 +69,11 @@ COMMANDS = {
         "megarlhf.commands.examples:ExamplesConfig",
         "megarlhf.commands.examples:main",
     ),
+    "completion": Command(
+        "print what completes commands, settings and their values in a shell",
+        "megarlhf.commands.completion:CompletionConfig",
+        "megarlhf.commands.completion:main",
+    ),
     "report": Command(
         "make the page of a run again; of several, a page that compares them",
         "megarlhf.commands.report:ReportConfig",
