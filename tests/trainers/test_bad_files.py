@@ -215,9 +215,9 @@ def test_run_directories_without_permission(tmp_path: Path, refused: Callable[..
 
 
 def test_outputs(tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "there.jsonl").touch()
+    (tmp_path / "there.jsonl").write_text("work")
     assert_matches(
-        refused(GENERATE, "output=there.jsonl"), "output=there.jsonl exists; choose another file, or remove it"
+        refused(GENERATE, "output=there.jsonl"), "output=there.jsonl exists and .*; choose another file, or remove it"
     )
     assert_matches(
         refused(GENERATE, "output=no/x.jsonl"), "output=no/x.jsonl: there is no directory no; make it, or choose"
