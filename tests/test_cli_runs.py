@@ -218,6 +218,19 @@ def test_an_evaluation_leaves_its_page(runs: Path) -> None:
     assert done.stderr == "output=again.jsonl.html exists; choose another file, or remove it.\n"
 
 
+def test_a_run_that_fails_leaves_its_page(tmp_path: Path) -> None:
+    diverging = ("optim.lr=1e10", "optim.warmup_steps=0", "max_skipped_steps=0", "save_every=0", "micro_batch=64")
+    settings = ("--config", str(EXAMPLES / "sft_tiny.yaml"), "run_dir=run", "data.arithmetic.rows=256", *diverging)
+    done = megarlhf("sft", *settings, directory=tmp_path)
+    assert done.returncode == 1, done.stderr
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    (capsule,) = (tmp_path / "run" / "capsules").iterdir()
+    after = int(capsule.name.removeprefix("step_"))
+    failed = f"Failed in the step after {after} of 16 steps; what the ranks left is in capsules/{capsule.name}."
+    (warning,) = re.findall(r"<p class=warning>(.*?)</p>", page)
+    assert warning.startswith(f"<b>{failed}</b> not finite: loss nan")
+
+
 def test_throughput_counts_every_token_that_goes_through_the_model(runs: Path) -> None:
     """One epoch reads every row once: its tokens but the last, supervised or not."""
     run = runs / "runs" / "tiny" / "sft"

@@ -50,7 +50,7 @@ def held(lock: Path, what: str, setting: str) -> Iterator[None]:
     try:
         with writing(lock):
             os.ftruncate(handle, 0)
-            os.write(handle, f"{socket.gethostname()} {os.getpid()} {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}\n".encode())
+            os.write(handle, f"{_own_name()}{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}\n".encode())
         yield
     finally:
         with suppress(OSError):  # a run directory may be moved or removed under its run
@@ -82,6 +82,16 @@ def holder(lock: Path) -> str | None:
     finally:
         os.close(handle)
     return None
+
+
+def is_written_by_another(lock: Path) -> bool:
+    """Whether a process has `lock` now, and it is not this one."""
+    said = holder(lock)
+    return said is not None and not said.startswith(_own_name())
+
+
+def _own_name() -> str:
+    return f"{socket.gethostname()} {os.getpid()} "
 
 
 def _said(handle: int) -> str:

@@ -203,7 +203,7 @@ def _summary(rows: Sequence[SummaryRow]) -> str:
     tiles = "".join(
         tile(
             row.name,
-            f"<span class=from>{_number(row.before, row)} → </span>{_number(row.after, row)}",
+            f"<span class=from>{_number(row.before, row)} → </span><span>{_number(row.after, row)}</span>",
             f"<b>{_change(row.difference, row)}</b> <br>95 % interval {_interval(row)}",
         )
         for row in rows[:4]

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from megarlhf.observe.about import About
 from megarlhf.observe.files import own_file
-from megarlhf.observe.lock import holder
+from megarlhf.observe.lock import is_written_by_another
 from megarlhf.observe.run_files import CAPSULES, LOCK, MODEL, STATES, steps_in
 
 Word = Literal["finished", "running", "stopped", "failed"]
@@ -33,8 +33,8 @@ def status_of(run_dir: Path, rows: Sequence[Mapping[str, float]], about: About |
     planned = about.steps if about else 0
     after = f"after {done:,} of {planned:,} {unit}" if planned else f"after {done:,} {unit}"
     if (run_dir / MODEL).is_dir():
-        return Status("finished", f"Finished {'early, at a warning, ' if done < planned else ''}{after}.")
-    if holder(run_dir / LOCK) is not None:
+        return Status("finished", f"Finished {'early, ' if done < planned else ''}{after}.")
+    if is_written_by_another(run_dir / LOCK):
         return Status("running", f"Running: {after}, when this page was made." if done else "Running: before step 1.")
     failed = [(step, path) for step, path in steps_in(run_dir / CAPSULES).items() if step >= done]
     if failed:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from megarlhf.batch.base import RowsT
+from megarlhf.errors import DataError, OutputError
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.metrics import Metrics
+from megarlhf.observe.run_files import METRICS
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.runs.ending import conclude
@@ -57,6 +61,20 @@ class Learner(Generic[Cfg_contra, RowsT]):
     """Over such rows."""
 
 
+@contextmanager
+def leaving_a_page(run_dir: Path, mesh: Mesh) -> Iterator[None]:
+    """Inside, a run that fails or is stopped has rank 0 write its page. Why it ends is what counts, and is raised."""
+    try:
+        yield
+    except Exception:
+        if mesh.is_main and (run_dir / METRICS).exists():
+            from megarlhf.observe.report import write_page
+
+            with suppress(DataError, OutputError):
+                write_page(run_dir)
+        raise
+
+
 @dataclass(frozen=True)
 class Trainer(Generic[Cfg, Inputs, Models_co]):
     """A command that trains. The module that defines `config` exports it as TRAINER: runs are told apart by that."""
@@ -80,7 +98,7 @@ class Trainer(Generic[Cfg, Inputs, Models_co]):
 
         def work(cfg: Cfg, inputs: Inputs, mesh: Mesh) -> None:
             began = time.monotonic()
-            with sole_run(cfg, mesh):
+            with sole_run(cfg, mesh), leaving_a_page(cfg.run_dir, mesh):
                 metrics = self.train(cfg, inputs, argv, mesh)
                 conclude(cfg.run_dir, time.monotonic() - began, self.summary(cfg, metrics), self.following(cfg), mesh)
 

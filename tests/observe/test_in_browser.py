@@ -122,7 +122,11 @@ def point(browser: Any, figure: Any, across: float) -> str:
     left, top, right, bottom = data["box"]
     x, y = place["left"] + scale * (left + across * (right - left)), place["top"] + scale * (top + bottom) / 2
     browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
-    return figure.find_element("css selector", ".readout").text
+    readout = figure.find_element("css selector", ".readout")
+    shown = browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", readout)
+    assert shown["left"] >= 0
+    assert shown["right"] <= browser.execute_script("return document.documentElement.clientWidth")
+    return readout.text
 
 
 @pytest.mark.parametrize("kind", ["run", "demo", "compared", "evaluated"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,13 +48,21 @@ def test_a_run_is_stopped_running_failed_or_finished(tmp_path: Path) -> None:
         "Failed in the step after 7 of 20 iterations; what the ranks left is in capsules/step_00000007.",
     )
     with lock.held(tmp_path / "lock", "it", "run_dir"):
+        assert said(tmp_path)[0] == "failed"  # the run itself makes its page, at its end
+    hold = "import sys; from pathlib import Path; from megarlhf.observe.lock import held\n"
+    hold += f"with held(Path({str(tmp_path / 'lock')!r}), 'it', 'run_dir'): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
         assert said(tmp_path) == ("running", "Running: after 7 of 20 iterations, when this page was made.")
+        other.communicate("")
     main = write_page(tmp_path).read_text(encoding="utf-8").split("<main>")[1]
     warning = re.findall(r"<p class=warning>(.*?)</p>", main)[0]
     assert main.strip().startswith("<p class=warning>")
     assert warning.endswith("</b> the loss is nan (step 7, optimise, actor); gone (step 7, optimise, actor)"), warning
     (tmp_path / "model").mkdir()
-    assert said(tmp_path) == ("finished", "Finished early, at a warning, after 7 of 20 iterations.")
+    assert said(tmp_path) == ("finished", "Finished early, after 7 of 20 iterations.")
     write_about(tmp_path, replace(ABOUT, steps=7))
     assert said(tmp_path) == ("finished", "Finished after 7 of 7 iterations.")
 
