@@ -21,8 +21,8 @@ NEVER_RIGHT = 3
 """So many iterations without a right response, and none at all, are worth a word."""
 
 
-def cautions_of(status: Status, rows: Sequence[Mapping[str, float]]) -> str:
-    """Each in a paragraph; nothing where nothing looks wrong."""
+def cautions_of(status: Status, rows: Sequence[Mapping[str, float]], *, of: str = "") -> str:
+    """Each in a paragraph; nothing where nothing looks wrong. of: the run, where there are several."""
     lines = [(status.text, "; ".join(status.reasons))] if status.word == "failed" else []
     lines += [line for name in WARNINGS if (line := _held(name, rows))]
     if skipped := _most("train/skipped_steps", rows):
@@ -39,9 +39,8 @@ def cautions_of(status: Status, rows: Sequence[Mapping[str, float]]) -> str:
     accuracy = [row["rollout/accuracy"] for row in rows if "rollout/accuracy" in row]
     if len(accuracy) >= NEVER_RIGHT and not any(accuracy):
         lines.append(("No response was ever right", "does the verifier fit the answers of the prompts?"))
-    return "".join(
-        f"<p class=warning><b>{escape(text)}</b>{f' {escape(more)}' if more else ''}</p>" for text, more in lines
-    )
+    whose = f"{escape(of)}: " if of else ""
+    return "".join(f"<p class=warning>{whose}<b>{escape(text)}</b> {escape(more)}</p>" for text, more in lines)
 
 
 def _held(name: str, rows: Sequence[Mapping[str, float]]) -> tuple[str, str] | None:

@@ -64,7 +64,10 @@ def write_comparison(run_dirs: Sequence[Path], page: Path) -> Path:
     check_replaceable(page)
     runs = [_read(name, path) for name, path in zip(names_of(run_dirs), run_dirs, strict=True)]
     title = " vs ".join(run.name for run in runs)
-    head = ["".join(map(_cautions, runs)), f"<header class=head><h1>{escape(title)}</h1></header>"]
+    head = [
+        "".join(cautions_of(run.status, run.log.rows, of=run.name) for run in runs),
+        f"<header class=head><h1>{escape(title)}</h1></header>",
+    ]
     sections = [
         section("Runs", _runs(runs)),
         section("Settings that differ", _settings(runs)),
@@ -96,11 +99,6 @@ def names_of(run_dirs: Sequence[Path]) -> list[str]:
 def _read(name: str, run_dir: Path) -> Compared:
     log, about = read_metrics(run_dir), read_about(run_dir)
     return Compared(name, run_dir, log, about, status_of(run_dir, log.rows, about))
-
-
-def _cautions(run: Compared) -> str:
-    said = cautions_of(run.status, run.log.rows)
-    return said.replace("<p class=warning>", f"<p class=warning>{escape(run.name)}: ")
 
 
 def _runs(runs: Sequence[Compared]) -> str:

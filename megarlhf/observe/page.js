@@ -2,7 +2,7 @@
 // Says the values under the pointer, or at the step that the arrow keys choose. Everything else reads without it.
 for (const plot of document.querySelectorAll("[data-chart]")) {
   const chart = JSON.parse(plot.dataset.chart), svg = plot.querySelector("svg"), box = chart.box;
-  const number = value => String(value).replace("-", "\u2212");
+  const number = value => String(value).replaceAll("-", "\u2212");
   const across = step => box[0] + (step - chart.x[0]) / (chart.x[1] - chart.x[0]) * (box[2] - box[0]);
   const up = value => box[3] - (value - chart.y[0]) / (chart.y[1] - chart.y[0]) * (box[3] - box[1]);
   const nearest = (steps, wanted) => {

@@ -19,6 +19,8 @@ SHOWN = 8
 """Rollouts of a step on the page."""
 HEAD, TAIL = 2000, 1000
 """Characters shown of a long text: where it begins, and how it ends."""
+TURNS = 10
+"""Turns shown of a long conversation: the first, and the last."""
 _CONTROL = re.compile(r"&lt;\|[^|\s]{1,60}\|&gt;")
 """A control token of Llama 3 and its like, in HTML."""
 
@@ -134,10 +136,16 @@ def cards(rollouts: Sequence[Rollout]) -> str:
 
 def _card(prompt: Said, answer: str, responses: str) -> str:
     reference = f"<p class=answer>Reference answer: <b>{_text(answer)}</b></p>" if answer else ""
-    turns = [("", prompt)] if isinstance(prompt, str) else prompt
+    turns = [("", prompt)] if isinstance(prompt, str) else _turns(prompt)
     roles = (f"<span class=role>{_text(role)}</span>" if role else "" for role, _ in turns)
-    shown = "".join(f"{role}<p class=prompt>{_text(said)}</p>" for role, (_, said) in zip(roles, turns, strict=True))
+    texts = (f"<p class=prompt>{_text(said, share=len(turns))}</p>" for _, said in turns)
+    shown = "".join(role + text for role, text in zip(roles, texts, strict=True))
     return f"<article class='sample card'>{shown}{reference}{responses}</article>"
+
+
+def _turns(turns: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+    left_out = len(turns) - TURNS
+    return (turns[0], ("", f"[… {left_out:,} turns …]"), *turns[1 - TURNS :]) if left_out > 0 else turns
 
 
 def _judged(when: str, said: JudgedResponse) -> str:
@@ -153,9 +161,13 @@ def _response(title: str, of: Rollout) -> str:
     return f"<div class=response><header>{title}{badge}{scores}</header><pre>{_text(of.response)}</pre></div>"
 
 
-def _text(text: str) -> str:
-    """`text` in HTML: control tokens marked, what cannot be seen as its escape, a long one without its middle."""
-    if len(text) > HEAD + TAIL:
-        left_out = len(text) - HEAD - TAIL
-        text = f"{text[:HEAD]}\n[… {left_out:,} characters …]\n{text[-TAIL:]}"
+def _text(text: str, *, share: int = 1) -> str:
+    """`text` in HTML: control tokens marked, what cannot be seen as its escape, a long one without its middle.
+
+    share: texts that the room for one is for.
+    """
+    head, tail = HEAD // share, TAIL // share
+    left_out = len(text) - head - tail
+    if left_out > 0:
+        text = f"{text[:head]}\n[… {left_out:,} characters …]\n{text[-tail:]}"
     return _CONTROL.sub(lambda token: f"<span class=token>{token[0]}</span>", escape(printable(text)))

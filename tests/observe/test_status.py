@@ -135,3 +135,17 @@ def test_a_run_of_ten_thousand_steps_has_a_page_of_less_than_a_megabyte(tmp_path
     for step in (5, 10_000):
         assert f"said 0 at {step}<".encode() in page
     assert write_page(tmp_path).read_bytes() == page
+
+
+def test_long_texts_and_conversations_are_shown_from_both_ends_and_the_page_stays_small(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": f"turn {at} " + 9000 * "x" + f" end {at}"} for at in range(40)]
+    with RunWriter(tmp_path) as writer:
+        for step in range(1, 40):
+            text = f"begins {step} " + 90_000 * "y" + f" ends {step}"
+            rows = [{"prompt": [*talk[:-1], {"role": "user", "content": f"{at}"}], "response": text} for at in range(9)]
+            writer.samples(rows, step)
+    page = write_page(tmp_path).read_text(encoding="utf-8")
+    assert len(page) < 1_000_000
+    for shown in ("begins 39 ", " ends 39<", "turn 0 ", " end 0<", "turn 38 ", "[… 30 turns …]", "[… 87,0"):
+        assert shown in page
+    assert "turn 20 " not in page
