@@ -16,11 +16,11 @@ import pytest
 from megarlhf import cli
 from megarlhf.config import describe, load_config
 from megarlhf.errors import ConfigError, MegarlhfError, RunStopped, TrainingError
+from tests.helpers.documents import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
+LINES = [line for block in blocks(README) for line in block.splitlines()]
 COMMAND = re.compile(r"(?:^|srun )megarlhf (\w+)([^|]*)")
 SHOWN = [match for line in LINES if (match := COMMAND.search(line)) and "demo seed=S" not in line]
 TABLE = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", README, re.MULTILINE))
