@@ -38,9 +38,13 @@ VALUES
 
 # Every setting that begins with a word, up to its next dot. NAME stands for a name of the user's, who types it.
 _megarlhf_names() {
-    local name rest given=${2#*.}
+    local name rest mapping given
     for name in $(_megarlhf_settings "$1"); do
-        [[ $2 == *.*.* ]] && name=${name/.NAME./.${given%%.*}.}
+        mapping=${name%%.NAME.*}
+        if [[ $mapping != "$name" && $2 == "$mapping".*.* ]]; then
+            given=${2#"$mapping".}
+            name=$mapping.${given%%.*}.${name#*.NAME.}
+        fi
         [[ $name == "$2"* ]] || continue
         rest=${name#"$2"}
         case $rest in

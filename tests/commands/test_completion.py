@@ -98,6 +98,21 @@ def test_bash_offers(line: str, offered: list[str], written: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+def test_a_name_of_the_user_s_may_stand_anywhere(shell: Literal["bash", "zsh"], tmp_path: Path) -> None:
+    names = ("data.parts.NAME.source", "data.parts.NAME.weight", "data.seed", "judges.NAME.weight")
+    file = tmp_path / "complete"
+    file.write_text(script(shell, {"sft": [FieldHelp(name, "float", "1", "") for name in names]}))
+    for word, offered in (
+        ("d", ["data."]),
+        ("data.", ["data.parts.", "data.seed="]),
+        ("data.parts.", []),
+        ("data.parts.mine.", ["data.parts.mine.source=", "data.parts.mine.weight="]),
+        ("judges.mine.w", ["judges.mine.weight="]),
+    ):
+        assert said(shell, file, f"_megarlhf_names sft {word}") == offered
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 def test_tab_completes_what_is_typed(shell: str, written: dict[str, Path]) -> None:
     """At a real prompt, which completes with readline or with zle."""
     setup = "autoload -Uz compinit; compinit -u -D; " if shell == "zsh" else ""
