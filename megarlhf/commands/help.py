@@ -24,8 +24,8 @@ FEW = 20
 """Settings that a command's help shows all at once."""
 INDENT = 4
 """Columns before what goes on after the line that names a setting."""
-PIPED = 100
-"""Columns where there is no terminal whose width counts."""
+PIPED = 80
+"""Columns where standard output is no terminal: a pager in a narrow one breaks no line either."""
 FIRST = (
     ("The whole pipeline, on data that it makes: six minutes on two CPU cores.", "demo"),
     ("With data of your own: a model that imitates demonstrations,", "sft run_dir=sft model=DIR data.source=FILE"),

@@ -23,8 +23,8 @@ def out(capfd: pytest.CaptureFixture[str], *words: str) -> list[str]:
 def test_they_are_listed_each_with_what_it_says_of_itself(capfd: pytest.CaptureFixture[str]) -> None:
     lines = out(capfd)
     assert [line.split()[0] for line in lines if line.startswith(tuple(THERE))] == THERE
-    said = [" ".join(line.split()) for line in lines]
-    assert "rloo_tiny.yaml Each answer against the three others to its prompt." in said
+    said = " ".join(" ".join(lines).split())
+    assert "rloo_tiny.yaml Each answer against the three others to its prompt. sft_tiny.yaml A tiny Llama 3" in said
     assert out(capfd, "name=ppo_tiny")[0].startswith("ppo_tiny.yaml   Four colocated models")
 
 

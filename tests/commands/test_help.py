@@ -20,7 +20,6 @@ from megarlhf.commands import help as help_
 from megarlhf.commands.table import commands, program
 from megarlhf.config import describe, load_config
 from megarlhf.errors import ConfigError
-from megarlhf.observe.terminal import Terminal
 from tests.trainers.toy_reinforce import ReinforceConfig
 
 COLUMNS = 80
@@ -32,11 +31,6 @@ COMMANDS = tuple(commands())
 @cache
 def settings_of(command: str) -> Any:
     return program(commands()[command])[0]
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(help_, "console", lambda: Terminal(width=COLUMNS))
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
