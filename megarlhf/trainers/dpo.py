@@ -75,7 +75,7 @@ class DPOConfig(RunConfig):
     """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
     pairs: DataConfig = DataConfig()
     """Preference pairs: columns prompt, chosen, rejected, and optionally margin, which weighs a pair in the loss."""
-    heldout: DataConfig | None = None
+    heldout: Annotated[DataConfig | None, FreeToChange()] = None
     """Pairs to measure loss and accuracy on, as eval_every says."""
     beta: float = Field(default=0.1, gt=0)
     """Implicit reward of a nat of distance from the reference: the larger, the nearer the policy stays to it.

@@ -83,7 +83,7 @@ class RewardConfig(RunConfig):
     """Judged responses: columns prompt, response, correct (0 to 1, or to `labelled.scale`)."""
     heldout: LabelledData | None = None
     """Judged responses to measure AUC on, and to normalise the scores by; without them it is done by training rows."""
-    heldout_pairs: DataConfig | None = None
+    heldout_pairs: Annotated[DataConfig | None, FreeToChange()] = None
     """Pairs to measure order, margin and calibration on, as eval_every says."""
     pointwise_weight: float = Field(default=1.0, gt=0)
     """Weight of the pointwise term. Source: the paper gives none; 1 weighs the terms equally."""

@@ -64,7 +64,7 @@ class SftConfig(RunConfig):
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     data: SftData = SftData()
     """Demonstrations: columns prompt and response, or messages."""
-    heldout: SftData | None = None
+    heldout: Annotated[SftData | None, FreeToChange()] = None
     """Demonstrations to measure sft/heldout_loss on, as eval_every says."""
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine")
     """Optimiser. Source of the rate: Llama 3's SFT."""

@@ -145,6 +145,24 @@ def test_a_stopped_run_measures_what_the_whole_one_did(whole: tuple[str, Path, A
     assert logged_lines(tmp_path / "run") == logged_lines(run_dir)
 
 
+def test_a_run_that_goes_on_may_measure_from_then_on(whole: tuple[str, Path, Any], tmp_path: Path) -> None:
+    command, run_dir, found = whole
+    name = "heldout_pairs" if command == "reward" else "heldout"
+    before = config(command, tmp_path / "run", ParallelLayout(), eval_every=0, **{name: None})
+    run_ranks(begun, 1, command, 2, before)
+    weights, said = run(command, config(command, tmp_path / "run", ParallelLayout()))
+    assert worst(found, weights) == 0.0
+    late = {step: row for step, row in measured(run_dir).items() if step > 2}
+    assert measured(tmp_path / "run") == late
+    assert "goes on after step 2" in said
+    assert "other settings" not in said
+
+
+def begun(command: str, stop: int, cfg: Any) -> None:
+    with stopped_after(stop), redirect_stderr(io.StringIO()):
+        OF[command].train(cfg, OF[command].prepare(cfg), [command], start(cfg.layout, seed=1))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_no_layout_changes_it(layout: ParallelLayout, whole: tuple[str, Path, Any], tmp_path: Path) -> None:
     """13 rows on two data ranks are 7 and 6: their mean is still that of the rows."""
