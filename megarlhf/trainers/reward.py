@@ -84,7 +84,7 @@ class RewardConfig(RunConfig):
     heldout: LabelledData | None = None
     """Judged responses to measure AUC on, and to normalise the scores by; without them it is done by training rows."""
     heldout_pairs: Annotated[DataConfig | None, FreeToChange()] = None
-    """Pairs to measure order, margin and calibration on, as eval_every says."""
+    """Pairs to measure order, margin and calibration on, as eval_every says, by the scores before `normalise`."""
     pointwise_weight: float = Field(default=1.0, gt=0)
     """Weight of the pointwise term. Source: the paper gives none; 1 weighs the terms equally."""
     pairs_batch: int = Field(default=64, ge=1)
