@@ -49,7 +49,7 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "grpo ... prompts": (*SHORT, "actor.init=DIR", "run_dir=runs/judges/grpo"),
     "eval ... prompts.source=test": ("model=DIR", "sampling.max_new_tokens=6"),
 }
-"""What is added to a command that begins so, so that it takes seconds; it changes no setting that the reader was told."""
+"""What is added to a command that begins so, for it to take seconds; no setting that the reader was told is changed."""
 
 
 class Shown(NamedTuple):
