@@ -85,7 +85,7 @@ def whole(folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[PPOCon
 def evaluated(cfg: EvalConfig) -> None:
     """`megarlhf eval`."""
     with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-        evaluate._run(cfg, evaluate.prepare(cfg), start(cfg.layout, seed=cfg.seed))
+        evaluate._run("megarlhf eval", cfg, evaluate.prepare(cfg), start(cfg.layout, seed=cfg.seed))
 
 
 def separately(cfg: PPOConfig, model: str, output: Path) -> list[dict[str, Any]]:
