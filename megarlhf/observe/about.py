@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -70,19 +69,11 @@ class About:
     data: tuple[DataFacts, ...] = ()
     settings: tuple[Setting, ...] = ()
     """All of them."""
-    starts: tuple[str, ...] = ()
-    """When it was started, and started again: times in UTC."""
 
 
 def write_about(run_dir: Path, about: About) -> None:
-    """Write `about.json`, the earlier starts of the run that is there kept. Rank 0 only."""
-    try:
-        before = read_about(run_dir)
-    except DataError:  # a run need not stop because its page lost something
-        before = None
-    now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-    starts = (*(before.starts if before else ()), now)
-    write_whole(run_dir / ABOUT, json.dumps(asdict(replace(about, starts=starts)), indent=1) + "\n")
+    """Write `about.json`. Rank 0 only."""
+    write_whole(run_dir / ABOUT, json.dumps(asdict(about), indent=1) + "\n")
 
 
 def read_about(run_dir: Path) -> About | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megarlhf.observe.about import About
 from megarlhf.observe.page import names, row, table
+from megarlhf.observe.starts import Start
 
 
 def models_table(about: About) -> str:
@@ -17,7 +20,7 @@ def data_table(about: About) -> str:
     rows = (
         row(
             each.name,
-            f"{each.source} ({each.split})",
+            f"{each.source} ({each.split})" if each.split else each.source,
             f"{each.rows:,}",
             f"{each.dropped + each.bad:,}",
             f"{each.tokens:,}",
@@ -34,6 +37,16 @@ def settings_table(about: About) -> str:
     """What was chosen, and what would have been."""
     rows = (names(each.name, each.value, each.default) for each in about.settings if each.differs)
     return table(("Setting", "Value", "Default"), rows, kind="texts")
+
+
+def changes_table(starts: Sequence[Start]) -> str:
+    """What was changed when the run was started again."""
+    rows = (
+        names(f"{start.at}, after step {start.after_step:,}", name, str(then), str(now))
+        for start in starts
+        for name, (then, now) in start.changes.items()
+    )
+    return table(("Start", "Setting", "Was", "Is"), rows, kind="texts")
 
 
 def _size(parameters: int) -> str:

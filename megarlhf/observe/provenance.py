@@ -9,15 +9,14 @@ import platform
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from megarlhf.observe.files import json_line, write_whole, writing
-from megarlhf.observe.run_files import COMMAND, CONFIG, STARTS, TRAINER, VERSIONS
+from megarlhf.observe.files import write_whole, writing
+from megarlhf.observe.run_files import COMMAND, CONFIG, TRAINER, VERSIONS
 
 _PACKAGES = (
     *("torch", "megatron-core", "transformers", "tokenizers", "datasets", "pydantic", "numpy", "safetensors"),
@@ -33,29 +32,16 @@ class Settings(Protocol):
         ...
 
 
-def write_provenance(
-    run_dir: Path,
-    config: Settings,
-    argv: Sequence[str],
-    *,
-    after: int = 0,
-    changes: Mapping[str, tuple[Any, Any]] | None = None,
-) -> None:
-    """Write what is needed to run this again: resolved config, command line, package versions, commit; note the start.
+def write_provenance(run_dir: Path, config: Settings, argv: Sequence[str]) -> None:
+    """Write what is needed to run this again: resolved config, command line, package versions, commit.
 
-    after: steps that were done before. changes: settings that were others then, with what they were and what they are.
     Ranks:    rank 0 only. `argv` is the command line without the program's name.
     """
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["megarlhf", *argv])
-    at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    start = {"at": at, "after_step": after, "command": command, "changes": changes or {}}
-    with writing(run_dir / STARTS), (run_dir / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json_line(start))
     write_whole(run_dir / CONFIG, config.to_yaml())
     write_whole(run_dir / TRAINER, type(config).__module__ + "\n")
-    write_whole(run_dir / COMMAND, command + "\n")
+    write_whole(run_dir / COMMAND, shlex.join(["megarlhf", *argv]) + "\n")
     write_whole(run_dir / VERSIONS, json.dumps(versions(), indent=2) + "\n")
 
 

@@ -20,7 +20,7 @@ from megarlhf.observe import run_files
 from megarlhf.observe.about import About, read_about
 from megarlhf.observe.cautions import cautions_of
 from megarlhf.observe.curves import curves
-from megarlhf.observe.facts import data_table, models_table, settings_table
+from megarlhf.observe.facts import changes_table, data_table, models_table, settings_table
 from megarlhf.observe.files import own_file, write_whole
 from megarlhf.observe.metrics import PHASES, meaning
 from megarlhf.observe.page import (
@@ -38,6 +38,7 @@ from megarlhf.observe.page import (
 )
 from megarlhf.observe.panels import KEY
 from megarlhf.observe.samples import JudgedResponse, SampleRow, compared_section, rollouts_section
+from megarlhf.observe.starts import read_starts
 from megarlhf.observe.status import Status, status_of
 from megarlhf.observe.writers import logged, read_metrics
 
@@ -126,6 +127,7 @@ def _page(directory: Path, report: Report) -> str:
     sections = [
         _summary(report.summary) or _tiles(rows),
         _facts(about),
+        section("Changed on the way", changes_table(read_starts(run_dir))),
         _judges(rows),
         curves("Curves", log),
         *(curves(title, read_metrics(directory / path)) for title, path in report.stages),
@@ -153,13 +155,13 @@ def took(rows: Rows) -> str:
 
 def _head(report: Report, run_dir: Path, status: Status, rows: Rows, about: About | None) -> str:
     """Title and status of the run."""
-    starts = about.starts if about else ()
-    again = f", started {len(starts)} times, last {starts[-1]} UTC" if len(starts) > 1 else ""
+    starts = read_starts(run_dir)
+    again = f", started {len(starts)} times, last {starts[-1].at}" if len(starts) > 1 else ""
     ranks = f"{about.ranks} rank{'s' if about.ranks > 1 else ''}, {about.device}" if about else ""
     known = facts(
         [
             ("Trainer", trainer_of(run_dir)),
-            ("Started", f"{starts[0]} UTC{again}" if starts else ""),
+            ("Started", f"{starts[0].at}{again}" if starts else ""),
             ("Steps took", took(rows)),
             ("Ran on", ranks),
         ]

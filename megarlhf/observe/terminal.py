@@ -39,16 +39,22 @@ class _Record(logging.LogRecord):
         return printable(super().getMessage())
 
 
+_formatted = warnings.formatwarning
+
+
+def _warning(*args: Any, **settings: Any) -> str:
+    return printable(_formatted(*args, **settings))
+
+
+def _bug(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    sys.stderr.write(printable("".join(traceback.format_exception(kind, error, where))))
+
+
 def guard() -> None:
-    """Show warnings, log records and tracebacks of this process, other libraries' too, as `printable` text."""
-    formatted = warnings.formatwarning
+    """Show warnings, log records and tracebacks of this process, other libraries' too, as `printable` text.
 
-    def warning(*args: Any, **settings: Any) -> str:
-        return printable(formatted(*args, **settings))
-
-    def bug(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        sys.stderr.write(printable("".join(traceback.format_exception(kind, error, where))))
-
+    However often it is called: a program that runs many commands calls it with each.
+    """
     logging.setLogRecordFactory(_Record)
-    warnings.formatwarning = warning
-    sys.excepthook = bug
+    warnings.formatwarning = _warning
+    sys.excepthook = _bug

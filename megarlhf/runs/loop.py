@@ -33,6 +33,7 @@ from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
 from megarlhf.observe.provenance import write_provenance
 from megarlhf.observe.run_files import LOCK, steps_in
+from megarlhf.observe.starts import note_start
 from megarlhf.observe.writers import RunWriter
 from megarlhf.parallel.collectives import broadcast_object, on_main
 from megarlhf.parallel.launch import fail, is_timeout
@@ -359,7 +360,8 @@ def open_run(cfg: RunConfig, argv: Sequence[str], run: Run) -> Iterator[RunWrite
     if changes:
         _say(f"{cfg.run_dir}: goes on with other settings ({spelled(changes)})", (), mesh)
     _keep_finished(cfg, mesh)
-    write_provenance(cfg.run_dir, cfg, argv, after=after, changes=changes)
+    write_provenance(cfg.run_dir, cfg, argv)
+    note_start(cfg.run_dir, argv, after, changes)
     tracked = cfg.model_dump(mode="json") if cfg.wandb else None
     with RunWriter(cfg.run_dir, tensorboard=cfg.tensorboard, wandb=tracked) as writer:
         yield writer

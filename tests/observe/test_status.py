@@ -15,6 +15,7 @@ from megarlhf.errors import DataError
 from megarlhf.observe import lock
 from megarlhf.observe.about import read_about, write_about
 from megarlhf.observe.report import write_page
+from megarlhf.observe.starts import note_start, read_starts
 from megarlhf.observe.status import status_of
 from megarlhf.observe.writers import RunWriter, read_metrics
 from tests.helpers.pages import ABOUT, policy_run
@@ -110,21 +111,35 @@ def test_a_page_says_what_a_run_was_made_of(tmp_path: Path) -> None:
     assert "kl_coef<td>" not in page
 
 
-def test_starts_are_kept_and_a_damaged_file_stops_no_run(tmp_path: Path) -> None:
-    tmp_path.mkdir(exist_ok=True)
-    write_about(tmp_path, ABOUT)
-    write_about(tmp_path, ABOUT)
-    about = read_about(tmp_path)
-    assert about is not None
-    assert len(about.starts) == 2
-    assert replace(about, starts=()) == ABOUT
+def test_a_damaged_file_stops_no_run(tmp_path: Path) -> None:
     (tmp_path / "about.json").write_text('{"unit": 5}')
     with pytest.raises(DataError, match=r"about\.json: .*; remove it, and the page does without\."):
         write_page(tmp_path)
     write_about(tmp_path, ABOUT)
+    assert read_about(tmp_path) == ABOUT
     assert write_page(tmp_path).exists()
     (tmp_path / "about.json").unlink()
     assert write_page(tmp_path).exists()
+
+
+def test_a_page_says_when_a_run_was_started_and_what_was_changed(tmp_path: Path) -> None:
+    """Lines that no run writes are left out, and what they say is escaped."""
+    policy_run(tmp_path)
+    note_start(tmp_path, ["grpo"], 0, {})
+    assert "Changed on the way" not in write_page(tmp_path).read_text(encoding="utf-8")
+    note_start(tmp_path, ["grpo", "iterations=40"], 20, {"iterations": (20, 40), "judges.<b>.url": ("<i>", None)})
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"at": 3}\n[]\n{"at": "x", "after_step": 1, "changes": {"a": 1}}\n{"at": "torn')
+    starts = read_starts(tmp_path)
+    assert [(start.after_step, dict(start.changes)) for start in starts] == [
+        (0, {}),
+        (20, {"iterations": (20, 40), "judges.<b>.url": ("<i>", None)}),
+        (1, {}),
+    ]
+    page = write_page(tmp_path).read_text(encoding="utf-8").replace("<wbr>", "")
+    assert f"{starts[0].at}, started 3 times, last x" in page
+    assert f"<td>{starts[1].at}, after step 20<td>iterations<td>20<td>40</tr>" in page
+    assert "judges.&lt;b&gt;.url<td>&lt;i&gt;<td>None</tr>" in page
 
 
 def test_a_run_of_ten_thousand_steps_has_a_page_of_less_than_a_megabyte(tmp_path: Path) -> None:

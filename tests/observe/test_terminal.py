@@ -72,7 +72,8 @@ def test_tables_and_lines_of_a_console(forced: bool, capsys: pytest.CaptureFixtu
 
 def test_warnings_logs_and_bugs_of_other_libraries() -> None:
     code = (
-        "import logging, sys, warnings; from megarlhf.observe.terminal import guard; guard()\n"
+        "import logging, sys, warnings; from megarlhf.observe.terminal import guard\n"
+        "for _ in range(5000): guard()\n"  # a program that runs many commands
         f"text = {HOSTILE!r}\n"
         "warnings.warn(text); logging.getLogger('x').error('%s', text); raise RuntimeError(text)"
     )
