@@ -45,7 +45,7 @@ GENERATE = (
 )
 EVAL = (
     *("eval", "model=runs/tiny/ppo/model", "prompts.template=plain", "prompts.source=arithmetic"),
-    *("prompts.arithmetic.rows=20", "max_new_tokens=12", "output=judged.jsonl"),
+    *("prompts.arithmetic.rows=20", "sampling.max_new_tokens=12", "output=judged.jsonl"),
 )
 
 

@@ -79,7 +79,8 @@ def print_settings(name: str, command: Command, settings: type[Config], topics: 
         shown = {group: text for group, text in groups.items() if any(_within(group, topic) for topic in topics)}
         _print_rows(out, found, shown)
         return
-    out.print(Text(f"megarlhf {name} [--config FILE] [name=value ...]", style="bold"))
+    bare = f" [{command.listed} ...]" if command.listed else ""
+    out.print(Text(f"megarlhf {name}{bare} [--config FILE] [name=value ...]", style="bold"))
     summary = f"{command.summary[:1].upper()}{command.summary[1:]}"
     out.print(Text(f"{summary}. Precedence: default < file < command line.\n"))
     if len(rows) <= FEW or not settings.first:

@@ -7,7 +7,6 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from megarlhf.errors import RunStopped
 from megarlhf.parallel import local_ranks
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.runs import loop
+from megarlhf.runs.measuring import Measuring
 from megarlhf.runs.stopping import SIGNALS, StopRequest, stopping_at_start
 from megarlhf.trainers import sft
 from tests.helpers.ranks import run_ranks
@@ -75,7 +74,7 @@ def test_nothing_is_lost_outside_of_the_steps(
 def stop_at_the_gates(run_dir: Path) -> str:
     cfg = config(run_dir, ParallelLayout())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "run_steps", partial(loop.run_steps, ready=lambda _: signal_myself(signal.SIGUSR1)))
+        patch.setattr(Measuring, "begin", lambda *_: signal_myself(signal.SIGUSR1))
         with pytest.raises(RunStopped) as stopped:
             sft.train(cfg, sft.prepare(cfg), [], start(cfg.layout, seed=cfg.seed))
     return str(stopped.value)

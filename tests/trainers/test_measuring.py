@@ -97,7 +97,7 @@ def separately(model: str, rows: list[dict[str, Any]], folder: Path) -> list[dic
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = folder / f"scored_{Path(model).name}_{len(list(folder.iterdir()))}.jsonl"
     given = {"model": model, "tokenizer": "arithmetic", "input": folder / "rows.jsonl", "output": output}
-    cfg = ScoreConfig.model_validate({**given, "template": "plain"})
+    cfg = ScoreConfig.model_validate({**given, "prompts": {"template": "plain"}})
     run_ranks(scored, 1, cfg)
     return [json.loads(line) for line in output.read_text().splitlines()]
 
