@@ -4,8 +4,8 @@
     response, prompt    text, and text or a conversation: the response is predicted
     tokens              a list of at least two token ids: all but the first are predicted
 
-EOS ends a response and is predicted too; token ids are taken as they are. One file may mix the three kinds; a column
-that is null counts as absent.
+EOS ends a response and is predicted too, alone where the response is empty; token ids are taken as they are. One file
+may mix the three kinds; a column that is null counts as absent.
 """
 
 from __future__ import annotations
@@ -70,8 +70,12 @@ class ScoreSet:
         if _kind(row) == "tokens":
             ids = _token_ids(row)
             return Dialogue([(min(1, len(ids)), len(ids))], ids)
-        given = {name: value for name, value in row.columns.items() if value is not None}
-        return encode_demonstration(Row(row.source, row.number, given), self.tokenizer(), self.template)
+        given = Row(row.source, row.number, {name: value for name, value in row.columns.items() if value is not None})
+        tokenizer = self.tokenizer()
+        if given.columns.get("response") == "":  # a model may end at once, and `generate` writes what it said
+            prompt, ended = given.prompt_ids(tokenizer, self.template), tokenizer.encode_response("")
+            return Dialogue([(len(prompt), len(prompt) + len(ended))], [*prompt, *ended])
+        return encode_demonstration(given, tokenizer, self.template)
 
 
 def load_score_rows(path: Path, tokenizer: Callable[[], Tokenizer], template: Template) -> ScoreSet:
