@@ -62,7 +62,9 @@ class Best(Config):
     step: Count
     """Steps done then."""
     value: float = pydantic.Field(allow_inf_nan=False)
-    """Its metric."""
+    """Of its metric."""
+    metric: str
+    """keep_best, as it was then."""
 
 
 class Position(Config):

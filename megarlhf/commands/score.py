@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.commands.row_file import DAY, Done, RowFile, finite, who_reads
+from megarlhf.commands.row_file import DAY, RowFile, finite, who_reads
 from megarlhf.config import Config
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
@@ -28,8 +28,9 @@ from megarlhf.errors import ConfigError
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.progress import Progress
-from megarlhf.parallel.collectives import broadcast_object
+from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.runs.measuring import PART_ROWS
 from megarlhf.runtime.checks import Model, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import lock_of_file, sole_writer
@@ -38,8 +39,6 @@ from megarlhf.runtime.said import say, told_day
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.runtime.texts import check_one_day, chosen_template
 
-PART_ROWS = 512
-"""Rows between two writes: at most these are lost when a run is killed, or held as tensors at once."""
 ADDED = {"language": ("logprobs", "logprob_sum"), "scalar": ("score",)}
 """Fields that are added to a row, by the model's head."""
 
@@ -113,7 +112,6 @@ class ScoreInputs:
     """None where every row has ids."""
     rows: ScoreSet
     output: RowFile
-    done: Done
 
 
 def prepare(cfg: ScoreConfig) -> ScoreInputs:
@@ -140,7 +138,7 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
         output = replace(output, settings={**settings, DAY: str(used.date)})
     done = output.done(rows.rows)
     output.check_room(rows.rows[done.rows :])
-    return ScoreInputs(model, used, rows, output, done)
+    return ScoreInputs(model, used, rows, output)
 
 
 def main(cfg: ScoreConfig, argv: Sequence[str]) -> int:
@@ -152,13 +150,13 @@ def run(cfg: ScoreConfig, inputs: ScoreInputs, mesh: Mesh) -> None:
     """Score what the output lacks and write it. Collective: every rank of the layout calls it."""
     if inputs.tokenizer is not None:
         check_one_day(inputs.tokenizer, mesh)
-    # The file is rank 0's; another machine may see it late, or not at all.
-    done = broadcast_object(inputs.done, mesh, "world")
-    left = len(inputs.rows) - done.rows
-    say(inputs.output.said(done, len(inputs.rows)), mesh)
-    if not left:
-        return
     with sole_writer(lock_of_file(cfg.output), "output", cfg.output, mesh):
+        # Again: since the input was checked, another process may have written it.
+        done = on_main(lambda: inputs.output.done(inputs.rows.rows), mesh)
+        left = len(inputs.rows) - done.rows
+        say(inputs.output.said(done, len(inputs.rows)), mesh)
+        if not left:
+            return
         model = build(cfg, inputs.model, mesh)
         reader = Model("model", cfg.model, inputs.model)
         used, own = chosen_template(cfg.prompts.template, reader), inputs.model.template

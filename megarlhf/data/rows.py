@@ -103,6 +103,10 @@ class Origin:
     mix: Mapping[str, Share] = field(default_factory=dict[str, "Share"])
     """What of each part is in an epoch."""
 
+    def distinct(self, entries: int) -> int:
+        """How many rows the entries of an epoch are."""
+        return sum(share.rows for share in self.mix.values()) or entries
+
 
 class Share(NamedTuple):
     """What of a part is in an epoch."""

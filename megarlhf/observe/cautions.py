@@ -49,10 +49,11 @@ def _held(name: str, rows: Sequence[Mapping[str, float]]) -> tuple[str, str] | N
     held = [row for row in rows if row.get(name)]
     if not held:
         return None
+    first = {quantity: next((row[quantity] for row in rows if quantity in row), None) for quantity in about}
     values = "; ".join(
-        minus(f"{quantity} {rows[0][quantity]:.3g} → {held[-1][quantity]:.3g}")
-        for quantity in about
-        if quantity in rows[0] and quantity in held[-1]
+        minus(f"{quantity} {before:.3g} → {held[-1][quantity]:.3g}")
+        for quantity, before in first.items()
+        if before is not None and quantity in held[-1]
     )
     return text, f"(steps {held[0]['step']:.0f} to {held[-1]['step']:.0f}). {values}"
 

@@ -28,6 +28,8 @@ def note_start(run_dir: Path, argv: Sequence[str], after_step: int, changes: Map
     at = time.strftime("%Y-%m-%d %H:%M:%S %z")
     line = {"at": at, "after_step": after_step, "command": shlex.join(["megarlhf", *argv]), "changes": changes}
     path = run_dir / STARTS
+    with writing(path):
+        run_dir.mkdir(parents=True, exist_ok=True)
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json_line(line))
 

@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from megarlhf.checkpoint.disk import check_room
 from megarlhf.checkpoint.model_directory import Card, weight_bytes
@@ -107,8 +108,14 @@ class Run:
                 if self._cfg.resume != "force":
                     raise
                 _say(f"resume=force: {name} begins afresh, for {error}", (), self.mesh)
-        self._guard.skipped, self._best, self._saved = position.skipped_steps, position.best, position.step
+        self._guard.skipped, self._saved = position.skipped_steps, position.step
+        if position.best is not None and position.best.metric == self._cfg.keep_best:
+            self._best = position.best
         self._guard.in_a_row = dict(position.skipped_in_a_row)
+
+    def forget_best(self) -> None:
+        """What it was measured on are others now."""
+        self._best = None
 
     def _cut_logs(self, position: Position | None) -> list[str]:
         if position is not None:
@@ -293,7 +300,7 @@ def better(best: Best | None, metric: str, step: int, metrics: Metrics) -> Best 
     value, sign = metrics.get(name, math.nan), -1.0 if metric.startswith("-") else 1.0
     if math.isnan(value) or (best is not None and sign * value <= sign * best.value):
         return best
-    return Best(step=step, value=value)
+    return Best(step=step, value=value, metric=metric)
 
 
 def _say(text: str, lost: Sequence[str], mesh: Mesh) -> None:
@@ -329,7 +336,8 @@ def run_steps(
         trail.step = first
         run.check(lambda: ready(first))
         # One that had ended, and was killed before its model was saved, has no step left to take.
-        for index in range(first, first if enough(metrics) else count):
+        last = first if enough(metrics) else count
+        for index in range(first, last):
             trail.step, before = index, run.parts()
             try:
                 metrics = step(index)
@@ -344,7 +352,7 @@ def run_steps(
                 run.save_last(index + 1, metrics)
                 break
         else:
-            run.steps_done(count, metrics)
+            run.steps_done(last, metrics)
     return metrics
 
 
@@ -352,28 +360,34 @@ def run_steps(
 def open_run(cfg: RunConfig, argv: Sequence[str], run: Run) -> Iterator[RunWriter | None]:
     """Go back to where the run was, if it was; then rank 0's writer on a run directory that says how the run was made,
     None on other ranks. Collective. Nothing in the directory is touched where it cannot go on."""
-    mesh, after = run.mesh, run.restore()
+    mesh = run.mesh
+    aside = on_main(lambda: cfg.aside() if cfg.model_dir.exists() else None, mesh)  # named by the log as it is now
+    after = run.restore()
+    changes = on_main(lambda: _begin(cfg, argv, after, aside, mesh), mesh)
+    if any(name.startswith("heldout") for name in changes):
+        run.forget_best()
     if not mesh.is_main:
         yield None
         return
-    changes = cfg.changes()
-    if changes:
-        _say(f"{cfg.run_dir}: goes on with other settings ({spelled(changes)})", (), mesh)
-    _keep_finished(cfg, mesh)
-    write_provenance(cfg.run_dir, cfg, argv)
-    note_start(cfg.run_dir, argv, after, changes)
     tracked = cfg.model_dump(mode="json") if cfg.wandb else None
     with RunWriter(cfg.run_dir, tensorboard=cfg.tensorboard, wandb=tracked) as writer:
         yield writer
 
 
-def _keep_finished(cfg: RunConfig, mesh: Mesh) -> None:
-    """Put the model of a finished run aside, which goes on."""
-    if cfg.model_dir.exists():
-        aside = cfg.aside()
+def _begin(
+    cfg: RunConfig, argv: Sequence[str], after: int, aside: Path | None, mesh: Mesh
+) -> dict[str, tuple[Any, Any]]:
+    """Say and note, on rank 0, what has changed since the start before; put a finished model `aside`."""
+    changes = cfg.changes()
+    if changes:
+        _say(f"{cfg.run_dir}: goes on with other settings ({spelled(changes)})", (), mesh)
+    if aside is not None:
         with writing(aside):
             cfg.model_dir.rename(aside)
         _say(f"{cfg.run_dir}: its model so far is kept in {aside}", (), mesh)
+    note_start(cfg.run_dir, argv, after, changes)  # before the settings are those of now
+    write_provenance(cfg.run_dir, cfg, argv)
+    return changes
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from megarlhf.errors import ConfigError, JudgeError
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.run_files import BEST
+from megarlhf.observe.starts import read_starts
 from megarlhf.observe.writers import RunWriter, read_metrics
-from megarlhf.parallel.collectives import broadcast_object
+from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.roles import print_remark
@@ -44,13 +45,21 @@ class Measuring:
     def begin(self, first: int, writer: RunWriter | None) -> None:
         """Measure where no step was done, logged as step 0; else take up what the run had measured. Collective."""
         if first:
-            every = read_metrics(self._cfg.run_dir).rows if self._cfg.patience and self._mesh.is_main else []
-            for row in broadcast_object(every, self._mesh, "world"):
+            for row in on_main(self._before, self._mesh):
                 self._count(int(row["step"]), row)
         elif self._measure is not None and self._cfg.eval_every:
             found = {**self._measured(0, self._measure), **self.clock.metrics()}
             if writer is not None:
                 writer.log(found, 0)
+
+    def _before(self) -> list[dict[str, float]]:
+        """What was logged of the same held-out data, where `patience` counts it."""
+        if not self._cfg.patience:
+            return []
+        run_dir = self._cfg.run_dir
+        others = (start for start in read_starts(run_dir) if any(name.startswith("heldout") for name in start.changes))
+        since = max((start.after_step for start in others), default=-1)
+        return [row for row in read_metrics(run_dir).rows if row["step"] > since]
 
     def after(self, step: int, *, ending: bool = False) -> Metrics:
         """The measurement after `step` steps, where it is time, or the run is `ending`; nothing else. Collective."""

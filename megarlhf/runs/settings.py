@@ -32,7 +32,7 @@ class RunConfig(RanksConfig):
     resume: Annotated[Literal["auto", "never", "force"], FreeToChange()] = "auto"
     """`auto`: the same command again goes on from the newest saved state in run_dir, or from the start where there is
     none. `never` refuses a used run_dir. `force` goes on with settings that change what is learnt, too: what they were
-    is noted in the run's starts.jsonl, and data that are others are read from their first row."""
+    is noted in the run's starts.jsonl, and data of another number of rows are read from their first one."""
     save_every: Annotated[int, FreeToChange()] = Field(default=100, ge=0)
     """Steps (of a policy: iterations) between two saved states; the last step's is saved too. 0 saves none, but one
     where a signal stops the run."""
@@ -135,7 +135,7 @@ class RunConfig(RanksConfig):
         changed = {name: values for name, values in changes.items() if not _mark(name, free)}
         state = latest_state(self.states_dir)
         # Of a run that ended before its first step no setting has done anything.
-        if changed and self.resume != "force" and (self._has_logged() or state is not None):
+        if changed and self.resume != "force" and (self._has_stepped() or state is not None):
             raise ConfigError(
                 f"run_dir={self.run_dir} holds a run with other settings ({spelled(changed)}); put them back to go on "
                 "with it, or choose another run_dir, or set resume=force, which goes on with them and notes it."
@@ -188,9 +188,8 @@ class RunConfig(RanksConfig):
                 f"run_dir={self.run_dir} holds a run of the trainer {trainer}, this is {own}; choose another run_dir."
             )
 
-    def _has_logged(self) -> bool:
-        log = self.run_dir / run_files.METRICS
-        return log.is_file() and log.stat().st_size > 0
+    def _has_stepped(self) -> bool:
+        return any(row["step"] for row in read_metrics(self.run_dir).rows)
 
     def changes(self) -> dict[str, tuple[Any, Any]]:
         """Settings of the run that `run_dir` holds, and these, where they differ in what may change a result.

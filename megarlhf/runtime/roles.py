@@ -70,7 +70,10 @@ def print_memory_plan(roles: Sequence[Role], mesh: Mesh) -> None:
 
 
 def print_dropped(name: str, dropped: int, kept: int, mesh: Mesh) -> None:
-    """Say, on rank 0, how many rows of the setting `name` were left out because they were too long; silent for none."""
+    """Say, on rank 0, how many rows of the setting `name` were left out because they were too long; silent for none.
+
+    kept: rows that are left, each once.
+    """
     if dropped:
         limits = f"longer than {name}.max_tokens ({name}.overlong=drop)"
         _console(mesh).print(f"{name}: {dropped} of {dropped + kept} rows dropped, {limits}")

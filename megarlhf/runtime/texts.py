@@ -39,7 +39,7 @@ def chosen_data(data: Data, name: str, model: Model) -> Data:
 def check_one_source(data: DataConfig, name: str) -> None:
     """Raise ConfigError where `data`, the setting `name`, is a mix, whose rows may be there more than once."""
     if data.mix:
-        raise ConfigError(f"{name}.mix is for training; here set {name}.source, for each of them in turn.")
+        raise ConfigError(f"{name}.mix is for rows that are learnt from; set {name}.source, for each of them in turn.")
 
 
 def chosen_heldout(data: Data, name: str, model: Model) -> Data:

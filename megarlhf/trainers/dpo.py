@@ -75,7 +75,7 @@ class DPOConfig(RunConfig):
     """Tokenizer directory, `arithmetic` for the built-in one, or empty for the model's own."""
     pairs: DataConfig = DataConfig()
     """Preference pairs: columns prompt, chosen, rejected, and optionally margin, which weighs a pair in the loss."""
-    heldout: Annotated[DataConfig | None, FreeToChange()] = None
+    heldout: Annotated[DataConfig | None, FreeToChange(said=True)] = None
     """Pairs to measure loss and accuracy on, as eval_every says."""
     beta: float = Field(default=0.1, gt=0)
     """Implicit reward of a nat of distance from the reference: the larger, the nearer the policy stays to it.
@@ -211,7 +211,7 @@ def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) ->
 
 def _say_start(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> About:
     for name, rows in inputs.sets.items():
-        print_dropped(name, rows.dropped, len(rows), mesh)
+        print_dropped(name, rows.dropped, rows.origin.distinct(len(rows)), mesh)
     asked = {"pairs": cfg.pairs, "heldout": cfg.heldout or cfg.pairs}
     sets = [DataSet(name, asked[name], inputs.data[name], rows) for name, rows in inputs.sets.items()]
     epochs = {"pairs": inputs.steps * cfg.global_batch / len(inputs.pairs)}

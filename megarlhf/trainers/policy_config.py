@@ -86,7 +86,7 @@ class PolicyConfig(RunConfig):
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the actor's own."""
     prompts: DataConfig = DataConfig()
     """Prompts to roll out: columns prompt and, optionally, answer."""
-    heldout: Annotated[DataConfig | None, FreeToChange()] = None
+    heldout: Annotated[DataConfig | None, FreeToChange(said=True)] = None
     """Prompts to measure accuracy, score and KL on, as eval_every says: one response each by `sampling` and `seed`, as
     `megarlhf eval` draws it. null with eval_every: up to 256 of the held-out split, where prompts are generated."""
     sampling: SamplingConfig = SamplingConfig()

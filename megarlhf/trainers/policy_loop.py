@@ -218,7 +218,7 @@ def _train(
         metrics = {**done.metrics, **accuracy_metric(done.judgement.correct), "train/skipped_steps": guard.skipped}
         warnings, said = watch.look(metrics)
         print_remark("\n".join(said), mesh)
-        measured = measuring.after(number + 1, ending=watch.ends(warnings))
+        measured = measuring.after(number + 1, ending=watch.ends())
         timed = clock.metrics()  # without what follows, which is for the reader
         if writer is not None and turn.due(cfg.samples_every):
             rows = sample_rows(done.rollout, done.judgement, cfg.samples, inputs.tokenizer, inputs.prompts)
@@ -244,9 +244,9 @@ def _train(
             run=run,
             writer=writer,
             ready=ready,
-            enough=lambda metrics: watch.ends(metrics) or measuring.ends(),
+            enough=lambda _: watch.ends() or measuring.ends(),
         )
-    if watch.ends(metrics):
+    if watch.ends():
         print_remark(watch.conclusion(), mesh)
     measuring.conclude()
     save_model(cast.actor, cfg.model_dir, cards["actor"])
@@ -275,7 +275,7 @@ def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) 
     if heldout is not None:
         sets.append(DataSet("heldout", heldout.asked, heldout.data, heldout.prompts))
     for each in sets:
-        print_dropped(each.name, each.rows.dropped, len(each.rows), mesh)
+        print_dropped(each.name, each.rows.dropped, each.rows.origin.distinct(len(each.rows)), mesh)
     epochs = {"prompts": cfg.iterations * cfg.prompts_per_iteration / len(inputs.prompts)}
     say_data(sets, inputs.tokenizer, mesh, epochs=epochs)
     actor, *others = inputs.distinct

@@ -83,7 +83,7 @@ class RewardConfig(RunConfig):
     """Judged responses: columns prompt, response, correct (0 to 1, or to `labelled.scale`)."""
     heldout: LabelledData | None = None
     """Judged responses to measure AUC on, and to normalise the scores by; without them it is done by training rows."""
-    heldout_pairs: Annotated[DataConfig | None, FreeToChange()] = None
+    heldout_pairs: Annotated[DataConfig | None, FreeToChange(said=True)] = None
     """Pairs to measure order, margin and calibration on, as eval_every says, by the scores before `normalise`."""
     pointwise_weight: float = Field(default=1.0, gt=0)
     """Weight of the pointwise term. Source: the paper gives none; 1 weighs the terms equally."""
@@ -321,7 +321,7 @@ def _say_start(cfg: RewardConfig, inputs: RewardInputs, mesh: Mesh) -> About:
     }
     for name, (rows, _) in given.items():
         if rows is not None:
-            print_dropped(name, rows.dropped, len(rows), mesh)
+            print_dropped(name, rows.dropped, rows.origin.distinct(len(rows)), mesh)
     asked = _given(cfg)
     sets = [DataSet(name, asked[name], inputs.data[name], rows) for name, (rows, _) in given.items() if rows]
     learnt = {name: (batch, rows) for name, (rows, batch) in given.items() if batch and rows}

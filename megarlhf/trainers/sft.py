@@ -64,7 +64,7 @@ class SftConfig(RunConfig):
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     data: SftData = SftData()
     """Demonstrations: columns prompt and response, or messages."""
-    heldout: Annotated[SftData | None, FreeToChange()] = None
+    heldout: Annotated[SftData | None, FreeToChange(said=True)] = None
     """Demonstrations to measure sft/heldout_loss on, as eval_every says."""
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine")
     """Optimiser. Source of the rate: Llama 3's SFT."""
@@ -171,7 +171,7 @@ def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) ->
 
 def _say_start(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> About:
     for name, rows in inputs.sets.items():
-        print_dropped(name, rows.dropped, len(rows), mesh)
+        print_dropped(name, rows.dropped, rows.origin.distinct(len(rows)), mesh)
     asked = {"data": cfg.data, "heldout": cfg.heldout or cfg.data}
     sets = [DataSet(name, asked[name], inputs.data[name], rows) for name, rows in inputs.sets.items()]
     epochs = {"data": inputs.steps * cfg.global_batch / len(inputs.rows)}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from megarlhf.batch.base import RowsT
-from megarlhf.errors import DataError, OutputError
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.run_files import METRICS
@@ -70,7 +69,7 @@ def leaving_a_page(run_dir: Path, mesh: Mesh) -> Iterator[None]:
         if mesh.is_main and (run_dir / METRICS).exists():
             from megarlhf.observe.report import write_page
 
-            with suppress(DataError, OutputError):
+            with suppress(Exception):  # it must not hide why the run ends
                 write_page(run_dir)
         raise
 

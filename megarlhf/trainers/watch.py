@@ -21,6 +21,8 @@ class Watch:
         self._cfg = cfg
         self._history: list[Seen] = []
         self._said: set[str] = set()
+        self._now = False
+        """Whether a warning is in force."""
 
     def restore(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Take up what the iterations before a stop had logged; what was said then is not said again."""
@@ -37,15 +39,16 @@ class Watch:
             if bound is not None and kl > bound
             else "",
         }
+        self._now = any(words.values())
         new = {name: text for name, text in words.items() if text and name not in self._said}
         self._said |= new.keys()
         remedy = "stop earlier, lower actor.optim.lr, or weigh the KL more in a run of its own"
         said = [f"warning, iteration {len(self._history)}: {text}; {remedy}." for text in new.values()]
         return {name: float(bool(text)) for name, text in words.items()}, said
 
-    def ends(self, metrics: Mapping[str, float]) -> bool:
-        """Whether the run is to end after an iteration that logged these metrics."""
-        return self._cfg.stop_when_over_optimised and any(metrics.get(name) for name in WARNINGS)
+    def ends(self) -> bool:
+        """Whether the run is to end after the last iteration that was looked at."""
+        return self._cfg.stop_when_over_optimised and self._now
 
     def conclusion(self) -> str:
         """What is said when it ends so."""

@@ -151,7 +151,7 @@ def test_a_mix_is_for_training(command: str, two: dict, tmp_path: Path) -> None:
     done = started(command, "model=tiny-xs", "tokenizer=arithmetic", *mix, directory=tmp_path)
     _, said = done.communicate(timeout=TIMEOUT_S)
     assert done.returncode == 2
-    assert "prompts.mix is for training; here set prompts.source, for each of them in turn." in said
+    assert "prompts.mix is for rows that are learnt from; set prompts.source, for each of them in turn." in said
 
 
 def test_a_run_learns_from_a_mix_and_says_so(tmp_path: Path) -> None:

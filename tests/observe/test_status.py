@@ -21,10 +21,10 @@ from megarlhf.observe.writers import RunWriter, read_metrics
 from tests.helpers.pages import ABOUT, policy_run
 
 
-def capsule(run_dir: Path, step: int, rank: int, reason: object) -> None:
+def capsule(run_dir: Path, step: int, rank: int, reason: object, attempt: str = "") -> None:
     directory = run_dir / "capsules" / f"step_{step:08d}"
     directory.mkdir(parents=True, exist_ok=True)
-    note = {"reason": reason, "where": f"step {step}, optimise, actor"}
+    note = {"reason": reason, "where": f"step {step}, optimise, actor", "attempt": attempt}
     (directory / f"rank_{rank}.json").write_text(json.dumps(note))
 
 
@@ -120,6 +120,15 @@ def test_a_damaged_file_stops_no_run(tmp_path: Path) -> None:
     assert write_page(tmp_path).exists()
     (tmp_path / "about.json").unlink()
     assert write_page(tmp_path).exists()
+
+
+def test_a_failure_before_the_last_start_is_of_the_past(tmp_path: Path) -> None:
+    policy_run(tmp_path, iterations=7)
+    note_start(tmp_path, ["grpo"], 0, {})
+    capsule(tmp_path, 7, 0, "the loss is nan", attempt="20990101T000000")
+    assert said(tmp_path)[0] == "failed"
+    capsule(tmp_path, 7, 0, "the loss is nan", attempt="20010101T000000")
+    assert said(tmp_path)[0] == "stopped"
 
 
 def test_a_page_says_when_a_run_was_started_and_what_was_changed(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def test_the_best_step_by_a_metric() -> None:
     best, lowest = None, None
     for index, metrics in enumerate(steps):
         best, lowest = better(best, "sft/loss", index, metrics), better(lowest, "-sft/loss", index, metrics)
-    assert best == Best(step=5, value=3.0)
-    assert lowest == Best(step=2, value=1.0)  # the first of two that are equally good
+    assert best == Best(step=5, value=3.0, metric="sft/loss")
+    assert lowest == Best(step=2, value=1.0, metric="-sft/loss")  # the first of two that are equally good
     assert better(None, "", 1, steps[1]) is None
     assert better(best, "-policy/loss", 6, steps[1]) == best  # which a step without the actor does not log
 
@@ -122,7 +122,7 @@ def save_five(model: str, where: str) -> list[str]:
     role = the_role(model, start(ParallelLayout(data=2), seed=1))
     writer = StateWriter(Path(where), {"actor": role}, {}, Retention(last=1, every=2), role.mesh)
     for step in range(1, 6):
-        writer.start(at(step, Best(step=min(step, 3), value=1.0)))
+        writer.start(at(step, Best(step=min(step, 3), value=1.0, metric="sft/loss")))
     writer.finish()
     return [child.name() for child in psutil.Process().children(recursive=True)]
 

@@ -155,7 +155,7 @@ def test_a_run_that_goes_on_may_measure_from_then_on(whole: tuple[str, Path, Any
     late = {step: row for step, row in measured(run_dir).items() if step > 2}
     assert measured(tmp_path / "run") == late
     assert "goes on after step 2" in said
-    assert "other settings" not in said
+    assert f"goes on with other settings ({name}" in said
 
 
 def begun(command: str, stop: int, cfg: Any) -> None:
@@ -338,6 +338,9 @@ def test_one_that_had_ended_takes_no_step_more(tmp_path: Path) -> None:
     assert run_ranks(cut_short, 1, cfg) == [0]
     assert logged_lines(cfg.run_dir)[-1]["step"] == 4
     assert (cfg.model_dir / "model.json").is_file()
+    state = latest_state(cfg.states_dir)
+    assert state is not None
+    assert state.name == "step_00000004"
 
 
 def test_a_run_that_gets_better_does_not_end(tmp_path: Path) -> None:
@@ -353,3 +356,40 @@ def test_weights_of_pairs_weigh() -> None:
     twice = calibration_error(torch.cat([gap, gap[1:2]]), torch.ones(6, dtype=torch.float64))
     assert calibration_error(gap, torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0]).double()) == pytest.approx(float(twice))
     assert float(twice) == pytest.approx(calibration([0.3, -1.2, 0.0, 2.5, 0.3, -1.2]))
+
+
+def best_of(cfg: Any) -> tuple[int, str]:
+    state = latest_state(cfg.states_dir)
+    assert state is not None
+    best = read_position(state).best
+    assert best is not None
+    return best.step, best.metric
+
+
+def test_the_best_by_another_metric_or_on_other_data_is_chosen_anew(tmp_path: Path) -> None:
+    """The training loss sinks to less than any held-out one: what was the best by it would stay so."""
+    kept = {"keep_best": "-sft/loss", "epochs": 2.0}
+    first = config("sft", tmp_path / "run", ParallelLayout(), **kept)
+    run("sft", first)
+    assert best_of(first)[1] == "-sft/loss"
+    later = {**kept, "keep_best": "-sft/heldout_loss", "epochs": 3.0}
+    other = config("sft", first.run_dir, ParallelLayout(), **later)
+    run("sft", other)
+    step, metric = best_of(other)
+    assert metric == "-sft/heldout_loss"
+    assert step > 10
+    small = {**SETTINGS["sft"][1]["heldout"], "arithmetic": {"level": 1, "rows": 4, "seed": 9}}
+    changed = config("sft", first.run_dir, ParallelLayout(), **{**later, "epochs": 4.0, "heldout": small})
+    _, said = run("sft", changed)
+    assert "goes on with other settings (" in said
+    assert "heldout.arithmetic.rows" in said
+    assert best_of(changed)[0] > 15
+
+
+def test_what_was_measured_on_other_data_is_not_counted(tmp_path: Path) -> None:
+    cfg = config("sft", tmp_path / "run", ParallelLayout(), patience=3, epochs=2.0, **STILL)
+    run_ranks(begun, 1, "sft", 2, cfg)
+    small = {**SETTINGS["sft"][1]["heldout"], "arithmetic": {"level": 1, "rows": 4, "seed": 9}}
+    run("sft", config("sft", cfg.run_dir, ParallelLayout(), patience=3, epochs=2.0, **{**STILL, "heldout": small}))
+    # Of the steps 4, 6, 8, 10 the first is the best, and the last the third that betters nothing.
+    assert logged_lines(cfg.run_dir)[-1]["step"] == 10
