@@ -46,7 +46,7 @@ from megarlhf.parallel.collectives import barrier, on_main
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start, stop
 from megarlhf.rollout.sampling import SamplingConfig
-from megarlhf.runs.loop import sole_run
+from megarlhf.runs.opening import sole_run
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import Model, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import check_directory, sole_writer

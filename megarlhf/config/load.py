@@ -146,7 +146,8 @@ def _set(settings: dict[str, Any], name: str, value: Any, source: str) -> None:
             above = ".".join(parents[: depth + 1])
             raise ConfigError(f"setting {name} ({source}): {above} is already {_shown(inner)}; give one of the two.")
         settings = inner
-    if isinstance(value, dict) and isinstance(settings.get(leaf), dict):
+    # An empty mapping empties; any other is laid over what is there.
+    if isinstance(value, dict) and value and isinstance(settings.get(leaf), dict):
         for key, item in value.items():
             _set(settings[leaf], key, item, source)
     else:

@@ -24,6 +24,8 @@ from megarlhf.errors import ConfigError, DataError
 
 BUILT_IN = "arithmetic"
 PROGRAMS = "programs"
+MOST_TIMES = 1000
+"""How often an epoch of a mix may have a row."""
 _NAMED = 5
 """How many rows an error lists."""
 T = TypeVar("T")
@@ -144,8 +146,12 @@ def read_rows(
     """
     if not config.mix:
         return _read_source(config, generate, kind, read, f"{kind.setting}.bad_rows=drop" if kind.setting else "")
-    if config.source:
-        raise ConfigError(f"{kind.setting}.source={config.source} and {kind.setting}.mix: give one of the two.")
+    for name in ("source", "subset", "split", "columns"):
+        if value := dict(config)[name]:
+            raise ConfigError(
+                f"{kind.setting}.{name}={value} and {kind.setting}.mix: each of the mix has its own {name}; leave one "
+                f"of the two out ({kind.setting}.mix={{}} empties a mix)."
+            )
     rows: list[Row] = []
     values: list[T] = []
     shapes: list[str] = []
@@ -175,7 +181,8 @@ def _read_source(
     kind = kind.mapping(config.columns)
     if not config.source:
         raise ConfigError(
-            f"source is empty; name a file, directory or hub data set, or {BUILT_IN} (the built-in task)."
+            f"{kind.setting}{'.' if kind.setting else ''}source is empty; name a file, directory or hub data set, or "
+            f"{BUILT_IN} (the built-in task)."
         )
     if is_generated(config.source):
         found: Iterable[dict[str, Any] | DataError] = _generated(config, generate, kind)
@@ -298,6 +305,12 @@ def within_limit(config: DataConfig, loaded: Loaded[Any], lengths: Sequence[int]
     if not config.mix:
         return Kept(fitting, len(overlong), loaded.origin)
     entries = shares({name: len(left) for name, left in parts.items()}, {n: p.weight for n, p in config.mix.items()})
+    for name, left in parts.items():
+        if entries[name] > MOST_TIMES * len(left):
+            raise DataError(
+                f"mix.{name} has {len(left):,} rows, and by the weights they would be {entries[name]:,} of an epoch; "
+                f"none may be there more than {MOST_TIMES:,} times: leave out what weighs so little, or weigh it more."
+            )
     indices = [left[at % len(left)] for name, left in parts.items() for at in range(entries[name])]
     mix = {name: Share(len(left), entries[name]) for name, left in parts.items()}
     return Kept(indices, len(overlong), dataclasses.replace(loaded.origin, mix=mix))

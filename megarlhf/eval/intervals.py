@@ -34,7 +34,7 @@ def share_of(found: float, count: float) -> Interval:
     z = float(scipy.stats.norm.ppf(0.5 + CONFIDENCE / 2))
     centre, half = found + z**2 / (2 * count), z * math.sqrt(found * (1 - found) / count + (z / (2 * count)) ** 2)
     low, high = (centre - half) / (1 + z**2 / count), (centre + half) / (1 + z**2 / count)
-    return Interval(found, max(low, 0.0), min(high, 1.0))
+    return Interval(found, 0.0 if found == 0 else low, 1.0 if found == 1 else high)
 
 
 def mean_of(found: float, spread: float, count: float) -> Interval:

@@ -6,12 +6,11 @@ Knows no algorithm: a trainer hands it a function of the step number.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megarlhf.checkpoint.disk import check_room
 from megarlhf.checkpoint.model_directory import Card, weight_bytes
@@ -25,16 +24,13 @@ from megarlhf.errors import (
     OutputError,
     RunStopped,
     TrainingError,
-    printable,
 )
 from megarlhf.models.finite import not_finite
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.files import reason, refused, remedy, writing
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.progress import Progress
-from megarlhf.observe.provenance import write_provenance
-from megarlhf.observe.run_files import LOCK, steps_in
-from megarlhf.observe.starts import note_start
+from megarlhf.observe.run_files import steps_in
 from megarlhf.observe.writers import RunWriter
 from megarlhf.parallel.collectives import broadcast_object, on_main
 from megarlhf.parallel.launch import fail, is_timeout
@@ -42,10 +38,10 @@ from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.watchdog import watched
 from megarlhf.runs.capsule import capsule_directory, last_seen, leave_capsule, missing_ranks, sign_of_life
 from megarlhf.runs.guard import StepGuard
+from megarlhf.runs.opening import say_of_run
 from megarlhf.runs.run_logs import check_logs, cut_logs, lengths, sums
-from megarlhf.runs.settings import RunConfig, spelled
+from megarlhf.runs.settings import RunConfig
 from megarlhf.runs.stopping import StopRequest, before_first_step
-from megarlhf.runtime.outputs import sole_writer
 
 
 class Run:
@@ -74,20 +70,24 @@ class Run:
         """Steps of the newest state."""
         self.first = 0
         """The step to begin with, once `restore` was called."""
+        self._aside: Path | None = None
+        """Where the model of a finished run goes that takes more steps."""
         guard.settle = self.states.finish
 
     def restore(self) -> int:
         """Go back to the newest saved state and cut off what the logs say beyond it; return how many steps are done."""
         run_dir = self._cfg.run_dir
+        # Named by the log as it is before it is cut.
+        self._aside = on_main(lambda: self._cfg.aside() if self._cfg.model_dir.exists() else None, self.mesh)
         state = latest_state(self._cfg.states_dir)
         position = None if state is None else load_state(state, self._roles)
         if position is not None:
             self._take_place(position)
         lost = on_main(lambda: self._cut_logs(position), self.mesh)
         if position is not None:
-            _say(f"{run_dir}: goes on after step {position.step}, from {state}", lost, self.mesh)
+            say_of_run(f"{run_dir}: goes on after step {position.step}, from {state}", lost, self.mesh)
         elif lost:
-            _say(
+            say_of_run(
                 f"{run_dir}: no state is saved in {self._cfg.states_dir}, so that the run starts afresh",
                 lost,
                 self.mesh,
@@ -96,7 +96,11 @@ class Run:
         return self.first
 
     def _take_place(self, position: Position) -> None:
+        changes = on_main(self._cfg.changes, self.mesh) if self._cfg.resume == "force" else {}
         for name, part in self._parts.items():
+            if others := [change for change in changes if change.startswith(f"{name}.")]:
+                say_of_run(f"resume=force: {name} begins afresh, for {', '.join(others)} changed", (), self.mesh)
+                continue
             try:
                 if name not in position.parts:
                     raise CheckpointError(
@@ -107,11 +111,24 @@ class Run:
             except CheckpointError as error:
                 if self._cfg.resume != "force":
                     raise
-                _say(f"resume=force: {name} begins afresh, for {error}", (), self.mesh)
+                say_of_run(f"resume=force: {name} begins afresh, for {error}", (), self.mesh)
         self._guard.skipped, self._saved = position.skipped_steps, position.step
         if position.best is not None and position.best.metric == self._cfg.keep_best:
             self._best = position.best
         self._guard.in_a_row = dict(position.skipped_in_a_row)
+
+    def keep_finished(self) -> None:
+        """Put the model of a finished run aside, for there are more steps to take. Collective."""
+        aside, model = self._aside, self._cfg.model_dir
+        if aside is None:
+            return
+
+        def move() -> None:
+            with writing(aside):
+                model.rename(aside)
+
+        on_main(move, self.mesh)
+        say_of_run(f"{self._cfg.run_dir}: its model so far is kept in {aside}", (), self.mesh)
 
     def forget_best(self) -> None:
         """What it was measured on are others now."""
@@ -303,12 +320,6 @@ def better(best: Best | None, metric: str, step: int, metrics: Metrics) -> Best 
     return Best(step=step, value=value, metric=metric)
 
 
-def _say(text: str, lost: Sequence[str], mesh: Mesh) -> None:
-    """One line on rank 0's standard error; what is lost comes after it."""
-    if mesh.is_main:
-        sys.stderr.write(printable("; ".join([text, *lost]) + "\n"))
-
-
 def run_steps(
     count: int,
     description: str,
@@ -337,6 +348,8 @@ def run_steps(
         run.check(lambda: ready(first))
         # One that had ended, and was killed before its model was saved, has no step left to take.
         last = first if enough(metrics) else count
+        if first < last:
+            run.keep_finished()
         for index in range(first, last):
             trail.step, before = index, run.parts()
             try:
@@ -354,44 +367,3 @@ def run_steps(
         else:
             run.steps_done(last, metrics)
     return metrics
-
-
-@contextmanager
-def open_run(cfg: RunConfig, argv: Sequence[str], run: Run) -> Iterator[RunWriter | None]:
-    """Go back to where the run was, if it was; then rank 0's writer on a run directory that says how the run was made,
-    None on other ranks. Collective. Nothing in the directory is touched where it cannot go on."""
-    mesh = run.mesh
-    aside = on_main(lambda: cfg.aside() if cfg.model_dir.exists() else None, mesh)  # named by the log as it is now
-    after = run.restore()
-    changes = on_main(lambda: _begin(cfg, argv, after, aside, mesh), mesh)
-    if any(name.startswith("heldout") for name in changes):
-        run.forget_best()
-    if not mesh.is_main:
-        yield None
-        return
-    tracked = cfg.model_dump(mode="json") if cfg.wandb else None
-    with RunWriter(cfg.run_dir, tensorboard=cfg.tensorboard, wandb=tracked) as writer:
-        yield writer
-
-
-def _begin(
-    cfg: RunConfig, argv: Sequence[str], after: int, aside: Path | None, mesh: Mesh
-) -> dict[str, tuple[Any, Any]]:
-    """Say and note, on rank 0, what has changed since the start before; put a finished model `aside`."""
-    changes = cfg.changes()
-    if changes:
-        _say(f"{cfg.run_dir}: goes on with other settings ({spelled(changes)})", (), mesh)
-    if aside is not None:
-        with writing(aside):
-            cfg.model_dir.rename(aside)
-        _say(f"{cfg.run_dir}: its model so far is kept in {aside}", (), mesh)
-    note_start(cfg.run_dir, argv, after, changes)  # before the settings are those of now
-    write_provenance(cfg.run_dir, cfg, argv)
-    return changes
-
-
-@contextmanager
-def sole_run(cfg: RunConfig, mesh: Mesh) -> Iterator[None]:
-    """Inside, no other run may use `run_dir`. Nothing there is touched before. Collective."""
-    with sole_writer(cfg.run_dir / LOCK, "run_dir", cfg.run_dir, mesh):
-        yield

@@ -59,7 +59,8 @@ class Measuring:
         run_dir = self._cfg.run_dir
         others = (start for start in read_starts(run_dir) if any(name.startswith("heldout") for name in start.changes))
         since = max((start.after_step for start in others), default=-1)
-        return [row for row in read_metrics(run_dir).rows if row["step"] > since]
+        every = self._cfg.eval_every  # what the end of a shorter run measured a longer one does not
+        return [row for row in read_metrics(run_dir).rows if row["step"] > since and row["step"] % every == 0]
 
     def after(self, step: int, *, ending: bool = False) -> Metrics:
         """The measurement after `step` steps, where it is time, or the run is `ending`; nothing else. Collective."""
@@ -92,7 +93,8 @@ class Measuring:
         when = f"after step {self._best}" if self._best else "before the first step"
         kept = f"{cfg.states_dir / BEST}, the best that was saved, is after step {saved.step}, " if saved else ""
         print_remark(
-            f"ended after step {self.steps} of {self._steps} (patience={cfg.patience}): keep_best={cfg.keep_best} was "
+            f"ended after step {self.steps} of {self._steps} (patience={cfg.patience}, a larger one goes on): "
+            f"keep_best={cfg.keep_best} was "
             f"best {when}, {self._seen[self._best]:.4g}; {kept}the model as it is now in {cfg.model_dir}.",
             mesh,
         )

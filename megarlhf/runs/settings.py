@@ -32,7 +32,7 @@ class RunConfig(RanksConfig):
     resume: Annotated[Literal["auto", "never", "force"], FreeToChange()] = "auto"
     """`auto`: the same command again goes on from the newest saved state in run_dir, or from the start where there is
     none. `never` refuses a used run_dir. `force` goes on with settings that change what is learnt, too: what they were
-    is noted in the run's starts.jsonl, and data of another number of rows are read from their first one."""
+    is noted in the run's starts.jsonl, and data that are others are read from their first row."""
     save_every: Annotated[int, FreeToChange()] = Field(default=100, ge=0)
     """Steps (of a policy: iterations) between two saved states; the last step's is saved too. 0 saves none, but one
     where a signal stops the run."""
@@ -153,8 +153,6 @@ class RunConfig(RanksConfig):
                 f"run_dir={self.run_dir}: this run is done, and has no saved state to go on from (save_every=0 saves "
                 f"none); start another from its model, {model}."
             )
-        if (aside := self.aside()).exists():
-            raise ConfigError(f"{aside}, where the finished model would be kept, is there; move it, or remove it.")
 
     def check_more(self, steps: int, asked: str) -> None:
         """Raise where the run in `run_dir` has done the `steps` that the setting `asked` asks for, or more.
@@ -173,7 +171,18 @@ class RunConfig(RanksConfig):
     def aside(self) -> Path:
         """Where the model of a finished run is kept that goes on: it says after how many steps it was the model."""
         rows = read_metrics(self.run_dir).rows
-        return self.run_dir / f"{run_files.MODEL}_{run_files.step_name(int(rows[-1]['step']) if rows else 0)}"
+        name = f"{run_files.MODEL}_{run_files.step_name(int(rows[-1]['step']) if rows else 0)}"
+        names = (name, *(f"{name}_{again}" for again in range(2, 1000)))
+        return next(self.run_dir / each for each in names if not (self.run_dir / each).exists())
+
+    def stretched(self, changes: Iterable[str]) -> list[str]:
+        """The learning rates that decay to the end of the run, where the settings `changes` move that end."""
+        free = self.free_to_change()
+        marks = (_mark(name, free) for name in changes)
+        if not any(mark is not None and mark.ends for mark in marks):
+            return []
+        schedules = ((name, value) for name, value in _flat(self).items() if name.endswith("optim.schedule"))
+        return [f"{name}={value}" for name, value in schedules if value != "constant"]
 
     def steps_saved(self) -> int:
         """After how many steps the run in `run_dir` goes on."""

@@ -33,9 +33,11 @@ from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runs.guard import StepGuard
-from megarlhf.runs.loop import Run, open_run, run_steps
+from megarlhf.runs.loop import Run, run_steps
 from megarlhf.runs.measuring import Measuring
+from megarlhf.runs.opening import open_run
 from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.policy_models import PolicyModels
 from megarlhf.runtime.roles import (
@@ -314,7 +316,8 @@ def _summary(cfg: PolicyConfig, metrics: Metrics) -> list[str]:
 
 def _following(cfg: PolicyConfig) -> tuple[str, ...]:
     model = shlex.quote(str(cfg.model_dir))
-    asked = shlex.join([*_held_out(cfg), f"sampling.max_new_tokens={cfg.sampling.max_new_tokens}"])
+    drawn = dict(cfg.sampling).items() - dict(SamplingConfig(temperature=1.0)).items()  # which is eval's
+    asked = shlex.join([*_held_out(cfg), *(f"sampling.{name}={value}" for name, value in sorted(drawn))])
     return (f"megarlhf eval model={model} {asked}", f"megarlhf convert model={model} output=OUT to=hf verify=true")
 
 

@@ -27,8 +27,9 @@ from megarlhf.observe.metrics import Metrics, names_of
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runs.guard import StepGuard
-from megarlhf.runs.loop import Run, open_run, run_steps
+from megarlhf.runs.loop import Run, run_steps
 from megarlhf.runs.measuring import PART_ROWS, Measuring, check_measuring
+from megarlhf.runs.opening import open_run
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.checks import (

@@ -20,7 +20,8 @@ def as_share(metrics: Metrics, name: str, count: float) -> list[str]:
 
 def as_mean(metrics: Metrics, name: str, spread: str, count: float) -> list[str]:
     """A mean over `count` independent values, whose standard deviation is the metric `spread`."""
-    known = name in metrics and spread in metrics and count >= 2
+    # Values that are all alike say nothing of how others would vary.
+    known = name in metrics and metrics.get(spread, 0.0) > 0 and count >= 2
     return _within(name, mean_of(metrics[name], metrics[spread], count)) if known else plainly(metrics, name)
 
 

@@ -16,7 +16,7 @@ from megarlhf.observe.run_files import METRICS
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.runs.ending import conclude
-from megarlhf.runs.loop import sole_run
+from megarlhf.runs.opening import sole_run
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runs.stopping import stopping_at_start
 from megarlhf.runtime.command import on_ranks

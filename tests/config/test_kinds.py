@@ -147,7 +147,7 @@ def test_a_run_goes_on_with_the_same_judges_wherever_a_service_is(
     dump_config(load_config(PPOConfig, None, run), tmp_path / "config.yaml")
     assert load_config(PPOConfig, None, run).changes() == {}
     with pytest.raises(ConfigError) if refused else nullcontext() as error:
-        (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
         load_config(PPOConfig, None, [*run, *now]).check_run_dir()
     for name in refused:
         assert error is not None

@@ -105,7 +105,15 @@ def test_every_part_has_its_own_shape(tokenizer: Tokenizer, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["prompts.source=x.jsonl"], "prompts.source=x.jsonl and prompts.mix: give one of the two."),
+        (
+            ["prompts.source=x.jsonl"],
+            "prompts.source=x.jsonl and prompts.mix: each of the mix has its own source; leave",
+        ),
+        (["prompts.split=heldout"], "prompts.split=heldout and prompts.mix: each of the mix has its own split; leave"),
+        (["prompts.columns.prompt=q"], "prompts.columns={'prompt': 'q'} and prompts.mix: each of the mix has its own"),
+        (["prompts.mix={}", "prompts.source=y.jsonl"], "data file does not exist: y.jsonl"),
+        (["prompts.mix.more.weight=2"], "prompts.mix.more.source is empty; name a file"),
+        (["prompts.mix.ours.weight=1e-5"], "would be 1,200,000 of an epoch; none may be there more than 1,000 times"),
         (["prompts.mix.ours.source=nowhere.jsonl"], "data file does not exist: nowhere.jsonl; check the path"),
         (
             ["prompts.mix.ours.wait=2"],

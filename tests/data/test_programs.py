@@ -131,7 +131,7 @@ def test_what_they_are_not_is_named() -> None:
 def test_a_run_names_them_for_its_evaluation() -> None:
     judge = ("judges.works.kind=code_tests", "judges.works.isolation=none", "sampling.max_new_tokens=40")
     cfg = load_config(grpo.GRPOConfig, None, ["run_dir=run", "actor.init=tiny-xs", "prompts.source=programs", *judge])
-    asked = "prompts.source=programs sampling.max_new_tokens=40"
+    asked = "prompts.source=programs sampling.max_new_tokens=40 sampling.temperature=0.7"
     assert grpo.TRAINER.following(cfg)[0] == f"megarlhf eval model=run/model {asked}"
 
 

@@ -131,12 +131,29 @@ def test_what_is_done_is_not_done_again(finished: Path, tmp_path: Path) -> None:
     assert "this run is done, and has no saved state to go on from (save_every=0 saves none); start another from" in (
         refused(ConfigError, bare, epochs=2.0)
     )
-    taken = copy_of(finished, tmp_path / "taken")
-    (taken / "model_step_00000003").mkdir()
-    said = refused(ConfigError, taken, epochs=2.0)
-    assert f"{taken / 'model_step_00000003'}, where the finished model would be kept, is there; move it, or rem" in said
-    (taken / "model_step_00000003").rmdir()
-    sft.prepare(sft_settings(taken, epochs=2.0))  # the remedy
+
+
+def test_every_finished_model_is_kept(finished: Path, tmp_path: Path) -> None:
+    """Also where one of as many steps is kept already, as after an extension that was killed."""
+    where = copy_of(finished, tmp_path / "run")
+    shutil.copytree(where / "model", where / "model_step_00000003")
+    run_ranks(run_sft, 1, str(where), {"epochs": 2.0})
+    assert {path.name for path in where.glob("model*")} == {"model", "model_step_00000003", "model_step_00000003_2"}
+    assert_same_weights(where / "model_step_00000003_2", finished / "model")
+
+
+def test_a_rate_that_decays_to_another_end_is_said(tmp_path: Path) -> None:
+    decays = {"optim": {"schedule": "cosine"}}
+    run_ranks(run_sft, 1, str(tmp_path / "run"), decays)
+    file = tmp_path / "run.yaml"
+    file.write_text(sft_settings(tmp_path / "run", **decays, epochs=2.0).to_yaml())
+    assert "optim.schedule=cosine decays to another end now, so that its learning rate jumps here" in started(file)
+
+
+def started(file: Path) -> str:
+    """What `megarlhf sft` says of the settings in a file."""
+    command = [sys.executable, "-m", "megarlhf.cli", "sft", "--config", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def test_force_goes_on_with_what_is_refused_and_notes_it(finished: Path, tmp_path: Path) -> None:
@@ -149,12 +166,9 @@ def test_force_goes_on_with_what_is_refused_and_notes_it(finished: Path, tmp_pat
     assert said.endswith("or set resume=force, which goes on with them and notes it.")
     file = tmp_path / "run.yaml"
     file.write_text(sft_settings(where, **changes, resume="force").to_yaml())
-    command = [sys.executable, "-m", "megarlhf.cli", "sft", "--config", str(file)]
-    spoken = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spoken = started(file)
     assert "goes on with other settings (data.arithmetic.rows 12 -> 16, optim.beta1 0.9 -> 0.8)" in spoken
-    assert (
-        "resume=force: data begins afresh, for loader state does not fit the data: it was saved with rows=1" in spoken
-    )
+    assert "resume=force: data begins afresh, for data.arithmetic.rows changed" in spoken
     assert f"its model so far is kept in {where / 'model_step_00000003'}" in spoken
     *_, start = [json.loads(line) for line in (where / "starts.jsonl").read_text().splitlines()]
     assert start["after_step"] == 3
@@ -173,3 +187,11 @@ def test_force_takes_no_state_of_another_model(finished: Path, tmp_path: Path) -
         run_ranks(run_sft, 1, str(where), changes)
     assert "this run is done; its model is in" in refused(RunFinished, where)
     assert logged_lines(where) == logged_lines(finished)
+
+
+def test_other_data_of_as_many_rows_begin_afresh_too(finished: Path, tmp_path: Path) -> None:
+    where = copy_of(finished, tmp_path / "run")
+    data = {"template": "plain", "arithmetic": {"level": 1, "rows": 12, "seed": 5}}
+    run_ranks(run_sft, 1, str(where), {"data": data, "epochs": 2.0, "resume": "force"})
+    position = json.loads((where / "checkpoints" / "step_00000006" / "state.json").read_text())
+    assert position["parts"]["data"]["position"] == 12  # three steps of four rows

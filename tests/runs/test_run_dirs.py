@@ -22,7 +22,7 @@ from megarlhf.models.readings import LabelLogprobs
 from megarlhf.observe.lock import held
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.runs.loop import sole_run
+from megarlhf.runs.opening import sole_run
 from megarlhf.runs.run_logs import check_logs, cut_logs, lengths, sums
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.models import frozen, language_model

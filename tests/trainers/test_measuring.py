@@ -308,7 +308,10 @@ def test_a_run_ends_when_it_no_longer_gets_better(stops: tuple[int | None, ...],
     rows = logged_lines(cfg.run_dir)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]  # of ten
     assert len({row["sft/heldout_loss"] for row in rows if "sft/heldout_loss" in row}) == 1
-    assert "ended after step 4 of 10 (patience=2): keep_best=-sft/heldout_loss was best before the first step" in said
+    assert (
+        "ended after step 4 of 10 (patience=2, a larger one goes on): "
+        "keep_best=-sft/heldout_loss was best before the first step" in said
+    )
     assert f"{cfg.states_dir / 'best'}, the best that was saved, is after step 2, the model as it is now" in said
     state = latest_state(cfg.states_dir)
     assert state is not None

@@ -48,7 +48,10 @@ def test_what_was_not_logged_is_not_said() -> None:
     assert as_share({}, "rollout/accuracy", 5) == []
     assert as_share({"rollout/accuracy": 1.0}, "rollout/accuracy", 0) == []
     assert as_mean({}, "rollout/score_mean", "rollout/score_std", 8) == []
-    # One value has no spread to judge by.
+    # One value has no spread to judge by, nor have many that are all alike.
+    alike = {"rollout/score_mean": 0.0, "rollout/score_std": 0.0}
+    assert as_mean(alike, "rollout/score_mean", "rollout/score_std", 8) == ["rollout/score_mean 0"]
+    assert as_share({"rollout/accuracy": 0.0}, "rollout/accuracy", 8)[0].startswith("rollout/accuracy 0 [0, ")
     assert as_mean(
         {"rollout/score_mean": 2.0, "rollout/score_std": 0.0}, "rollout/score_mean", "rollout/score_std", 1
     ) == ["rollout/score_mean 2"]
