@@ -232,12 +232,8 @@ PAIRS = ("pairs", "heldout_pairs")
 
 def _given(cfg: RewardConfig) -> dict[str, DataConfig]:
     """Of each set that there is, in the order in which they are said."""
-    every = {
-        "pairs": cfg.pairs,
-        "labelled": cfg.labelled,
-        "heldout": cfg.heldout,
-        "heldout_pairs": cfg.heldout_pairs,
-    }
+    learnt = {"pairs": cfg.pairs, "labelled": cfg.labelled}
+    every = {**learnt, "heldout": cfg.heldout, "heldout_pairs": cfg.heldout_pairs}
     return {name: rows for name, rows in every.items() if rows}
 
 
