@@ -34,7 +34,8 @@ def test_a_directory_that_was_made_anew_in_its_place_is_not_gone_on_with(setting
     given = {"model": "tiny-xs", "tokenizer": "arithmetic", setting: str(place)}
     cfg = ScoreConfig.model_validate({**given, "input": rows, "output": output})
     output.with_name("out.jsonl.settings.json").write_text(json.dumps(cfg.decisive()))
-    assert score.prepare(cfg).done.rows == 1, "the same directory is gone on with"
+    inputs = score.prepare(cfg)
+    assert inputs.output.done(inputs.rows.rows).rows == 1, "the same directory is gone on with"
     if setting == "model":
         shutil.copy(tmp_path / "other" / "model.safetensors", place)
     else:

@@ -71,9 +71,9 @@ def test_rows_as_gsm8k_has_them_are_read_by_the_commands_of_the_page() -> None:
     assert [columns["prompt"] for columns in inputs.prompts.columns] == [row["question"] for row in GSM8K]
     assert list(inputs.prompts.answers) == [row["answer"] for row in GSM8K]
     assert (inputs.verifier, inputs.doubts) == ("gsm8k", "")
-    assert shlex.split(grpo.TRAINER.following(load_config(grpo.GRPOConfig, None, [*ROLLED_OUT, *rolled_out]))[0])[
-        3:
-    ] == ["prompts.source=FILE", "verifier=gsm8k", "sampling.max_new_tokens=8"], "what a run says to come next"
+    following = grpo.TRAINER.following(load_config(grpo.GRPOConfig, None, [*ROLLED_OUT, *rolled_out]))[0]
+    drawn = ["sampling.max_new_tokens=8", "sampling.temperature=0.7"]
+    assert shlex.split(following)[3:] == ["prompts.source=FILE", "verifier=gsm8k", *drawn]
     tested = evaluate.prepare(load_config(evaluate.EvalConfig, None, [*EVAL, *asked])).prompts
     drawn = generate.prepare(load_config(generate.GenerateConfig, None, [*GENERATE])).prompts
     assert list(tested.tokens) == list(drawn.tokens) == list(inputs.prompts.tokens)
