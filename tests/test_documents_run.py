@@ -32,7 +32,6 @@ SHORT = (*LITTLE, "sampling.max_new_tokens=6", "tensorboard=false", "gates=off")
 TINY_TASK = ("prompts.arithmetic.rows=64", "heldout.arithmetic.rows=16", "sampling.max_new_tokens=12", "iterations=2")
 FEW = (*TINY_TASK, "rollout_batch=16", "group_size=4", "global_batch=16", "micro_batch=8")
 OWN_SFT = ("global_batch=4", "micro_batch=2", "tensorboard=false", "max_skipped_steps=0")
-TASK = ("actor.init=tiny-xs", "tokenizer=arithmetic", "prompts.template=plain")
 SMALLER: dict[str, tuple[str, ...]] = {
     "sft --config": SFT,
     "reward --config": REWARD,
@@ -47,7 +46,8 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "ppo actor": tuple(each for each in SHORT if "group" not in each),
     "sft ... data": (*OWN_SFT, "model=DIR", "run_dir=runs/judges/sft"),
     "grpo ... prompts": (*SHORT, "actor.init=DIR", "run_dir=runs/judges/grpo"),
-    "eval ... prompts.source=test": ("model=DIR", "sampling.max_new_tokens=6"),
+    "ppo ... prompts": (*SHORT[:1], *SHORT[2:], "actor.init=DIR", "critic.init=DIR", "run_dir=runs/judges/ppo"),
+    "eval ... prompts": ("model=DIR", "sampling.max_new_tokens=6"),
 }
 """What is added to a command that begins so, for it to take seconds; no setting that the reader was told is changed."""
 
