@@ -15,6 +15,7 @@ from megarlhf.batch.base import (
     TokenMask,
     TokenNumbers,
     Tokens,
+    TokensMask,
     response_labels,
 )
 
@@ -126,3 +127,16 @@ class Couples(Batch):
     pair_weight: RowNumbers
     correct: SequenceNumbers
     point_weight: SequenceNumbers
+
+
+@dataclass(frozen=True, eq=False)
+class SteppedResponses(Batch):
+    """Responses whose steps are judged one by one.
+
+    Shapes:   tokens [B, T+1] int64 right-padded; lengths [B] int64; step_ends [B, T+1] bool: the last token of a step.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    tokens: Tokens
+    lengths: SequenceCounts
+    step_ends: TokensMask

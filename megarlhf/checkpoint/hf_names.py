@@ -24,7 +24,8 @@ Cut = Literal["whole", "columns", "vocabulary", "query_groups", "gate_up"]
 key and value of each group together; rows of gate and of up, gate first."""
 
 OURS = "megarlhf"
-"""Key of what transformers has no place for: a reward model's score_offset, score_scale and score_wrong."""
+"""Key of what transformers has no place for: a reward model's score_offset, score_scale and score_wrong, and
+what model directories keep besides."""
 
 LAYER: dict[str, tuple[Cut, list[str]]] = {
     "input_layernorm.weight": ("whole", ["input_layernorm.weight"]),

@@ -47,7 +47,7 @@ from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import CheckpointError, TrainingError, printable
 from megarlhf.models.finite import not_finite
-from megarlhf.models.readings import PositionValues, SequenceScores
+from megarlhf.models.readings import PositionValues, SequenceScores, StepScores
 from megarlhf.models.role import Role
 from megarlhf.models.spec import CONFIG, PRESETS, ModelSpec, RopeScaling, preset, read_config
 from megarlhf.models.transformer import HeadKind
@@ -58,7 +58,7 @@ WEIGHTS = "weights"
 TOKENIZER = "tokenizer"
 AGAIN = "save the model again"
 HEADS: dict[str, HeadKind] = {"LlamaForCausalLM": "language", "LlamaForSequenceClassification": "scalar"}
-TOLD = ("template", "date", "task")
+TOLD = ("template", "date", "task", "step_separator")
 """Entries of MODEL that are kept in a Hugging Face config.json too, under OURS."""
 
 
@@ -75,6 +75,8 @@ class ModelDescription(Config):
     """What the centred scores are divided by."""
     score_wrong: float | None = None
     """Mean score, so normalised, of wrong or rejected responses; null where nobody measured it."""
+    step_separator: str | None = pydantic.Field(default=None, min_length=1)
+    """What parts steps in the responses whose steps it judges, of a process reward model; null for any other."""
     template: Template | None = None
     """How the prompts were rendered that it was trained on; null where nobody knows."""
     date: datetime.date | None = None
@@ -87,6 +89,10 @@ class ModelDescription(Config):
     def scores(self) -> SequenceScores:
         """How a reward model's scores are read."""
         return SequenceScores(self.score_offset, self.score_scale)
+
+    def step_scores(self) -> StepScores:
+        """How a process reward model's scores are read, one at the end of each step."""
+        return StepScores(self.score_offset, self.score_scale)
 
     def values(self) -> PositionValues:
         """How a critic that starts from it is read: in the same units."""
@@ -152,6 +158,8 @@ class Card:
     """This and the next two: what `ModelDescription` keeps of a reward model."""
     score_scale: float = 1.0
     score_wrong: float | None = None
+    step_separator: str | None = None
+    """Of a process reward model."""
 
     def write(self, role: Role, directory: Path) -> None:
         """Into the directory of the weights' one. Not collective. Raises OSError where the disk refuses."""
@@ -162,6 +170,7 @@ class Card:
             score_offset=self.score_offset,
             score_scale=self.score_scale,
             score_wrong=self.score_wrong,
+            step_separator=self.step_separator,
             template=data.template if data else None,
             date=self.tokenizer.date,
             eos_ids=self.tokenizer.eos_ids,

@@ -29,6 +29,8 @@ LARGEST_NUMBER = 99
 """The vocabulary has one token for each of 0..99; every level stays inside."""
 HELDOUT_EVERY = 8
 """One number chain in 8 is held out; every level has more than 1000 held-out problems (level 1 in 445 chains or so)."""
+STEP_SEPARATOR = ". "
+"""What parts the steps of a response: one operation each, and the sentence that has the answer."""
 _BARREN_DRAWS = 20_000
 """Draws without a new problem after which a level counts as exhausted."""
 
@@ -189,6 +191,16 @@ def labelled_rows(config: ArithmeticConfig, split: Split) -> list[dict]:
         {"prompt": problem.text, "response": said[0], "correct": float(is_correct(said[0], str(problem.answer)))}
         for problem, said in _demonstrated(config, split, 1)
     ]
+
+
+def step_rows(config: ArithmeticConfig, split: Split) -> list[dict]:
+    """Rows {prompt, steps, labels}: one demonstration of each problem, 1 for a step after which it is right so far."""
+    rows = []
+    for problem, said in _demonstrated(config, split, 1):
+        steps, right = said[0].split(STEP_SEPARATOR), problem.solution().split(STEP_SEPARATOR)
+        labels = [float(steps[: count + 1] == right[: count + 1]) for count in range(len(steps))]
+        rows.append({"prompt": problem.text, "steps": steps, "labels": labels})
+    return rows
 
 
 def preference_rows(config: ArithmeticConfig, split: Split) -> list[dict]:

@@ -27,6 +27,15 @@ class ResponseRows(TokenRows, Protocol):
         ...
 
 
+class SteppedRows(TokenRows, Protocol):
+    """Rows of which some tokens end steps."""
+
+    @property
+    def step_ends(self) -> Tensor:
+        """[B, T + 1] bool."""
+        ...
+
+
 class Reading(Protocol[RowsT_contra]):
     """What scoring a batch with a role means."""
 
@@ -101,5 +110,17 @@ class SequenceScores(_Scalars):
         return numbers.gather(1, last[:, None])[:, 0]
 
 
-HeadReading = LabelLogprobs | PositionValues | SequenceScores
+class StepScores(_Scalars):
+    """(scalar head at the last token of each step - offset) / scale. 0 elsewhere."""
+
+    def at(self, rows: SteppedRows) -> Tensor:
+        """[B, T + 1]: one a step."""
+        return rows.step_ends
+
+    def scores(self, numbers: Tensor, rows: SteppedRows) -> Tensor:
+        """[B, T], where index t is about token t + 1, as labels are."""
+        return numbers[:, 1:]
+
+
+HeadReading = LabelLogprobs | PositionValues | SequenceScores | StepScores
 """A reading of one kind of head, which it names."""

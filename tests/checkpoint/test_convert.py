@@ -95,7 +95,15 @@ def hand_on(layout: ParallelLayout, directories: dict[str, str], targets: dict[s
         equal.append(same(whole_weights(role), {key: tensor.float() for key, tensor in original.items()}))
         target = Path(targets["saved"], name)
         save_model(
-            role, target, Card(build_tiny_tokenizer(words()), score_offset=0.25, score_scale=2.0, score_wrong=-1.5)
+            role,
+            target,
+            Card(
+                build_tiny_tokenizer(words()),
+                score_offset=0.25,
+                score_scale=2.0,
+                score_wrong=-1.5,
+                step_separator=". ",
+            ),
         )
     return equal
 
@@ -189,7 +197,9 @@ def test_every_layout_reads_it_and_what_a_layout_saves_goes_back(
     to_megatron(tmp_path / "pp2 reward", tmp_path / "again", QUIET)
     assert describe_model(str(tmp_path / "again")) == describe_model(str(tmp_path / "pp2" / "reward"))
     assert describe_model(str(tmp_path / "again")).score_offset == 0.25
-    assert describe_model(str(tmp_path / "again")).score_wrong == -1.5
+    again = describe_model(str(tmp_path / "again"))
+    assert again.score_wrong == -1.5
+    assert again.step_separator == ". "
     assert describe_model(str(tmp_path / "pp2 reward")).score_offset == 0.25  # also without conversion
 
 

@@ -1,0 +1,64 @@
+"""Where the steps of a response end, in tokens.
+
+Steps are parted by a separator. A step ends with the token that has the separator's first character: that token may
+have more of it, or what was written before it, for tokenizers merge them (588 of Llama 3's tokens contain an empty
+line). So ends are found by what the tokens up to one say, never by an id. The last step ends with the response's last
+token, EOS or where it was cut.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+
+from megarlhf.data.tokenizer import Tokenizer
+
+PARAGRAPH = "\n\n"
+"""What parts steps in most public data."""
+
+
+def step_ends(ids: Sequence[int], separator: str, tokenizer: Tokenizer) -> list[int]:
+    """The last token of every step of a response that was written freely, ascending; the last is len(ids) - 1.
+
+    Separators with nothing but white space between them part two steps only, and one with nothing after it ends none:
+    a response earns no steps by empty lines.
+
+    ids: of the response, at least one, its EOS among them.
+    """
+    text = tokenizer.decode(ids)
+    *closed, last = text.split(separator)
+    starts = accumulate((len(step) + len(separator) for step in closed), initial=0)
+    ends = [start + len(step) for start, step in zip(starts, closed, strict=False) if step.strip()]
+    if not last.strip():
+        ends = ends[:-1]
+    return _distinct([*tokens_at(ids, ends, tokenizer), len(ids) - 1])
+
+
+def given_ends(ids: Sequence[int], steps: Sequence[str], separator: str, tokenizer: Tokenizer) -> list[int]:
+    """The last token of each of `steps`, of which `ids` are the text joined by the separator, and EOS.
+
+    Two steps may end with one token, where a tokenizer merges all of the second.
+    """
+    starts = accumulate((len(step) + len(separator) for step in steps[:-1]), initial=0)
+    ends = [start + len(step) for start, step in zip(starts, steps[:-1], strict=False)]
+    return [*tokens_at(ids, ends, tokenizer), len(ids) - 1]
+
+
+def tokens_at(ids: Sequence[int], places: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The token that has the character at each of the ascending places in the text of `ids`."""
+    text = tokenizer.decode(ids)
+    found: list[int] = []
+    for place in places:
+        wanted = text[: place + 1]
+        first = found[-1] if found else 0
+        # Of ever more tokens the text only grows, so that halving finds the first that say all that is wanted.
+        found.append(
+            first
+            + bisect_left(range(first + 1, len(ids)), True, key=lambda n: tokenizer.decode(ids[:n]).startswith(wanted))
+        )
+    return found
+
+
+def _distinct(ends: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys(ends))
