@@ -1,0 +1,38 @@
+"""What a response is worth, by what its steps are worth, on examples computed by hand."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from megarlhf.ops.step_scores import Aggregate, aggregated
+
+VALUES = torch.tensor([[9.0, 0.9, 0.5, 9.0, 0.8], [0.6, 9.0, 9.0, 9.0, 9.0]])
+ENDS = torch.tensor([[False, True, True, False, True], [True, False, False, False, False]])
+
+
+def test_by_hand():
+    """0.9, 0.5, 0.8: the two orders by min and by product part where many steps are each nearly sure."""
+    for how, found in {"min": 0.5, "product": 0.36, "mean": 2.2 / 3, "last": 0.8}.items():
+        assert aggregated(VALUES, ENDS, how).tolist() == pytest.approx([found, 0.6])
+    many, few = torch.full((1, 10), 0.9), torch.tensor([[0.8, *[0.0] * 9]])
+    steps = torch.cat([torch.ones(1, 10), torch.tensor([[1.0, *[0.0] * 9]])]).bool()
+    both = torch.cat([many, few])
+    assert aggregated(both, steps, "min").argmax() == 0
+    assert aggregated(both, steps, "product").argmax() == 1
+
+
+def test_one_step_is_its_value_to_the_bit():
+    """Whatever the way, so that a process model of one step is an outcome model."""
+    values, ends = torch.randn(64, 7), torch.zeros(64, 7, dtype=torch.bool)
+    ends[torch.arange(64), torch.randint(0, 7, (64,))] = True
+    for how in get_args(Aggregate):
+        assert torch.equal(aggregated(values, ends, how), values[ends])
+
+
+def test_a_response_without_steps_is_refused():
+    """It would be worth infinity by one way, and 1 by another."""
+    with pytest.raises(ValueError, match="row 1 has no step"):
+        aggregated(VALUES, ENDS & torch.tensor([[True], [False]]), "min")
