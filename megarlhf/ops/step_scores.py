@@ -10,8 +10,8 @@ from torch import Tensor
 from megarlhf.ops.masked import check_mask, last_true
 
 Aggregate = Literal["min", "product", "mean", "last"]
-"""Source: min Math-Shepherd (arXiv 2312.08935); product Lightman et al. 2023 (2305.20050); mean RLHFlow; last is what an
-outcome model does."""
+"""Source: min Math-Shepherd (arXiv 2312.08935); product Lightman et al. 2023 (2305.20050); mean RLHFlow; last is what
+an outcome model does."""
 
 
 def aggregated(values: Tensor, ends: Tensor, how: Aggregate) -> Tensor:

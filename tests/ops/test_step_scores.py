@@ -15,7 +15,8 @@ ENDS = torch.tensor([[False, True, True, False, True], [True, False, False, Fals
 
 def test_by_hand():
     """0.9, 0.5, 0.8: the two orders by min and by product part where many steps are each nearly sure."""
-    for how, found in {"min": 0.5, "product": 0.36, "mean": 2.2 / 3, "last": 0.8}.items():
+    by_hand: dict[Aggregate, float] = {"min": 0.5, "product": 0.36, "mean": 2.2 / 3, "last": 0.8}
+    for how, found in by_hand.items():
         assert aggregated(VALUES, ENDS, how).tolist() == pytest.approx([found, 0.6])
     many, few = torch.full((1, 10), 0.9), torch.tensor([[0.8, *[0.0] * 9]])
     steps = torch.cat([torch.ones(1, 10), torch.tensor([[1.0, *[0.0] * 9]])]).bool()
