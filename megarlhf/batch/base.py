@@ -35,6 +35,8 @@ Tokens = Annotated[Tensor, Axes(torch.int64, (SEQUENCE, TOKENS))]
 """[B, T+1] int64, right-padded."""
 TokensMask = Annotated[Tensor, Axes(torch.bool, (SEQUENCE, TOKENS))]
 """[B, T+1] bool, as the tokens."""
+TokensNumbers = Annotated[Tensor, Axes(torch.float32, (SEQUENCE, TOKENS))]
+"""[B, T+1] fp32, as the tokens."""
 TokenNumbers = Annotated[Tensor, Axes(torch.float32, (SEQUENCE, TOKEN))]
 """[B, T] fp32."""
 TokenMask = Annotated[Tensor, Axes(torch.bool, (SEQUENCE, TOKEN))]

@@ -16,6 +16,7 @@ from megarlhf.batch.base import (
     TokenNumbers,
     Tokens,
     TokensMask,
+    TokensNumbers,
     response_labels,
 )
 
@@ -140,3 +141,29 @@ class SteppedResponses(Batch):
     tokens: Tokens
     lengths: SequenceCounts
     step_ends: TokensMask
+
+
+@dataclass(frozen=True, eq=False)
+class JudgedSteps(SteppedResponses):
+    """Responses of whose steps it is known what they are worth.
+
+    Shapes:   step_labels [B, T+1] fp32 in 0..1 (soft labels allowed); step_weight [B, T+1] fp32: the loss weight of the
+              step that ends there, 0 where none does or where it has no label.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    step_labels: TokensNumbers
+    step_weight: TokensNumbers
+
+
+@dataclass(frozen=True, eq=False)
+class SteppedCouples(Couples):
+    """Couples of sequences of which some have judged steps; every sequence is read at its last token too.
+
+    Shapes:   step_ends [2C, T+1] bool: where sequences are read; step_labels, step_weight [2C, T+1] fp32.
+    Raises:   ValueError naming the field and both shapes.
+    """
+
+    step_ends: TokensMask
+    step_labels: TokensNumbers
+    step_weight: TokensNumbers

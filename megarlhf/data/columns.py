@@ -77,6 +77,13 @@ class Columns:
         shaped = {**row, **mapped}
         return {**shaped, **self.shape.of(shaped), **mapped} if self.shape else shaped
 
+    def several(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """The rows that a row, named as above, holds: itself, unless its form holds several.
+
+        Raises:   MisfitError where the row is not of its shape.
+        """
+        return self.shape.several(row) if self.shape and self.shape.several else [row]
+
     def lacking(self, row: Mapping[str, Any]) -> str | None:
         """The first mapped column that the row does not have."""
         return next((name for name, own in self.mapped.items() if own not in row), None)

@@ -69,6 +69,34 @@ class Row:
             raise self.fault(column, f"{shown(value)} is out of range; use {low:g} to {high:g}{remedy}")
         return float(value)
 
+    def texts(self, column: str) -> list[str]:
+        """The column as a list of at least one text, none of them blank."""
+        for number, value in enumerate(self._listed(column), start=1):
+            if not isinstance(value, str):
+                raise self.fault(column, f"number {number}, {shown(value)}, is not text; put it in quotes")
+            if not value.strip():
+                raise self.fault(column, f"number {number} is empty; write some text or remove the row")
+            self._whole(column, value)
+        return self.columns[column]
+
+    def numbers_in(self, column: str, low: float, high: float) -> list[float | None]:
+        """The column as a list of numbers in low..high; true and false are 1 and 0, and null stays."""
+        values = self._listed(column)
+        for number, value in enumerate(values, start=1):
+            if value is not None and not isinstance(value, (int, float)):
+                raise self.fault(column, f"number {number}, {shown(value)}, is not a number; write one without quotes")
+            if value is not None and not low <= value <= high:
+                raise self.fault(column, f"number {number}, {shown(value)}, is out of range; use {low:g} to {high:g}")
+        return [None if value is None else float(value) for value in values]
+
+    def _listed(self, column: str) -> list[Any]:
+        value = self.columns.get(column)
+        if value is None:
+            raise self._missing(column, "a list")
+        if not isinstance(value, list) or not value:
+            raise self.fault(column, f"{shown(value)} is not a list of at least one; write one in brackets")
+        return value
+
     def prompt_ids(self, tokenizer: Tokenizer, template: Template) -> list[int]:
         """Ids of the column `prompt`, text or a conversation [{role, content}, ...]."""
         prompt = self._prompt()

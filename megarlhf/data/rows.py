@@ -198,15 +198,14 @@ def _read_source(
                 raise raw
             if not shaped:
                 kind, shaped = kind.shaped(raw, config.source), True
-            row = _row(config.source, total, raw, kind)
-            value = read(row)
+            ready = [(row, read(row)) for row in _rows(config.source, total, raw, kind)]
         except DataError as error:
             bad.append(str(error))
             if config.bad_rows == "error" and len(bad) == _NAMED:
                 break
         else:
-            rows.append(row)
-            values.append(value)
+            rows += [row for row, _ in ready]
+            values += [value for _, value in ready]
     if not total:
         split = f", split {config.split}" if config.split else ""
         raise DataError(f"data is empty: {config.source}{split}; it needs at least one row.")
@@ -224,15 +223,17 @@ def load_rows(
     return read_rows(config, generate, kind, lambda row: row).rows
 
 
-def _row(source: str, number: int, raw: dict[str, Any], kind: Columns) -> Row:
+def _rows(source: str, number: int, raw: dict[str, Any], kind: Columns) -> list[Row]:
+    """The rows that one of the data is, all of its number: one, unless its form holds several."""
+    lacking = kind.lacking(raw)
     try:
-        row = Row(source, number, kind.named(raw), kind)
+        named = kind.named(raw)
+        if lacking is not None:
+            row = Row(source, number, named, kind)
+            raise row.fault(lacking, f"not there; the row has {sorted(raw)}, name one of them")
+        return [Row(source, number, columns, kind) for columns in kind.several(named)]
     except MisfitError as error:
         raise Row(source, number, raw).fault(error.column, error.problem) from error
-    lacking = kind.lacking(raw)
-    if lacking is not None:
-        raise row.fault(lacking, f"not there; the row has {sorted(raw)}, name one of them")
-    return row
 
 
 def _said_of(bad: Sequence[str], drop: str) -> str:

@@ -40,6 +40,8 @@ class Shape:
     """Makes columns of ours from those of the data, where it takes more than a name. Raises MisfitError."""
     when: Callable[[RawRow], bool] = lambda _: True
     """What must hold besides."""
+    several: Callable[[RawRow], list[dict[str, Any]]] | None = None
+    """Rows of ours in one of the data, where it holds more than one; after `read`. Raises MisfitError."""
     own: bool = False
     """Whether it is the library's own form, which is preferred to others."""
 

@@ -28,6 +28,8 @@ from tests.helpers.ranks import run_ranks
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"```json\n(.*?)```\n```\nmegarlhf (\w+) (.*?)\n```", DOCUMENT, re.DOTALL)
+OF_STEPS = "process_reward"
+"""Whose rows test_judged_steps.py reads."""
 BYTES = of_bytes()
 ASKED = [{"role": "user", "content": "Name a prime."}]
 
@@ -59,9 +61,12 @@ def chat(*turns: dict[str, str]) -> list[int]:
 def test_the_document_shows_every_shape() -> None:
     kinds = [command for _, command, _ in SHOWN]
     assert (kinds.count("reward"), kinds.count("sft"), kinds.count("grpo")) == (5, 5, 1)
+    assert kinds.count(OF_STEPS) == 7
 
 
-@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown[2].split()[1])
+@pytest.mark.parametrize(
+    "shown", [shown for shown in SHOWN if shown[1] != OF_STEPS], ids=lambda shown: shown[2].split()[1]
+)
 def test_a_row_of_the_document_is_read_by_its_command(
     shown: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
