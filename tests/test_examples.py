@@ -45,6 +45,7 @@ def test_example_loads_and_its_numbers_fit(path: Path) -> None:
         "sft": [values.get("global_batch")],
         "dpo": [values.get("global_batch")],
         "reward": [values.get("pairs_batch", 0) + values.get("labelled_batch", 0) // 2],
+        "process_reward": [values.get("steps_batch", 0) // 2],
     }
     rolled_out = [values.get("global_batch"), values.get("rollout_batch")]
     for batch in batches.get(command, rolled_out):

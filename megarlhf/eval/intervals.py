@@ -61,6 +61,18 @@ def auc_error(auc: float, right: int, wrong: int) -> float:
     return math.sqrt(max(variance, 0.0) / (right * wrong))
 
 
+def harmonic_error(first: float, second: float, of_first: int, of_second: int) -> float:
+    """The standard error of the harmonic mean of two shares, of so many independent things each, to first order.
+
+    d(2ab / (a + b)) / da = 2 b^2 / (a + b)^2.
+    """
+    whole = (first + second) ** 2
+    if whole == 0:
+        return 0.0
+    variances = [share * (1 - share) / count for share, count in ((first, of_first), (second, of_second))]
+    return 2 * math.hypot(second**2 * math.sqrt(variances[0]), first**2 * math.sqrt(variances[1])) / whole
+
+
 def ratio_error(sums: Tensor, counts: Tensor) -> float:
     """The standard error of sum(sums) / sum(counts), [N] each, over N independent rows (Cochran 1977, eq. 2.46).
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from megarlhf.batch.base import TokensMask
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.models.role import Role
 from megarlhf.parallel.collectives import all_reduce
 
 TOKENS = 16
 """Of the row that is scored; FP8 wants a multiple of 16."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Row(TokenBatch):
+    """A row that has what any reading asks for."""
+
+    step_ends: TokensMask
 
 
 def not_finite(role: Role) -> str:
@@ -31,6 +41,7 @@ def not_finite(role: Role) -> str:
     return "it gives numbers that are not finite" if int(all_reduce(wrong, mesh, "world", op="max")) else ""
 
 
-def _row(role: Role) -> TokenBatch:
+def _row(role: Role) -> _Row:
     tokens = torch.arange(TOKENS).remainder(role.spec.vocab_size)[None]
-    return TokenBatch(tokens, torch.tensor([TOKENS]), torch.ones(1, TOKENS - 1, dtype=torch.bool))
+    every = torch.ones(1, TOKENS, dtype=torch.bool)
+    return _Row(tokens, torch.tensor([TOKENS]), every[:, 1:], every)

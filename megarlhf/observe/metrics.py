@@ -141,14 +141,21 @@ _SFT = {
 }
 
 _HELDOUT_PAIRS = "weighted mean over the held-out pairs"
+_HELDOUT_STEPS = "mean over the held-out labelled steps"
 _EFFECTIVE = "(sum of weights)^2 / sum of their squares: pairs, where all weigh alike"
 
 _REWARD = {
-    "reward/loss": Metric("nats", "pairwise + pointwise_weight * pointwise", "each weighted sum / global weight"),
+    "reward/loss": Metric(
+        "nats",
+        "pairwise + pointwise_weight * pointwise + step_weight * of steps, as far as there are such rows",
+        "each weighted sum / global weight",
+    ),
     "reward/pairwise_loss": Metric("nats", "-log sigmoid(chosen - rejected)", "weighted sum / global weight"),
     "reward/pointwise_loss": Metric("nats", "binary cross-entropy of sigmoid(score)", "weighted sum / global weight"),
     "reward/pair_accuracy": Metric("fraction", "[chosen > rejected], ties 1/2", "mean over pairs"),
     "reward/accuracy": Metric("fraction", "[(score > 0) = correct]", "mean over labelled responses"),
+    "reward/step_loss": Metric("nats", "as reward/pointwise_loss, at the steps' ends", "mean over labelled steps"),
+    "reward/step_accuracy": Metric("fraction", "[(score > 0) = (label > 1/2)]", "mean over labelled steps"),
     "reward/auc": Metric("fraction", "P(score of a right response > of a wrong one), ties 1/2", "held-out responses"),
     "reward/auc_stderr": Metric("fraction", "standard error of reward/auc (Hanley, McNeil 1982)", "held-out responses"),
     "reward/margin_mean": Metric("reward", "chosen - rejected", "mean over pairs"),
@@ -161,6 +168,29 @@ _REWARD = {
         "sum over bins of (pairs in it / pairs) * |mean [chosen > rejected] - mean confidence|; confidence = "
         "sigmoid(|chosen - rejected|), in 10 bins of equal width from 1/2 to 1",
         "over the held-out pairs, by weight",
+    ),
+    "reward/heldout_labelled_steps": Metric("steps", "steps that have a label", "of the held-out rows"),
+    "reward/heldout_step_loss": Metric("nats", "as reward/step_loss", _HELDOUT_STEPS),
+    "reward/heldout_step_accuracy": Metric("fraction", "as reward/step_accuracy", _HELDOUT_STEPS),
+    "reward/heldout_step_accuracy_stderr": Metric(
+        "fraction", "standard error of reward/heldout_step_accuracy (Cochran 1977, 2.46)", "rows are independent"
+    ),
+    "reward/heldout_step_calibration_error": Metric(
+        "fraction", "as reward/heldout_calibration_error, right where the label is above 1/2", _HELDOUT_STEPS
+    ),
+    "reward/heldout_wrong_solutions": Metric("rows", "with a wrong step, and labels up to it", "held-out rows"),
+    "reward/heldout_correct_solutions": Metric("rows", "whose steps are all labelled, and none wrong", "held-out rows"),
+    "reward/heldout_error_accuracy": Metric(
+        "fraction", "[the first step with sigmoid(score) < 1/2 is the first wrong one]", "mean over wrong solutions"
+    ),
+    "reward/heldout_correct_accuracy": Metric(
+        "fraction", "[no step has sigmoid(score) < 1/2]", "mean over correct solutions"
+    ),
+    "reward/heldout_first_error_f1": Metric(
+        "fraction", "2 e c / (e + c) of error_accuracy e and correct_accuracy c (ProcessBench)", "held-out rows"
+    ),
+    "reward/heldout_first_error_f1_stderr": Metric(
+        "fraction", "standard error of reward/heldout_first_error_f1, to first order", "rows are independent"
     ),
     "reward/score_mean": Metric("reward", "scores", "mean over held-out, else training responses"),
     "reward/score_std": Metric("reward", "standard deviation of scores", "as reward/score_mean"),

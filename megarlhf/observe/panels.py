@@ -42,14 +42,24 @@ LEARNING = (
     Panel("SFT loss", ("sft/loss", "sft/heldout_loss")),
     Panel(
         "Reward-model loss",
-        ("reward/loss", "reward/pairwise_loss", "reward/pointwise_loss", "reward/heldout_pairwise_loss"),
+        (
+            *("reward/loss", "reward/pairwise_loss", "reward/pointwise_loss", "reward/heldout_pairwise_loss"),
+            *("reward/step_loss", "reward/heldout_step_loss"),
+        ),
     ),
     Panel(
         "Reward-model accuracy",
-        ("reward/pair_accuracy", "reward/accuracy", "reward/auc", "reward/heldout_pair_accuracy"),
+        (
+            *("reward/pair_accuracy", "reward/accuracy", "reward/auc", "reward/heldout_pair_accuracy"),
+            *("reward/step_accuracy", "reward/heldout_step_accuracy"),
+        ),
+    ),
+    Panel(
+        "First errors found",
+        ("reward/heldout_first_error_f1", "reward/heldout_error_accuracy", "reward/heldout_correct_accuracy"),
     ),
     Panel("Reward-model margin", ("reward/margin_mean", "reward/heldout_margin_mean")),
-    Panel("Calibration error", ("reward/heldout_calibration_error",)),
+    Panel("Calibration error", ("reward/heldout_calibration_error", "reward/heldout_step_calibration_error")),
     Panel("DPO loss", ("dpo/loss", "dpo/heldout_loss")),
     Panel("Pairs in the right order", ("dpo/accuracy", "dpo/heldout_accuracy")),
     Panel("Implicit rewards", ("dpo/chosen_reward_mean", "dpo/rejected_reward_mean", "dpo/margin_mean")),

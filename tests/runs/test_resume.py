@@ -22,10 +22,9 @@ from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runs.loop import Run
-from megarlhf.trainers import ppo, reward, sft
+from megarlhf.trainers import ppo, process_reward, reward, sft
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo import PPOConfig
-from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
 from tests.helpers.models import (
     frozen,
@@ -132,11 +131,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def run_reward(stop: int | None, where: str) -> None:
-    """A reward model from pairs and from judged responses, each with its own place in its data."""
+SCORERS: dict[str, Any] = {"reward": reward.TRAINER, "process_reward": process_reward.TRAINER}
+
+
+def run_reward(command: str, stop: int | None, where: str) -> None:
+    """A reward model from pairs and from judged responses, or steps, each with its own place in its data."""
     mesh = start(ParallelLayout(data=2), seed=1)
     data = {"template": "plain", "arithmetic": {"level": 1, "rows": 20}}
-    cfg = RewardConfig.model_validate(
+    trainer = SCORERS[command]
+    cfg = trainer.config.model_validate(
         {
             "run_dir": Path(where),
             "layout": mesh.layout,
@@ -152,18 +155,20 @@ def run_reward(stop: int | None, where: str) -> None:
             "tensorboard": False,
             "epochs": 2.0,
             "optim": {"lr": 1e-3},
+            **({"steps": data, "steps_batch": 16, "heldout_steps": data} if command == "process_reward" else {}),
         }
     )
-    inputs = reward.prepare(cfg)
+    inputs = trainer.prepare(cfg)
     assert inputs.steps >= 4
     with stopped_after(stop) if stop is not None else nullcontext():
-        reward.train(cfg, inputs, [], mesh)
+        trainer.train(cfg, inputs, [], mesh)
 
 
-def test_a_stopped_reward_model_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", SCORERS)
+def test_a_stopped_reward_model_goes_on_bit_for_bit(command: str, tmp_path: Path) -> None:
     for name, stops in (("whole", [None]), ("pieces", [2, 3, None])):
         for stop in stops:
-            run_ranks(run_reward, 2, stop, str(tmp_path / name))
+            run_ranks(run_reward, 2, command, stop, str(tmp_path / name))
     rows = [logged_lines(tmp_path / name) for name in ("whole", "pieces")]
     assert rows[0] == rows[1]
     last = int(rows[0][-1]["step"])

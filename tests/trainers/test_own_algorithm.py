@@ -63,7 +63,7 @@ def run(folder: str, where: str, stop: int | None) -> dict[str, torch.Tensor]:
 def test_it_is_small_and_the_package_does_not_know_it() -> None:
     assert len(Path(toy_reinforce.__file__).read_text(encoding="utf-8").splitlines()) < 40
     critic_free = {"cispo", "dapo", "dr_grpo", "grpo", "gspo", "reinforce", "rloo"}
-    assert trainers().keys() == {"dpo", "ppo", "reward", "sft"} | critic_free
+    assert trainers().keys() == {"dpo", "ppo", "process_reward", "reward", "sft"} | critic_free
     assert trainer_named("ppo").config.__name__ == "PPOConfig"
 
 

@@ -17,9 +17,10 @@ from megarlhf.models.readings import SequenceScores
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.trainers import reward
+from megarlhf.trainers.judged import JudgedInputs
 from megarlhf.trainers.policy_loop import cut_score_remark
 from megarlhf.trainers.ppo import PPOConfig
-from megarlhf.trainers.reward import RewardConfig, RewardInputs
+from megarlhf.trainers.reward import RewardConfig
 from tests.helpers.models import frozen
 from tests.helpers.ranks import run_ranks
 from tests.trainers.worlds import ppo_cast, ppo_config
@@ -35,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
 Trained = tuple[Tensor, Tensor, ModelDescription, float]
 
 
-def measured(inputs: RewardInputs) -> tuple[LabelledResponses, Tensor]:
+def measured(inputs: JudgedInputs) -> tuple[LabelledResponses, Tensor]:
     """What normalising measures, put together another way: (rows, which of them are right)."""
     tokens: list[Any] = []
     right: list[bool] = []
