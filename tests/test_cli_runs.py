@@ -40,7 +40,7 @@ PPO = (
     *("ppo_epochs=1", "sampling.max_new_tokens=12", "value_warmup_iterations=0"),
 )
 GENERATE = (
-    *("generate", "model=runs/tiny/ppo/model", "prompts.template=plain", "prompts.split=heldout", "group_size=2"),
+    *("generate", "model=runs/tiny/ppo/model", "prompts.template=plain", "prompts.split=heldout", "n=2"),
     *("prompts.source=arithmetic", "prompts.arithmetic.rows=3", "sampling.max_new_tokens=12", "output=responses.jsonl"),
 )
 EVAL = (

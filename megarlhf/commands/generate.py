@@ -1,4 +1,4 @@
-"""`megarlhf generate`: sample responses to one prompt or to a file of them, as JSON lines.
+"""`megarlhf generate`: sample responses to one prompt or to a file of them, as JSON lines or into a pool.
 
 Responses are drawn in parts and written part by part. The same command again goes on after the last whole line.
 """
@@ -18,12 +18,14 @@ from pydantic import Field
 
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.commands.row_file import DAY, RowFile, finite, who_reads
+from megarlhf.commands.pool_files import PoolFiles, day_of, rounds_of
+from megarlhf.commands.row_file import DAY, RowFile, finite, output_file, who_reads
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.row import Row
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import printable
+from megarlhf.errors import ConfigError, printable
+from megarlhf.eval.pool import Order
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole
 from megarlhf.observe.files import json_line
@@ -40,9 +42,8 @@ from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.runtime.texts import check_one_day, check_one_source, chosen_data, chosen_template
 
-ROLLOUTS = 512
-"""Responses drawn between two writes; the engine itself decodes as many of them at once as fit."""
-Write = Callable[[Sequence[Row], Sequence[dict[str, Any]]], None]
+Write = Callable[[int, Rollout], None]
+"""Takes the place of the first of some responses among all, and them."""
 ADDED = ("response", "logprob", "tokens", "terminated")
 """Fields that are added to the prompt of a row."""
 
@@ -51,7 +52,7 @@ class GenerateConfig(RanksConfig):
     """`megarlhf generate`: sample responses."""
 
     first: ClassVar[tuple[str, ...]] = (
-        *("model", "prompt", "prompts.source", "output", "group_size", "sampling.temperature"),
+        *("model", "prompt", "prompts.source", "n", "output", "pool", "sampling.temperature"),
         *("sampling.max_new_tokens", "layout.data", "layout.tensor"),
     )
 
@@ -67,11 +68,15 @@ class GenerateConfig(RanksConfig):
     """How responses are drawn."""
     rollout: RolloutConfig = RolloutConfig()
     """How much is drawn at once."""
-    group_size: int = Field(default=1, ge=1)
-    """Responses per prompt."""
+    n: int = Field(default=1, ge=1)
+    """Responses to each prompt."""
     output: Path | None = None
     """JSON lines file to write, one response a line. Where it is there already the same command goes on with it, and
-    any other is refused. null prints to standard output."""
+    any other is refused. null prints to standard output, unless there is a pool."""
+    pool: Path | None = None
+    """Directory to write in place of a file: a pool, which `judge`, `eval pool` and `rows` read. It has all columns of
+    each prompt, and text, tokens and log-probs of each response. The same command goes on with it; with a larger n it
+    grows, and keeps what is there."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +88,33 @@ class GenerateInputs:
     data: DataConfig
     """Without a source for `prompt`."""
     prompts: PromptSet
-    asked: Sequence[Row]
-    """The prompt of every response, in the order of the output."""
+    order: Order
+    """In which the responses come."""
     output: RowFile | None
-    """None for standard output."""
+    """None for standard output, or a pool."""
+    pool: PoolFiles | None
+
+    def asked(self, places: range) -> list[Row]:
+        """The prompt of each of some responses."""
+        indices = [self.order.at(place).prompt for place in places]
+        columns = [{"prompt": self.prompts.columns[index]["prompt"]} for index in indices]
+        source = self.data.source or "prompt"
+        return [Row(source, self.prompts.ids[at] + 1, of) for at, of in zip(indices, columns, strict=True)]
 
 
 def prepare(cfg: GenerateConfig) -> GenerateInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
-    output = None if cfg.output is None else RowFile(cfg.output, {}, ADDED)
+    if cfg.output is not None and cfg.pool is not None:
+        raise ConfigError(f"output={cfg.output} and pool={cfg.pool}: responses go to one place; give one of the two.")
+    output = None if cfg.output is None else output_file(cfg.output, {}, ADDED)
     if output is not None:
         output.check_writable()
     check_rolls_out(cfg.layout, cfg.rollout, offload=cfg.offload, fp8=cfg.compute.fp8 != "off")
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     speaker = Model("model", cfg.model, model)
     # An output that is gone on with after midnight has rows of one day.
-    tokenizer = resolve_tokenizer(cfg.tokenizer, speaker, cfg.date or (output.day() if output else None))
+    begun = output.day() if output else day_of(cfg.pool) if cfg.pool else None
+    tokenizer = resolve_tokenizer(cfg.tokenizer, speaker, cfg.date or begun)
     check_tokenizer(tokenizer, model.spec, "model")
     if cfg.prompt:
         data = cfg.prompts.model_copy(update={"template": chosen_template(cfg.prompts.template, speaker)})
@@ -109,15 +125,20 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
         data = chosen_data(cfg.prompts, "prompts", speaker)
         prompts = load_prompts(data, tokenizer)
     check_room(prompts.longest, cfg.sampling.max_new_tokens, model.spec, "model")
-    asked = [
-        Row(data.source or "prompt", index + 1, {"prompt": columns["prompt"]})
-        for index, columns in zip(prompts.ids, prompts.columns, strict=True)
-        for _ in range(cfg.group_size)
-    ]
+    settings = _decisive(cfg, data, tokenizer)
+    if cfg.pool is not None:
+        order = Order(len(prompts), rounds_of(cfg.pool, cfg.n))
+        pool = PoolFiles(cfg.pool, settings, prompts, tokenizer, order)
+        pool.check()
+        return GenerateInputs(model, tokenizer, data, prompts, order, None, pool)
+    order = Order(len(prompts), (cfg.n,))
     if output is not None:
-        output = replace(output, settings=_decisive(cfg, data, tokenizer))
+        output = replace(output, settings={**settings, "n": cfg.n})
+    inputs = GenerateInputs(model, tokenizer, data, prompts, order, output, None)
+    if output is not None:
+        asked = inputs.asked(range(order.total))
         output.check_room(asked[output.done(asked).rows :])
-    return GenerateInputs(model, tokenizer, data, prompts, asked, output)
+    return inputs
 
 
 def _decisive(cfg: GenerateConfig, data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -128,7 +149,6 @@ def _decisive(cfg: GenerateConfig, data: DataConfig, tokenizer: Tokenizer) -> di
         "prompts.template": data.rendering,
         "prompts.control_tokens": data.control_tokens,
         **sampling,
-        "group_size": cfg.group_size,
         "seed": cfg.seed,
         "compute.dtype": cfg.compute.dtype,
         "compute.fp8": cfg.compute.fp8,
@@ -142,19 +162,45 @@ def main(cfg: GenerateConfig, argv: Sequence[str]) -> int:
 
 
 def run(cfg: GenerateConfig, inputs: GenerateInputs, mesh: Mesh) -> None:
-    """Draw what the output lacks and write it. Collective: every rank of the layout calls it."""
+    """Draw what the output or the pool lacks and write it. Collective: every rank of the layout calls it."""
     check_one_day(inputs.tokenizer, mesh)
-    output, rows = inputs.output, len(inputs.asked)
-    if output is None:
-        _generate(cfg, inputs, 0, _printed, mesh)
-        return
+    if inputs.output is not None:
+        _into_file(cfg, inputs, inputs.output, mesh)
+    elif inputs.pool is not None:
+        _into_pool(cfg, inputs, inputs.pool, mesh)
+    else:
+        _generate(cfg, inputs, 0, partial(_print, inputs), mesh)
+
+
+def _into_file(cfg: GenerateConfig, inputs: GenerateInputs, output: RowFile, mesh: Mesh) -> None:
+    rows = inputs.order.total
     with sole_writer(lock_of_file(output.path), "output", output.path, mesh):
         # Again: since the input was checked, another process may have written it.
-        done = on_main(lambda: output.done(inputs.asked), mesh)
+        done = on_main(lambda: output.done(inputs.asked(range(rows))), mesh)
         say(output.said(done, rows), mesh)
         if done.rows < rows:
             with output.open_after(done) if mesh.is_main else nullcontext() as file:
-                _generate(cfg, inputs, done.rows, _printed if file is None else partial(output.write, file), mesh)
+
+                def write(first: int, rollout: Rollout) -> None:
+                    if file is not None:
+                        asked = inputs.asked(range(first, first + len(rollout)))
+                        output.write(file, asked, fields_of(rollout, inputs.tokenizer))
+
+                _generate(cfg, inputs, done.rows, write, mesh)
+
+
+def _into_pool(cfg: GenerateConfig, inputs: GenerateInputs, pool: PoolFiles, mesh: Mesh) -> None:
+    def write(first: int, rollout: Rollout) -> None:
+        pool.write(first, pool.lines(first, rollout, fields_of(rollout, inputs.tokenizer)))
+
+    total = inputs.order.total
+    with sole_writer(pool.lock, "pool", pool.directory, mesh):
+        done = on_main(pool.done, mesh)
+        there = f"{pool.directory}: {done:,} of {total:,} responses are there, {total - done:,} to do"
+        say([there] if done else [], mesh)
+        if done < total:
+            on_main(pool.begin, mesh)
+            _generate(cfg, inputs, done, write, mesh)
 
 
 def _generate(cfg: GenerateConfig, inputs: GenerateInputs, done: int, write: Write, mesh: Mesh) -> None:
@@ -163,13 +209,12 @@ def _generate(cfg: GenerateConfig, inputs: GenerateInputs, done: int, write: Wri
     print_choices(policy.settings.compute.choices, mesh)
     _say_start(cfg, inputs, mesh)
     print_dropped("prompts", inputs.prompts.dropped, len(inputs.prompts), mesh)
-    with Progress(len(inputs.asked) - done, "generate", enabled=mesh.is_main) as bar:
+    with Progress(inputs.order.total - done, "generate", enabled=mesh.is_main) as bar:
         for first, rollout in rollouts(policy, inputs, cfg, done):
             known = max(done - first, 0)
-            fields = fields_of(rollout, inputs)[known:]
             if mesh.is_main:
-                write(inputs.asked[first + known :][: len(fields)], fields)
-            bar.advance(len(fields))
+                write(first + known, rollout.rows(slice(known, None)).to("cpu"))
+            bar.advance(len(rollout) - known)
 
 
 def _say_start(cfg: GenerateConfig, inputs: GenerateInputs, mesh: Mesh) -> None:
@@ -192,33 +237,40 @@ def rollouts(
     Parts of which all are among the first `done` are left out; one of which some are is drawn whole: a response then
     has the same neighbours, and the same last bits, whether or not the command was interrupted.
     """
-    prompts, group = inputs.prompts, cfg.group_size
+    prompts, ranks = inputs.prompts, cfg.layout.data
     engine = RolloutEngine.of(policy, inputs.tokenizer, prompts.longest + cfg.sampling.max_new_tokens, cfg.rollout)
-    parts = min(-(-len(prompts) * group // ROLLOUTS), len(prompts))
-    for part in torch.arange(len(prompts)).tensor_split(parts):
-        first = int(part[0]) * group
-        if first + len(part) * group > done:
-            yield first, engine.generate(prompts.batch(part), cfg.sampling, seed=cfg.seed, group_size=group)
+    for start, sample, group in inputs.order.parts:
+        # As many as the ranks decode at once, and a prompt for each rank: all samples of one are drawn on one rank.
+        together = max(cfg.rollout.rows * ranks // group, ranks)
+        for part in torch.arange(len(prompts)).tensor_split(-(-len(prompts) // together)):
+            first = start + int(part[0]) * group
+            if first + len(part) * group > done:
+                asked = prompts.batch(part)
+                yield (
+                    first,
+                    engine.generate(asked, cfg.sampling, seed=cfg.seed, group_size=group, first_sample=sample),
+                )
 
 
-def fields_of(rollout: Rollout, inputs: GenerateInputs) -> list[dict[str, Any]]:
+def fields_of(rollout: Rollout, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """What is added to the prompt of each response. `logprob`: of all of it, EOS in, in nats, at the temperature."""
     logprobs = rollout.sampler_logprobs.double().sum(1).tolist()
     # EOS ends a response and is no part of its text.
     ends = (rollout.lengths - rollout.terminated.long()).tolist()
-    starts = rollout.prompt_lengths.tolist()
+    starts, lengths, tokens = rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), rollout.tokens.tolist()
     return [
         {
-            "response": inputs.tokenizer.decode(rollout.tokens[row, starts[row] : ends[row]].tolist()),
+            "response": tokenizer.decode(tokens[row][starts[row] : ends[row]]),
             "logprob": finite(logprobs[row]),
-            "tokens": int(rollout.lengths[row]) - starts[row],
-            "terminated": bool(rollout.terminated[row]),
+            "tokens": lengths[row] - starts[row],
+            "terminated": terminated,
         }
-        for row in range(len(rollout))
+        for row, terminated in enumerate(rollout.terminated.tolist())
     ]
 
 
-def _printed(rows: Sequence[Row], fields: Sequence[dict[str, Any]]) -> None:
-    lines = (printable(json_line({**row.columns, **added})) for row, added in zip(rows, fields, strict=True))
+def _print(inputs: GenerateInputs, first: int, rollout: Rollout) -> None:
+    asked, fields = inputs.asked(range(first, first + len(rollout))), fields_of(rollout, inputs.tokenizer)
+    lines = (printable(json_line({**row.columns, **added})) for row, added in zip(asked, fields, strict=True))
     sys.stdout.writelines(lines)
     sys.stdout.flush()

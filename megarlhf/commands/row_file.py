@@ -33,12 +33,12 @@ BLOCKS, BLOCK = 64, 1 << 16
 
 def who_reads(model: str, tokenizer: str) -> dict[str, Any]:
     """The settings that decide what a model and its tokenizer make of a row: their directories, and what is in them."""
-    return {
-        "model": _place(model),
-        "model's content": _content(model),
-        "tokenizer": _place(tokenizer),
-        "tokenizer's content": _content(tokenizer),
-    }
+    return {**place_of("model", model), **place_of("tokenizer", tokenizer)}
+
+
+def place_of(setting: str, name: str) -> dict[str, Any]:
+    """The directory that a setting names, and what is in it."""
+    return {setting: _place(name), f"{setting}'s content": _content(name)}
 
 
 def _place(name: str) -> str:
@@ -76,6 +76,11 @@ class Done(NamedTuple):
     size: int
 
 
+def output_file(path: Path, settings: Mapping[str, Any], added: Sequence[str]) -> RowFile:
+    """The file that the setting `output` names."""
+    return RowFile(path, settings, added, f"output={path}", "choose another output")
+
+
 @dataclass(frozen=True)
 class RowFile:
     """An output, and what must be true of it to go on with it."""
@@ -85,6 +90,10 @@ class RowFile:
     """Every setting that decides what is added, by name; JSON values."""
     added: Sequence[str]
     """Fields added to each row."""
+    named: str
+    """What it is in messages: the setting with its value."""
+    another: str
+    """What helps where it is not to be gone on with, such as: choose another output."""
 
     @property
     def settings_path(self) -> Path:
@@ -120,7 +129,7 @@ class RowFile:
     def check_room(self, rows: Sequence[Row]) -> None:
         """Raise ConfigError where the disk has no room for `rows` as they are: what is added comes on top."""
         needed = sum(len(self.line(row, {})) for row in rows)
-        check_room(self.path.absolute().parent, needed, f"output={self.path}", "choose another output")
+        check_room(self.path.absolute().parent, needed, self.named, self.another)
 
     def done(self, rows: Sequence[Row]) -> Done:
         """What of the input `rows` the file already holds; it is left as it is.
@@ -137,8 +146,8 @@ class RowFile:
                     break
                 if count == len(rows):
                     raise ConfigError(
-                        f"output={self.path} has more rows than the {len(rows)} of {rows[0].source}; put the input "
-                        "back to go on with it, or choose another output."
+                        f"{self.named} has more rows than the {len(rows)} of {rows[0].source}; put the input back to "
+                        f"go on with it, or {self.another}."
                     )
                 self._check_row(line, count + 1, rows[count])
                 count, size = count + 1, size + len(line)
@@ -174,32 +183,36 @@ class RowFile:
             then = _object(self.settings_path.read_bytes())
         except FileNotFoundError:
             raise ConfigError(
-                f"output={self.path} exists and {self.settings_path.name} does not: this command has not begun it; "
+                f"{self.named} exists and {self.settings_path.name} does not: this command has not begun it; "
                 "choose another file, or remove it."
             ) from None
         except ValueError as error:
             raise ConfigError(f"{self.settings_path}: {error}; remove it and {self.path.name} to begin anew.") from None
-        changed = [name for name in self.settings if then.get(name) != self.settings[name]]
-        if changed:
-            values = ", ".join(f"{name} {then.get(name)!r} -> {self.settings[name]!r}" for name in changed)
+        if changed := changes(then, self.settings):
             raise ConfigError(
-                f"output={self.path} was begun with other settings ({values}); put them back to go on with it, or "
-                "choose another output."
+                f"{self.named} was begun with other settings ({changed}); put them back to go on with it, or "
+                f"{self.another}."
             )
 
     def _check_row(self, line: bytes, number: int, row: Row) -> None:
         try:
             written = _object(line)
         except ValueError as error:
-            raise ConfigError(f"output={self.path}, row {number}: {error}; remove the file to begin anew.") from None
+            raise ConfigError(f"{self.named}, row {number}: {error}; remove the file to begin anew.") from None
         lacking = set(self.added) - written.keys()
         kept = {name: value for name, value in written.items() if name not in self.added}
         differing = lacking | {name for name, _ in _texts(kept) ^ _texts(row.columns)}
         if differing:
             raise ConfigError(
-                f"output={self.path}, row {number}: other {', '.join(sorted(differing))} than in row {row.number} "
-                f"of {row.source}; put the input back to go on with it, or choose another output."
+                f"{self.named}, row {number}: other {', '.join(sorted(differing))} than in row {row.number} of "
+                f"{row.source}; put the input back to go on with it, or {self.another}."
             )
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """From what to what each setting of `now` has changed, in words; "" where none has."""
+    changed = [name for name in now if then.get(name) != now[name]]
+    return ", ".join(f"{name} {then.get(name)!r} -> {now[name]!r}" for name in changed)
 
 
 def _object(text: bytes) -> dict[str, Any]:

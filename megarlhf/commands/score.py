@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.commands.row_file import DAY, RowFile, finite, who_reads
+from megarlhf.commands.row_file import DAY, RowFile, finite, output_file, who_reads
 from megarlhf.config import Config
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
@@ -121,7 +121,7 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
     model = checked_model(cfg.model, cfg.layout, "model", needs="scalar")
     reader = Model("model", cfg.model, model)
     settings = cfg.decisive(model.template)
-    output = RowFile(cfg.output, settings, ADDED[model.head])
+    output = output_file(cfg.output, settings, ADDED[model.head])
     output.check_writable()
 
     @cache

@@ -95,11 +95,13 @@ class RolloutEngine:
         """That responses are drawn from."""
         return self.role.model
 
-    def generate(self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1) -> Rollout:
+    def generate(
+        self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1, first_sample: int = 0
+    ) -> Rollout:
         """`group_size` responses to each prompt, adjacent. Each prompt is prefilled once, however many samples it has.
 
         A response depends on (seed, prompt id, index of the sample among the batch's rows of that prompt, weights) and
-        on nothing else: not on the batch, not on the layout.
+        on nothing else: not on the batch, not on the layout. `first_sample` is the index of the first of them.
 
         The role is resident meanwhile, and nobody else need be: the cache may have the rest of the memory.
 
@@ -112,7 +114,7 @@ class RolloutEngine:
         part = own_part(len(prompts), self.mesh)
         own = slice(part.start * group_size, part.stop * group_size)
         rows = every.rows(own).to(self.mesh.device)
-        streams = stream_ids(every.ids, occurrence(every.ids))[own].to(self.mesh.device)
+        streams = stream_ids(every.ids, first_sample + occurrence(every.ids))[own].to(self.mesh.device)
         with self.role.resident("weights"):
             try:
                 drawn = self._drawn(rows, streams, sampling, seed) if len(rows) else _none(rows)

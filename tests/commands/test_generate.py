@@ -23,7 +23,7 @@ PART = 4
 GIVEN: dict[str, Any] = {
     "model": "tiny-xs",
     "tokenizer": "arithmetic",
-    "group_size": 2,
+    "n": 2,
     "prompts": {"source": "arithmetic", "template": "plain", "arithmetic": {"rows": 5}},
     "sampling": {"temperature": 1.0, "max_new_tokens": 6},
 }
@@ -35,7 +35,8 @@ WORDS = (
 
 def drawn(layout: ParallelLayout, output: Path, changes: dict[str, Any]) -> tuple[str, int]:
     """Run the command on this rank with parts of a few rows; what it said, and how often it drew."""
-    cfg = GenerateConfig.model_validate({**GIVEN, "layout": layout, "output": output, **changes})
+    rollout = {"rows": PART // layout.data}
+    cfg = GenerateConfig.model_validate({**GIVEN, "layout": layout, "rollout": rollout, "output": output, **changes})
     calls: list[int] = []
     draw = RolloutEngine.generate
 
@@ -44,7 +45,6 @@ def drawn(layout: ParallelLayout, output: Path, changes: dict[str, Any]) -> tupl
         return draw(self, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
-        patch.setattr(generate, "ROLLOUTS", PART)
         patch.setattr(RolloutEngine, "generate", counted)
         generate.run(cfg, generate.prepare(cfg), start(cfg.layout, seed=cfg.seed))
     return said.getvalue(), len(calls)
@@ -87,11 +87,11 @@ def test_only_what_was_begun_alike_is_gone_on_with(
     monkeypatch.chdir(tmp_path)
     run(ParallelLayout(), tmp_path / "out.jsonl")
     before = Path("out.jsonl").read_bytes()
-    command = ("generate", *WORDS, "group_size=2", "output=out.jsonl", "sampling.temperature=1")
+    command = ("generate", *WORDS, "n=2", "output=out.jsonl", "sampling.temperature=1")
     for words, said in (
         (["seed=2"], "output=out.jsonl was begun with other settings (seed 1 -> 2); put them back to go on with it"),
         (["sampling.top_k=3"], "(sampling.top_k 0 -> 3); put them back to go on with it, or choose another output"),
-        (["group_size=1"], "(group_size 2 -> 1); put them back"),
+        (["n=1"], "(n 2 -> 1); put them back"),
         (["prompts.arithmetic.seed=9"], "out.jsonl, row 1: other prompt than in row 1 of arithmetic; put the input"),
         (["prompts.arithmetic.rows=3"], "output=out.jsonl has more rows than the 6 of arithmetic; put the input back"),
         (["output=out.jsonl.settings.json"], "out.jsonl.settings.json exists and out.jsonl.settings.json.settings"),
