@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.inference.contexts import dynamic_context
@@ -11,6 +12,15 @@ from torch import Tensor
 
 # Megatron's decorators hide from type checkers that this is a class.
 DynamicInferenceContext: Any = dynamic_context.DynamicInferenceContext
+
+
+class Sample(NamedTuple):
+    """A row that begins with what a request prefills."""
+
+    length: int
+    """Tokens of its own prompt: all that is prefilled, or at least two of them."""
+    limit: int
+    """Tokens that it may have in the end."""
 
 
 class _CountsAsMegatrons(type(DynamicInferenceContext)):
@@ -26,16 +36,19 @@ class _CountsAsMegatrons(type(DynamicInferenceContext)):
 class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
     """Megatron's paged cache. A request is a prompt until it is prefilled, then as many rows as it has samples.
 
-    Row ids are batch rows: the samples of request i are the rows i, i + 1, ..., i + samples[i] - 1. The cache is sized
-    so that `max_requests` rows of the greatest length fit: a row that was admitted is never paused or evicted.
+    Row ids are batch rows: the samples of request i are the rows i, i + 1, ..., one each. The cache is sized so that
+    `max_requests` rows of the greatest length fit: a row that was admitted is never paused or evicted.
+
+    The prompt of a sample may be shorter than what was prefilled. Its row is then made as of before its prompt's last
+    token, which the next step reads once more: what was computed of a prefill are the logits at its end alone.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.samples: dict[int, int] = {}
-        """How many each request has."""
-        self.unforked: list[int] = []
-        """Rows still to be made of each request prefilled in this step."""
+        self.samples: Mapping[int, Sequence[Sample]] = {}
+        """Of each request."""
+        self.unforked: list[Sequence[Sample]] = []
+        """Those of each request prefilled in this step, until they are rows."""
 
     def reset(self) -> None:
         """Forget every row; the memory stays."""
@@ -53,27 +66,28 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
     @property
     def free_rows(self) -> int:
         """Rows that no sample has, or will have once this step's prompts are forked."""
-        return self.max_requests - self.total_request_count - sum(self.unforked)
+        return self.max_requests - self.total_request_count - sum(len(samples) - 1 for samples in self.unforked)
 
     def check_availability(self, req: Any) -> tuple[bool, bool, bool]:
         """Whether all samples of `req` have rows, and its prompt room in this step; rows bring their memory along."""
         tokens = self.active_token_count + req.remaining_prompt_length
-        return self.samples[req.request_id] <= self.free_rows, tokens <= self.max_tokens, True
+        return len(self.samples[req.request_id]) <= self.free_rows, tokens <= self.max_tokens, True
 
     def add_request(self, req: Any, chunk_length: int | None = None) -> None:
         """Enter the prompt of `req` into this step."""
         super().add_request(req, chunk_length)
-        self.unforked.append(self.samples[req.request_id] - 1)
+        self.unforked.append(self.samples[req.request_id])
 
     def fork(self) -> Tensor:
-        """Give every prompt prefilled in this step the rows of its other samples, with copies of its cache.
+        """Give every prompt prefilled in this step the rows of its samples, each with its own copy of its cache.
 
         Shapes:   returns [active rows] int64: for each row, the row as of before that it continues.
         """
-        old, new = self.total_request_count, self.total_request_count + sum(self.unforked)
+        samples, self.unforked = self.unforked, []
+        others = [each for of_request in samples for each in of_request[1:]]
+        old, new = self.total_request_count, self.total_request_count + len(others)
         device = self.request_ids.device
-        copies = torch.tensor(self.unforked, device=device)
-        self.unforked = []
+        copies = torch.tensor([len(of_request) - 1 for of_request in samples], device=device)
         source = torch.arange(old - len(copies), old, device=device).repeat_interleave(copies)
         if new > old:
             # 1, 2, ... within each request.
@@ -90,14 +104,37 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
                 *self.request_metadata.values(),
             ):
                 column[old:new] = column[source]
+        made = torch.tensor([*(of_request[0] for of_request in samples), *others], device=device)
+        self._shorten(slice(old - len(copies), new), made[:, 0], made[:, 1])
+        if new > old:
             self._copy_cache(source, slice(old, new))
             self.total_request_count = new
+        self._give_back(slice(old - len(copies), old))
         return torch.cat([torch.arange(old, device=device), source])
+
+    def _shorten(self, rows: slice, lengths: Tensor, limits: Tensor) -> None:
+        """Take rows back to before the last token of their own prompts, where those are shorter than the prefilled."""
+        prefilled = self.request_query_lengths[rows]
+        kept = torch.where(lengths < prefilled, lengths - 1, prefilled)
+        self.request_query_lengths[rows] = kept
+        self.request_output_lengths[rows] = limits
+        self.request_kv_block_counts[rows] = (kept - 1) // self.block_size_tokens + 1
+        self.request_last_kv_block_offset[rows] = (kept - 1) % self.block_size_tokens
+
+    def _give_back(self, rows: slice) -> None:
+        """Release the blocks of rows that they have no tokens in any more."""
+        owned = self.request_to_kv_block_ids[rows]
+        counts = self.request_kv_block_counts[rows]
+        spare = (torch.arange(owned.shape[1], device=owned.device) >= counts[:, None]) & (owned >= 0)
+        if spare.any():
+            self.block_allocator.release_memory_blocks(owned[spare])
+            owned[spare] = -1
+            self.request_last_kv_block_id[rows] = owned.gather(1, counts.long()[:, None] - 1)[:, 0]
 
     def _copy_cache(self, source: Tensor, rows: slice) -> None:
         """Allocate blocks for `rows` and fill them from those of the rows `source`."""
         owned = self.request_to_kv_block_ids[source]
-        used = owned >= 0
+        used = torch.arange(owned.shape[1], device=owned.device) < self.request_kv_block_counts[rows][:, None]
         blocks = self.block_allocator.allocate_memory_blocks(int(used.sum()))
         if blocks is None:
             raise RuntimeError(f"KV cache: no blocks for {len(source)} admitted rows; this is a bug in admission.")

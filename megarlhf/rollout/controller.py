@@ -21,13 +21,14 @@ from megarlhf.rollout.sampling import SamplingConfig, sample
 class Ledger:
     """What a rollout is drawn from and written to; column t is about the token at position t of its row.
 
-    Shapes:   tokens [B, W] int64, prompts filled in; logprobs, uniforms [B, W] fp32; lengths [B] int64, the tokens
-              known so far.
+    Shapes:   tokens [B, W] int64, prompts filled in; logprobs, uniforms [B, W] fp32; starts, lengths [B] int64, the
+              tokens of the prompt, and those known so far.
     """
 
     tokens: Tensor
     logprobs: Tensor
     uniforms: Tensor
+    starts: Tensor
     lengths: Tensor
 
 
@@ -67,11 +68,18 @@ class RolloutController(TextGenerationController):
         lengths = context.get_active_sequence_lengths().long()
         cells = rows * self.ledger.tokens.shape[1] + lengths
         drawn, logprobs = self._draw(logits, continues, cells)
+        going_on = ~torch.isin(drawn, self.ends)
+        if continues is not None:
+            # Where a row was made as of before the end of its prompt, what comes next is known.
+            known = lengths < self.ledger.starts[rows]
+            drawn = torch.where(known, self.ledger.tokens.view(-1)[cells], drawn)
+            logprobs = logprobs.masked_fill(known, 0.0)
+            going_on |= known
         self.ledger.tokens.view(-1)[cells] = drawn
         self.ledger.logprobs.view(-1)[cells] = logprobs
         lengths += 1
         self.ledger.lengths[rows] = lengths
-        going_on = ~torch.isin(drawn, self.ends) & (lengths < context.get_max_sequence_lengths())
+        going_on &= lengths < context.get_max_sequence_lengths()
         context.update_requests(going_on.byte(), drawn)
         return {}
 

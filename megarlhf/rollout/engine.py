@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,9 +26,10 @@ from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
 from megarlhf.parallel.layout import FP8_MULTIPLE
 from megarlhf.parallel.mesh import own_scratch
-from megarlhf.rollout.context import HostContext, RolloutContext
+from megarlhf.rollout.context import HostContext, RolloutContext, Sample
 from megarlhf.rollout.controller import Ledger, RolloutController
 from megarlhf.rollout.graphs import DecodeGraphs
+from megarlhf.rollout.requests import Request, requests_of
 from megarlhf.rollout.sampling import (
     USUAL,
     RolloutConfig,
@@ -98,7 +98,8 @@ class RolloutEngine:
     def generate(
         self, prompts: Prompts, sampling: SamplingConfig, *, seed: int, group_size: int = 1, first_sample: int = 0
     ) -> Rollout:
-        """`group_size` responses to each prompt, adjacent. Each prompt is prefilled once, however many samples it has.
+        """`group_size` responses to each prompt, adjacent. Each prompt is prefilled once, however many samples it has,
+        and neighbours of which the shorter begin the longest are prefilled together, as that one.
 
         A response depends on (seed, prompt id, index of the sample among the batch's rows of that prompt, weights) and
         on nothing else: not on the batch, not on the layout. `first_sample` is the index of the first of them.
@@ -126,8 +127,11 @@ class RolloutEngine:
         return rollout
 
     def _count(self, prompts: Prompts, rollout: Rollout) -> None:
-        """Book the work: a prompt passes once, however many samples it has; of a response all but its last token."""
-        given, starts, whole = prompts.lengths, rollout.prompt_lengths, rollout.lengths
+        """Book the work: what is prefilled passes once, however many samples it has; of a response all but its last
+        token. The last token of a prompt that begins another one passes twice, and is counted once.
+        """
+        given = torch.tensor([len(request.tokens) for request in requests_of(prompts, len(prompts))], dtype=torch.int64)
+        starts, whole = rollout.prompt_lengths, rollout.lengths
         drawn = int((whole - starts).sum())
         fed = int(given.sum()) + drawn - len(rollout)
         keys = _triangle(given) + _triangle(whole - 1) - _triangle(starts)
@@ -141,7 +145,7 @@ class RolloutEngine:
         with torch.inference_mode(), own_scratch(self._scratch), _evaluating(self.model):
             live = self._engine_for(len(rows))
             with live.captured():
-                live.engine.draw(_requests(rows, live.rows), ledger, sampling)
+                live.engine.draw(requests_of(rows, live.rows), ledger, sampling)
         return self._rollout(rows, ledger)
 
     def release(self) -> None:
@@ -159,7 +163,7 @@ class RolloutEngine:
         in_prompt = step[:longest] < rows.lengths[:, None]
         tokens[:, :longest][in_prompt] = rows.tokens[:, :longest][in_prompt]
         draws = uniforms(seed, streams[:, None], step)
-        return Ledger(tokens, torch.zeros_like(draws), draws, rows.lengths.clone())
+        return Ledger(tokens, torch.zeros_like(draws), draws, rows.lengths, rows.lengths.clone())
 
     def _engine_for(self, rows: int) -> _Live:
         """An engine that decodes as many of `rows` rows at once as it may: the last one, if it is large enough."""
@@ -298,13 +302,17 @@ class _Engine(DynamicInferenceEngine):
         """The controller has recorded the step."""
         return {}
 
-    def draw(self, requests: Sequence[tuple[int, int, list[int]]], ledger: Ledger, sampling: SamplingConfig) -> None:
-        """Draw the rows of all requests (first row, rows, prompt) into the ledger."""
+    def draw(self, requests: Sequence[Request], ledger: Ledger, sampling: SamplingConfig) -> None:
+        """Draw the rows of all requests into the ledger."""
         self.reset()
-        self.context.samples = {row: count for row, count, _ in requests}
+        longest, width = sampling.max_new_tokens, ledger.tokens.shape[1]
+        self.context.samples = {
+            request.row: [Sample(length, min(length + longest, width)) for length in request.lengths]
+            for request in requests
+        }
         self.controller.ledger, self.controller.sampling = ledger, sampling
-        for row, _, tokens in requests:
-            room = min(sampling.max_new_tokens, ledger.tokens.shape[1] - len(tokens))
+        for row, tokens, _ in requests:
+            room = min(longest, width - len(tokens))
             # No id of termination: the controller knows them all.
             self.add_request(row, tokens, SamplingParams(num_tokens_to_generate=room, termination_id=-1))
         self._drain()
@@ -379,14 +387,3 @@ def _check_room(prompts: Prompts, limit: int) -> None:
                 f"prompt row {row} (data set row {prompt}) has {length} tokens and max_sequence_length is {limit}; "
                 "drop the prompt or raise the limit."
             )
-
-
-def _requests(rows: Prompts, most: int) -> list[tuple[int, int, list[int]]]:
-    """Runs of equal adjacent prompts as (first row, rows, prompt), none longer than `most`."""
-    tokens, lengths = rows.tokens.tolist(), rows.lengths.tolist()
-    prompts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
-    requests = []
-    for _, run in itertools.groupby(range(len(prompts)), key=prompts.__getitem__):
-        row, end = (same := list(run))[0], same[-1] + 1
-        requests += [(start, min(most, end - start), prompts[row]) for start in range(row, end, most)]
-    return requests

@@ -18,9 +18,10 @@ from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.rollout import engine as engine_module
 from megarlhf.rollout.engine import RolloutEngine
+from megarlhf.rollout.requests import requests_of
 from megarlhf.rollout.sampling import SamplingConfig
 from tests.helpers.ranks import run_ranks
-from tests.rollout.worlds import EOS, PAD, SPEC, actor, as_tensors, engine, prompts
+from tests.rollout.worlds import EOS, PAD, SPEC, actor, as_tensors, engine, nested, prompts
 
 SAMPLING = SamplingConfig(temperature=0.7, max_new_tokens=20)
 SAMPLES = 3
@@ -281,6 +282,63 @@ def row_bytes(block: int) -> int:
 def test_too_little_memory_for_one_row_is_an_error() -> None:
     message = run_ranks(roll_as_on_a_gpu, 1, 4, row_bytes(4))[0]
     assert message.startswith("KV cache: two rows of 33 tokens need 0.0 GiB, more than rollout.memory_share=0.8 of")
+
+
+def roll_nested(layout: ParallelLayout, max_requests: int, block: int, order: list[int]) -> tuple:
+    """Responses to prompts that begin one another, asked for in this order, and put back into their own."""
+    role = actor(layout, temperature=SAMPLING.temperature)
+    sampler = engine(role, max_requests=max_requests)
+    with pytest.MonkeyPatch.context() as patch:
+        if block:
+            sampler.mesh = dataclasses.replace(role.mesh, device=torch.device("cuda"))
+            patch.setattr(engine_module, "CUDA_BLOCK_TOKENS", block)
+            patch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 80 * 2**30))
+        rollout = sampler.generate(nested().rows(torch.tensor(order)), SAMPLING, seed=7, group_size=SAMPLES)
+    own = (torch.tensor(order).argsort()[:, None] * SAMPLES + torch.arange(SAMPLES)).flatten()
+    gap = (role.score(rollout) - rollout.sampler_logprobs).abs().max()
+    return *(each[own] for each in as_tensors(rollout)), float(gap)
+
+
+@pytest.fixture(scope="module")
+def one_by_one() -> tuple:
+    """No two neighbours begin one another: each is prefilled alone."""
+    order = [3, 4, 7, 2, 5, 8, 1, 6, 9, 0]
+    assert [len(each.lengths) for each in requests_of(nested().rows(torch.tensor(order)), 512)] == [1] * 10
+    return run_ranks(roll_nested, 1, ParallelLayout(), 512, 0, order)[0]
+
+
+@pytest.mark.parametrize("block", [0, 2, 3, 4, 256])
+@pytest.mark.parametrize("rows", [4, 512])
+def test_prompts_that_begin_another_are_taken_from_its_cache(block: int, rows: int, one_by_one: tuple) -> None:
+    """Their responses are the same, by whole rows and by blocks, and however many wait."""
+    check_same(run_ranks(roll_nested, 1, ParallelLayout(), rows, block, list(range(10))), one_by_one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_takes_them_so(layout: ParallelLayout, one_by_one: tuple) -> None:
+    check_same(run_ranks(roll_nested, layout.world_size, layout, 512, 0, list(range(10))), one_by_one)
+
+
+def check_same(ranks: list[tuple], expected: tuple) -> None:
+    for tokens, lengths, terminated, logprobs, gap in ranks:
+        assert torch.equal(tokens, expected[0])
+        assert torch.equal(lengths, expected[1])
+        assert torch.equal(terminated, expected[2])
+        torch.testing.assert_close(logprobs, expected[3], atol=1e-5, rtol=0)
+        assert gap < 1e-5
+
+
+def test_what_is_prefilled_together() -> None:
+    """Neighbours that begin the longest of them; never as of before their first token, and no more than fit."""
+    requests = requests_of(nested(), 512)
+    assert [(each.row, len(each.tokens), each.lengths) for each in requests] == [
+        (0, 13, [2, 5, 5, 13]),
+        (4, 9, [9, 4, 8]),
+        (7, 12, [12]),
+        (8, 1, [1]),
+        (9, 6, [6]),
+    ]
+    assert [each.lengths for each in requests_of(nested(), 2)] == [[2, 5], [5, 13], [9, 4], [8], [12], [1], [6]]
 
 
 def errors() -> list[str]:

@@ -66,3 +66,12 @@ def prompts(count: int = 5) -> Prompts:
 
 def as_tensors(rollout: Rollout) -> tuple[torch.Tensor, ...]:
     return rollout.tokens, rollout.lengths, rollout.terminated, rollout.sampler_logprobs
+
+
+def nested() -> Prompts:
+    """Of three texts several beginnings each, in any order, one of them a token long and one there twice."""
+    text = torch.randint(4, SPEC.vocab_size, (3, 13), generator=torch.Generator().manual_seed(3))
+    of_text = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    lengths = torch.tensor([2, 5, 5, 13, 9, 4, 8, 12, 1, 6])
+    tokens = torch.where(torch.arange(13) < lengths[:, None], text[of_text], PAD)
+    return Prompts(tokens, lengths, 200 + torch.arange(10), ("",) * 10)
