@@ -54,6 +54,11 @@ COMMANDS = {
         "megarlhf.commands.score:ScoreConfig",
         "megarlhf.commands.score:main",
     ),
+    "label_steps": Command(
+        "what each step of given solutions is worth, by completions that go on from it",
+        "megarlhf.commands.label_steps:LabelStepsConfig",
+        "megarlhf.commands.label_steps:main",
+    ),
     "replay": Command(
         "take a failed step again on one device, from the capsule that the run left",
         "megarlhf.commands.replay:ReplayConfig",

@@ -193,6 +193,14 @@ def labelled_rows(config: ArithmeticConfig, split: Split) -> list[dict]:
     ]
 
 
+def solution_rows(config: ArithmeticConfig, split: Split) -> list[dict]:
+    """Rows {prompt, response, answer}: one demonstration of each problem, of mixed quality, and the right answer."""
+    return [
+        {"prompt": problem.text, "response": said[0], "answer": str(problem.answer)}
+        for problem, said in _demonstrated(config, split, 1)
+    ]
+
+
 def step_rows(config: ArithmeticConfig, split: Split) -> list[dict]:
     """Rows {prompt, steps, labels}: one demonstration of each problem, 1 for a step after which it is right so far."""
     rows = []

@@ -86,7 +86,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     """
     tokenizer = tokenizer.taking(config.control_tokens)
     loaded = read_rows(
-        config, prompt_rows, COLUMNS, lambda row: (row.prompt_ids(tokenizer, config.rendering), _answer(row))
+        config, prompt_rows, COLUMNS, lambda row: (row.prompt_ids(tokenizer, config.rendering), answer_of(row))
     )
     rows, values = loaded.rows, loaded.values
     kept = within_limit(config, loaded, [len(ids) for ids, _ in values])
@@ -101,7 +101,8 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer) -> PromptSet:
     )
 
 
-def _answer(row: Row) -> str:
+def answer_of(row: Row) -> str:
+    """The expected answer; "" where the row has none."""
     given = row.columns.get("answer")
     if given is None or (given == "" and is_task(row.source)):
         return ""  # "" is the right one of some of the tasks' problems, which their verifier knows
