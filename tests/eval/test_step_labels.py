@@ -24,7 +24,7 @@ from tests.helpers.ranks import run_ranks
 
 RIGHT = tuple(str(number) for number in range(40, 56))
 """Words after which a completion of one token is right: 16 of 160, so that p is about 0.1."""
-COMPLETIONS, SEEDS = 8, 12
+COMPLETIONS, SEEDS = 4, 6
 
 
 def judged(responses: Sequence[Response]) -> list[Opinion]:
