@@ -84,6 +84,8 @@ class PreferenceSet:
 class LabelledSet:
     """Tokenised responses, each with its prompt and EOS, and how correct they are."""
 
+    prompt_lengths: Sequence[int]
+    """How many tokens of each are the prompt."""
     tokens: Sequence[Sequence[int]]
     correct: Sequence[float]
     pad_id: int
@@ -148,16 +150,28 @@ def load_labelled(
     kind = Columns(setting, ("prompt", "response", "correct"), JUDGED)
     tokenizer = tokenizer.taking(config.control_tokens)
 
-    def read(row: Row) -> tuple[float, list[int]]:
+    def read(row: Row) -> _Judged:
         correct = row.number_in("correct", 0, scale, f", or set {setting}.scale") / scale
         prompt, response = row.answered_ids("response", tokenizer, config.rendering)
-        return correct, [*prompt, *response]
+        return _Judged(len(prompt), [*prompt, *response], correct)
 
     loaded = read_rows(config, labelled_rows, kind, read)
-    kept = within_limit(config, loaded, [len(ids) for _, ids in loaded.values])
+    kept = within_limit(config, loaded, [len(judged.tokens) for judged in loaded.values])
     judged = [loaded.values[index] for index in kept.indices]
-    correct, tokens = [grade for grade, _ in judged], [ids for _, ids in judged]
-    return LabelledSet(tokens, correct, tokenizer.pad_id, kept.dropped, kept.origin)
+    return LabelledSet(
+        [each.prompt_length for each in judged],
+        [each.tokens for each in judged],
+        [each.correct for each in judged],
+        tokenizer.pad_id,
+        dropped=kept.dropped,
+        origin=kept.origin,
+    )
+
+
+class _Judged(NamedTuple):
+    prompt_length: int
+    tokens: list[int]
+    correct: float
 
 
 class _Pair(NamedTuple):

@@ -1,0 +1,209 @@
+"""What a reward model is worth: on pairs, on judged responses, and on responses whose steps are judged.
+
+A model says of each step of a response how probably it is right, sigmoid of its head's number before any normalisation;
+one that judges outcomes says so of the response, as of its only step. Ways to take the steps of a response together are
+those of ops/step_scores.py. Numbers with an interval are over what is independent: prompts, or solutions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import Tensor
+
+from megarlhf.batch.supervised import SteppedResponses
+from megarlhf.data.rows import pad_right
+from megarlhf.eval.best_of import best_of
+from megarlhf.eval.intervals import Interval, auc_error, mean, share_of, within
+from megarlhf.models.role import Role
+from megarlhf.observe.progress import Progress
+from megarlhf.ops.calibration import Calibration, calibration
+from megarlhf.ops.first_error import first_errors, harmonic
+from megarlhf.ops.step_scores import Aggregate, aggregated
+from megarlhf.runs.measuring import PART_ROWS
+
+RESAMPLES = 2000
+"""For the interval of what is no mean."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model says of some responses."""
+
+    values: Tensor
+    """[N, S] fp64: of each step the number of its head."""
+    ends: Tensor
+    """[N, S] bool: which steps there are."""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """[N, S]: that a step is right."""
+        return self.values.sigmoid()
+
+    def taken(self, way: Aggregate) -> Tensor:
+        """[N]: what responses are worth by the probabilities of their steps."""
+        return aggregated(self.probabilities, self.ends, way)
+
+    def rows(self, which: Tensor | slice) -> Reading:
+        """Of some of them."""
+        return Reading(self.values[which], self.ends[which])
+
+
+def read(role: Role, tokens: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], name: str) -> Reading:
+    """Ask a model whose reading is StepScores, in order of length, so that little of what it reads is padding.
+
+    tokens: prompt and response with EOS; ends: in them, the last token of each step; name: for the progress bar.
+    Ranks:    collective; equal on every rank.
+    """
+    order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
+    values = torch.zeros(len(tokens), max(map(len, ends)), dtype=torch.float64)
+    there = torch.zeros(values.shape, dtype=torch.bool)
+    with Progress(len(tokens), f"read {name}", enabled=role.mesh.is_main) as bar:
+        for first in range(0, len(order), PART_ROWS):
+            part = order[first : first + PART_ROWS]
+            padded, lengths = pad_right([tokens[row] for row in part], 0)  # no mask reads padding
+            mask = torch.zeros(padded.shape, dtype=torch.bool)
+            for at, row in enumerate(part):
+                mask[at, list(ends[row])] = True
+            scores = role.score(SteppedResponses(padded, lengths, mask)).cpu()
+            for at, row in enumerate(part):
+                found = scores[at][[end - 1 for end in ends[row]]]  # index t is about token t + 1
+                values[row, : len(found)], there[row, : len(found)] = found.double(), True
+            bar.advance(len(part))
+    return Reading(values, there)
+
+
+class OfLength(NamedTuple):
+    """How well responses are told apart among those of like length."""
+
+    said: str
+    """Which."""
+    count: int
+    found: float
+    """Pairs in order, or the area under the curve; NaN where there is nothing to tell apart."""
+
+
+@dataclass(frozen=True)
+class OfPairs:
+    """How often the chosen response is worth more; a tie is half."""
+
+    accuracy: Interval
+    by_length: Sequence[OfLength]
+
+
+def of_pairs(chosen: Tensor, rejected: Tensor, lengths: Tensor, prompts: int) -> OfPairs:
+    """Of pairs.
+
+    Shapes:   chosen, rejected [P], what they are worth; lengths [P, 2], their tokens. prompts: distinct ones, which are
+              what is independent.
+    """
+    right = 0.5 + 0.5 * (chosen - rejected).sign()
+    longer = (lengths[:, 0] - lengths[:, 1]).sign()
+    parts = {"chosen is shorter": longer < 0, "as long": longer == 0, "chosen is longer": longer > 0}
+    by_length = [OfLength(said, int(which.sum()), float(right[which].mean())) for said, which in parts.items()]
+    return OfPairs(share_of(float(right.mean()), prompts), by_length)
+
+
+@dataclass(frozen=True)
+class OfJudged:
+    """How well right responses are told from wrong ones."""
+
+    auc: Interval
+    """That a right one is worth more than a wrong one."""
+    accuracy: Interval
+    """That it is worth 1/2 or more if, and only if, it is right."""
+    calibration: Calibration
+    by_length: Sequence[OfLength]
+    """The area under the curve in each third of the responses by their tokens."""
+    best_of: Mapping[int, Interval]
+    """How right the best of n responses to one prompt is, on average over prompts that have so many."""
+
+
+def of_judged(worth: Tensor, right: Tensor, lengths: Tensor, prompts: Sequence[Any]) -> OfJudged:
+    """Of judged responses.
+
+    Shapes:   worth [N] in 0..1; right [N], from 0 to 1 (above 1/2 is right); lengths [N] int64, tokens of responses.
+    prompts:  of each, anything that tells prompts apart.
+    """
+    found = right > 0.5
+    thirds = torch.tensor(np.quantile(lengths.numpy(), [1 / 3, 2 / 3]))
+    part = (lengths[:, None] > thirds).sum(1)
+    by_length = []
+    for third in range(3):
+        which = part == third
+        if which.any():
+            low, high = int(lengths[which].min()), int(lengths[which].max())
+            area = _auc(worth[which], found[which])
+            by_length.append(OfLength(f"{low} to {high} tokens", int(which.sum()), area))
+    agreed = ((worth >= 0.5) == found).double().mean()
+    rights, wrongs, area = int(found.sum()), int((~found).sum()), _auc(worth, found)
+    auc = within(area, auc_error(area, rights, wrongs), 0.0, 1.0) if rights and wrongs else Interval(area, area, area)
+    accuracy = share_of(float(agreed), len(set(prompts)))
+    return OfJudged(auc, accuracy, calibration(worth, right), by_length, _best_of(worth, right, prompts))
+
+
+def _auc(worth: Tensor, right: Tensor) -> float:
+    """The Mann-Whitney statistic over all right-wrong couples; a tie is half."""
+    rights, wrongs = worth[right].numpy(), worth[~right].numpy()
+    if not len(rights) or not len(wrongs):
+        return float("nan")
+    return float(scipy.stats.mannwhitneyu(rights, wrongs).statistic) / (len(rights) * len(wrongs))
+
+
+def _best_of(worth: Tensor, right: Tensor, prompts: Sequence[Any]) -> dict[int, Interval]:
+    """For n = 1, 4, 16, 64, ...: of the prompts that have n responses, if they are two or more."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        groups[prompt].append(row)
+    found: dict[int, Interval] = {}
+    size = 1
+    while len(large := [rows for rows in groups.values() if len(rows) >= size]) > 1:
+        values = [best_of(worth[rows].numpy(), right[rows].double().numpy(), [size])[0] for rows in large]
+        found[size] = mean(torch.tensor(values))
+        size *= 4
+    return found
+
+
+@dataclass(frozen=True)
+class OfSteps:
+    """How well the first wrong step of solutions is found, as ProcessBench counts."""
+
+    wrong_found: Interval
+    """Of solutions with an error, those whose first wrong step is the first that is called wrong."""
+    right_passed: Interval
+    """Of solutions without one, those of which no step is."""
+    f1: Interval
+    """The harmonic mean of the two."""
+    accuracy: Interval
+    """Of labelled steps, those that are called what they are; over solutions, which are what is independent."""
+    calibration: Calibration
+
+
+def of_steps(reading: Reading, labels: Sequence[Sequence[float | None]], errors: Sequence[int], seed: int) -> OfSteps:
+    """Of solutions, whose steps have those labels, and whose first wrong step is that (-1: none)."""
+    said = first_errors(reading.probabilities, reading.ends).tolist()
+    agreed = [at == error for at, error in zip(said, errors, strict=True)]
+    wrong = [same for same, error in zip(agreed, errors, strict=True) if error >= 0]
+    right = [same for same, error in zip(agreed, errors, strict=True) if error < 0]
+    rows = [(row, step) for row, given in enumerate(labels) for step, label in enumerate(given) if label is not None]
+    known = torch.tensor([label for given in labels for label in given if label is not None], dtype=torch.float64)
+    steps = torch.stack([reading.probabilities[row, step] for row, step in rows])
+    called = float(((steps >= 0.5) == (known >= 0.5)).double().mean())
+    shares = [_share(wrong), _share(right)]
+    drawn = np.random.default_rng(seed).binomial(
+        [max(len(wrong), 1), max(len(right), 1)], [s.mean for s in shares], (RESAMPLES, 2)
+    )
+    resampled = [harmonic(a / max(len(wrong), 1), b / max(len(right), 1)) for a, b in drawn.tolist()]
+    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+    f1 = Interval(harmonic(shares[0].mean, shares[1].mean), low, high)
+    return OfSteps(*shares, f1, share_of(called, len(labels)), calibration(steps, known))
+
+
+def _share(which: Sequence[bool]) -> Interval:
+    return share_of(sum(which) / len(which), len(which)) if which else Interval(0.0, 0.0, 1.0)
