@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -21,11 +21,22 @@ from megarlhf.data.steps import step_ends
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.eval.intervals import Interval
-from megarlhf.eval.reward_model import OfJudged, OfPairs, OfSteps, Reading, of_judged, of_pairs, of_steps, read
+from megarlhf.eval.reward_model import (
+    OfJudged,
+    OfLength,
+    OfPairs,
+    OfSteps,
+    Reading,
+    of_judged,
+    of_pairs,
+    of_steps,
+    read,
+)
 from megarlhf.models.readings import StepScores
 from megarlhf.models.role import Role
 from megarlhf.observe.files import write_whole
 from megarlhf.observe.terminal import Terminal
+from megarlhf.ops.calibration import Calibration
 from megarlhf.ops.step_scores import Aggregate
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.runtime.checks import Model, check_longest, check_tokenizer, checked_model, resolve_tokenizer
@@ -52,8 +63,8 @@ class EvalRewardConfig(RanksConfig):
     tokenizer: str = ""
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     pairs: DataConfig | None = None
-    """Preference pairs: columns prompt, chosen, rejected. They give the share in order, for pairs of which the longer is
-    chosen and others too."""
+    """Preference pairs: columns prompt, chosen, rejected. They give the share in order, also of those whose longer
+    response is chosen, and of the others."""
     labelled: LabelledData | None = None
     """Judged responses: columns prompt, response, correct (0 to 1, or to `labelled.scale`). They give the area under
     the curve, calibration, and, where a prompt has several, the best of n."""
@@ -264,12 +275,10 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: _plain(each) for name, each in value._asdict().items()}
+    if isinstance(value, Interval | Calibration | OfLength):
+        return _plain(value._asdict())
+    if isinstance(value, Found | OfPairs | OfJudged | OfSteps):
+        return _plain({each.name: vars(value)[each.name] for each in fields(value)})
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, Found | OfPairs | OfJudged | OfSteps):
-        return {name: _plain(each) for name, each in vars(value).items()}
-    return value
+    return [_plain(each) for each in value] if isinstance(value, list) else value

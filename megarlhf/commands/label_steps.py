@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.commands.row_file import DAY, Done, RowFile, who_reads
+from megarlhf.commands.row_file import DAY, Done, RowFile, output_file, who_reads
 from megarlhf.data.arithmetic import STEP_SEPARATOR
 from megarlhf.data.prompts import check_answered
 from megarlhf.data.rows import BUILT_IN, DataConfig
@@ -39,7 +39,7 @@ from megarlhf.runtime.outputs import lock_of_file, sole_writer
 from megarlhf.runtime.roles import frozen, print_choices, print_dropped
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
-from megarlhf.runtime.texts import check_one_day, check_one_source, chosen_data
+from megarlhf.runtime.texts import check_one_day, check_one_source, chosen_data, chosen_separator
 
 PART = 64
 """Solutions labelled between two writes. Those of a part that begin alike share their completions."""
@@ -63,7 +63,8 @@ class LabelStepsConfig(RanksConfig):
     solutions: DataConfig = DataConfig()
     """Solutions: columns prompt, steps (a list of text) or response, and answer."""
     separator: str | None = Field(default=None, min_length=1)
-    """What parts the steps of a response. null: `. ` for the built-in task, an empty line for all else."""
+    """What parts the steps of a response. null: `. ` where the source is the built-in task, or the model was
+    trained on it, and an empty line elsewhere."""
     completions: int = Field(default=8, ge=1)
     """Completions of each beginning. Source: 8 in Math-Shepherd."""
     sampling: SamplingConfig = SamplingConfig()
@@ -94,7 +95,7 @@ class LabelStepsInputs:
 
 def prepare(cfg: LabelStepsConfig) -> LabelStepsInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
-    output = RowFile(cfg.output, {}, ADDED)
+    output = output_file(cfg.output, {}, ADDED)
     output.check_writable()
     check_rolls_out(cfg.layout, cfg.rollout, offload=cfg.offload, fp8=cfg.compute.fp8 != "off")
     if cfg.sampling.temperature == 0 and cfg.completions > 1:
@@ -108,8 +109,8 @@ def prepare(cfg: LabelStepsConfig) -> LabelStepsInputs:
     tokenizer = resolve_tokenizer(cfg.tokenizer, speaker, cfg.date or output.day())
     check_tokenizer(tokenizer, model.spec, "model")
     data = chosen_data(cfg.solutions, "solutions", speaker)
-    built_in = BUILT_IN in (data.source, model.task)
-    separator = cfg.separator or (STEP_SEPARATOR if built_in else PARAGRAPH)
+    usual = STEP_SEPARATOR if data.source == BUILT_IN else PARAGRAPH
+    separator = chosen_separator(cfg.separator, usual, speaker)
     verifier = chosen_verifier(cfg.verifier, data.source)
     if verifier is None:
         raise ConfigError(

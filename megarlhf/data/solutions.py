@@ -15,7 +15,6 @@ from megarlhf.data.prompts import PromptSet, answer_of
 from megarlhf.data.row import Row
 from megarlhf.data.rows import HERE, DataConfig, Origin, read_rows, within_limit
 from megarlhf.data.shapes import Shape
-from megarlhf.data.sources import shown
 from megarlhf.data.steps import given_ends
 from megarlhf.data.tokenizer import Tokenizer
 
@@ -123,10 +122,4 @@ def steps_of(row: Row, separator: str) -> list[str]:
     """The column steps, or response in pieces. Raises DataError where a step is no text, or blank, or there is none."""
     if row.columns.get("steps") is None:
         return [piece for piece in row.text("response").split(separator) if piece.strip()]
-    steps = row.columns["steps"]
-    if not isinstance(steps, list) or not steps:
-        raise row.fault("steps", f'{shown(steps)} is not a list of steps; write ["...", ...]')
-    for number, step in enumerate(steps, start=1):
-        if not isinstance(step, str) or not step.strip():
-            raise row.fault("steps", f"step {number}, {shown(step)}, is no text; write some, or remove it")
-    return steps
+    return row.texts("steps")

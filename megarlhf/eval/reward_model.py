@@ -26,8 +26,9 @@ from megarlhf.observe.progress import Progress
 from megarlhf.ops.calibration import Calibration, calibration
 from megarlhf.ops.first_error import first_errors, harmonic
 from megarlhf.ops.step_scores import Aggregate, aggregated
-from megarlhf.runs.measuring import PART_ROWS
 
+PART_ROWS = 512
+"""Responses read between two signs of progress."""
 RESAMPLES = 2000
 """For the interval of what is no mean."""
 
@@ -195,14 +196,12 @@ def of_steps(reading: Reading, labels: Sequence[Sequence[float | None]], errors:
     known = torch.tensor([label for given in labels for label in given if label is not None], dtype=torch.float64)
     steps = torch.stack([reading.probabilities[row, step] for row, step in rows])
     called = float(((steps >= 0.5) == (known >= 0.5)).double().mean())
-    shares = [_share(wrong), _share(right)]
-    drawn = np.random.default_rng(seed).binomial(
-        [max(len(wrong), 1), max(len(right), 1)], [s.mean for s in shares], (RESAMPLES, 2)
-    )
-    resampled = [harmonic(a / max(len(wrong), 1), b / max(len(right), 1)) for a, b in drawn.tolist()]
-    low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
-    f1 = Interval(harmonic(shares[0].mean, shares[1].mean), low, high)
-    return OfSteps(*shares, f1, share_of(called, len(labels)), calibration(steps, known))
+    found, passed = _share(wrong), _share(right)
+    sizes = [max(len(wrong), 1), max(len(right), 1)]
+    drawn = np.random.default_rng(seed).binomial(sizes, [found.mean, passed.mean], (RESAMPLES, 2)) / sizes
+    low, high = np.quantile([harmonic(a, b) for a, b in drawn.tolist()], [0.025, 0.975]).tolist()
+    f1 = Interval(harmonic(found.mean, passed.mean), low, high)
+    return OfSteps(found, passed, f1, share_of(called, len(labels)), calibration(steps, known))
 
 
 def _share(which: Sequence[bool]) -> Interval:

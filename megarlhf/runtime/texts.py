@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from megarlhf.data.arithmetic import STEP_SEPARATOR
 from megarlhf.data.rows import BUILT_IN, DataConfig, is_generated
 from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import ConfigError
@@ -70,6 +71,12 @@ def check_apart(name: str, heldout: Iterable[Sequence[int]], trained: Mapping[st
 def chosen_template(template: Template | None, model: Model) -> Template:
     """`template`, or where it is None what the model was trained with, or chat where nobody knows."""
     return template or model.description.template or "chat"
+
+
+def chosen_separator(separator: str | None, usual: str, model: Model) -> str:
+    """What parts steps: as set, or else as the model was taught, or as the built-in task has it, or `usual`."""
+    taught = model.description.step_separator or (STEP_SEPARATOR if model.description.task == BUILT_IN else None)
+    return separator or taught or usual
 
 
 def check_one_day(tokenizer: Tokenizer, mesh: Mesh) -> None:
