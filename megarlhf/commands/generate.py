@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,7 +128,8 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
     settings = _decisive(cfg, data, tokenizer)
     if cfg.pool is not None:
         order = Order(len(prompts), rounds_of(cfg.pool, cfg.n))
-        pool = PoolFiles(cfg.pool, settings, prompts, tokenizer, order)
+        source = f"{data.source or 'prompt'}{f' ({data.split})' if data.split else ''}"
+        pool = PoolFiles(cfg.pool, settings, source, prompts, tokenizer, order)
         pool.check()
         return GenerateInputs(model, tokenizer, data, prompts, order, None, pool)
     order = Order(len(prompts), (cfg.n,))
@@ -258,9 +259,11 @@ def fields_of(rollout: Rollout, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     # EOS ends a response and is no part of its text.
     ends = (rollout.lengths - rollout.terminated.long()).tolist()
     starts, lengths, tokens = rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), rollout.tokens.tolist()
+    # Many responses to one prompt are alike.
+    decoded = cache(tokenizer.decode)
     return [
         {
-            "response": tokenizer.decode(tokens[row][starts[row] : ends[row]]),
+            "response": decoded(tuple(tokens[row][starts[row] : ends[row]])),
             "logprob": finite(logprobs[row]),
             "tokens": lengths[row] - starts[row],
             "terminated": terminated,

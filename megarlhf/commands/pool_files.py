@@ -45,6 +45,8 @@ class PoolFiles:
     directory: Path
     settings: Mapping[str, Any]
     """Every setting that decides what is drawn, by name; JSON values."""
+    source: str
+    """Where the prompts come from."""
     prompts: PromptSet
     tokenizer: Tokenizer
     order: Order
@@ -88,10 +90,12 @@ class PoolFiles:
             (self.directory / RESPONSES).mkdir(parents=True, exist_ok=True)
             self.tokenizer.save(self.directory / TOKENIZER)
         write_whole(self.directory / PROMPTS, prompt_lines(self.prompts))
-        known = read_about(self.directory) if is_begun(self.directory) else {"versions": versions()}
+        begun = is_begun(self.directory)
+        known = read_about(self.directory) if begun else {"source": self.source, "versions": versions()}
         about = {
             "settings": self.settings,
             "rounds": self.order.rounds,
+            "source": known["source"],
             "prompts": len(self.prompts),
             "eos_ids": self.tokenizer.eos_ids,
             "pad_id": self.tokenizer.pad_id,

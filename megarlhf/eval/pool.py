@@ -68,6 +68,13 @@ class Order:
         starts = (0, *self.rounds)
         return [(self.prompts * start, start, stop - start) for start, stop in itertools.pairwise(starts)]
 
+    def __iter__(self) -> Iterator[Place]:
+        """Every response in order."""
+        for _, start, count in self.parts:
+            for prompt in range(self.prompts):
+                for sample in range(start, start + count):
+                    yield Place(prompt, sample)
+
     def at(self, index: int) -> Place:
         """The response that lies there, 0 <= index < total."""
         first, sample, count = next(part for part in reversed(self.parts) if part[0] <= index)
@@ -119,8 +126,8 @@ class Pool:
     def responses(self) -> Iterator[Sampled]:
         """All of them, in order. Raises DataError where the files are not those that were written."""
         found = itertools.chain.from_iterable(map(json_lines, shards(self.directory)))
-        for index in range(self.order.total):
-            place, line = self.order.at(index), next(found, None)
+        for index, place in enumerate(self.order):
+            line = next(found, None)
             try:
                 assert line is not None
                 if (line["row"], line["sample"]) != (self.prompts.ids[place.prompt], place.sample):
@@ -134,21 +141,36 @@ class Pool:
                     f"in row {self.prompts.ids[place.prompt] + 1}; draw the pool again, into another directory."
                 ) from None
 
-    @cached_property
+    @property
     def distinct(self) -> list[Sampled]:
         """Every response once, by its first sample, in the order in which judges see them: that of the pool, in runs of
         up to WINDOW of it, in which short ones come first."""
-        seen: set[bytes] = set()
+        return self._told_apart[0]
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[prompts, samples]: which of the distinct responses each response is."""
+        return self._told_apart[1]
+
+    @cached_property
+    def _told_apart(self) -> tuple[list[Sampled], NDArray[np.int64]]:
+        known: dict[bytes, int] = {}
         found: list[Sampled] = []
+        places = np.empty((len(self.prompts), self.order.rounds[-1]), dtype=np.int64)
         every = self.responses()
         for window in self.order.windows():
+            keys: dict[Place, bytes] = {}
             fresh: dict[bytes, Sampled] = {}
             for response in itertools.islice(every, len(window)):
-                if response.key not in seen:
-                    fresh.setdefault(response.key, response)
-            seen |= fresh.keys()
-            found += sorted(fresh.values(), key=self._length)
-        return found
+                keys[response.place] = key = response.key
+                if key not in known:
+                    fresh.setdefault(key, response)
+            for key, response in sorted(fresh.items(), key=lambda each: self._length(each[1])):
+                known[key] = len(found)
+                found.append(response)
+            for place, key in keys.items():
+                places[place] = known[key]
+        return found, places
 
     def rollout(self, responses: Sequence[Sampled]) -> Rollout:
         """Some responses behind their prompts, as judges take them; no log-probs, which none asks for."""
@@ -219,7 +241,8 @@ def read_about(directory: Path) -> dict[str, Any]:
         rounds = about["rounds"]
         if not rounds or rounds != sorted(set(rounds)) or not all(type(each) is int and each > 0 for each in rounds):
             raise ValueError(f"rounds {rounds!r} are no rising numbers")
-        return {**about, "eos_ids": list(about["eos_ids"]), "date": about["date"]}
+        known = {name: about[name] for name in ("settings", "source", "prompts", "pad_id", "date", "versions")}
+        return {**known, "rounds": rounds, "eos_ids": list(about["eos_ids"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: damaged ({error}); draw the pool again, into another directory.") from None
 

@@ -154,6 +154,7 @@ def test_places_and_windows_are_those_of_a_list() -> None:
     every = [Place(prompt, sample) for prompt in range(3000) for sample in range(2)]
     every += [Place(prompt, sample) for prompt in range(3000) for sample in range(2, 5)]
     assert order.total == len(every) == 15000
+    assert [*order] == every
     assert all(order.at(index) == every[index] for index in (0, 1, 2, 5999, 6000, 6002, 6003, 14999))
     assert [index for window in order.windows() for index in window] == list(range(15000))
     assert order.windows()[:2] == Order(3000, (2,)).windows(), "that no growth changes"
@@ -175,7 +176,7 @@ def test_a_file_has_so_many_responses_and_no_more(tmp_path: Path) -> None:
 
 
 def test_what_was_tampered_with_is_no_pool(tmp_path: Path) -> None:
-    write_pool(tmp_path)
+    write_pool(tmp_path, 8)
     (shard,) = shards(tmp_path)
     rows = shard.read_text().splitlines(keepends=True)
     shard.write_text("".join([rows[1], rows[0], *rows[2:]]))

@@ -29,14 +29,19 @@ def said(samples: int) -> list[list[str]]:
     return found
 
 
-def write_pool(directory: Path, samples: int = 8, cut: tuple[int, ...] = ()) -> PoolFiles:
-    """The pool of those responses. cut: samples that did not end."""
+def write_pool(directory: Path, *rounds: int, cut: tuple[int, ...] = ()) -> PoolFiles:
+    """The pool of those responses, so many to a prompt after each round. What is there already stays.
+
+    cut: samples that did not end.
+    """
     tokenizer = build_tiny_tokenizer(words())
     prompts = load_prompts(DATA, tokenizer)
-    pool = PoolFiles(directory, {"seed": 1}, prompts, tokenizer, Order(len(prompts), (samples,)))
-    texts = [text for of_prompt in said(samples) for text in of_prompt]
-    ended = torch.tensor([sample not in cut for _ in range(len(prompts)) for sample in range(samples)])
-    asked = prompts.batch(torch.arange(len(prompts))).repeat(samples)
+    pool = PoolFiles(directory, {"seed": 1}, "arithmetic", prompts, tokenizer, Order(len(prompts), rounds))
+    there, every = pool.done(), said(rounds[-1])
+    places = [pool.order.at(index) for index in range(there, pool.order.total)]
+    texts = [every[place.prompt][place.sample] for place in places]
+    ended = torch.tensor([place.sample not in cut for place in places])
+    asked = prompts.batch(torch.tensor([place.prompt for place in places]))
     ids = [tokenizer.encode_response(text) for text in texts]
     ids = [row if end else row[:-1] for row, end in zip(ids, ended.tolist(), strict=True)]
     starts = asked.lengths.tolist()
@@ -44,7 +49,6 @@ def write_pool(directory: Path, samples: int = 8, cut: tuple[int, ...] = ()) -> 
     tokens, lengths = pad_right(rows, tokenizer.pad_id)
     logprobs = torch.zeros(len(rows), tokens.shape[1] - 1)
     rollout = Rollout(tokens, asked.lengths, lengths, ended, logprobs, asked.ids, asked.answers)
-    pool.check()
     pool.begin()
-    pool.write(0, pool.lines(0, rollout, fields_of(rollout, tokenizer)))
+    pool.write(there, pool.lines(there, rollout, fields_of(rollout, tokenizer)))
     return pool
