@@ -27,7 +27,7 @@ class Command(NamedTuple):
     about, unless `trainer=NAME` is given; both are then functions of that name."""
 
 
-COMMANDS = {
+COMMANDS: dict[str, Command] = {
     "demo": Command(
         "the whole pipeline on a laptop: data, SFT, reward model, PPO, evaluation, report",
         "megarlhf.commands.demo:DemoConfig",
@@ -48,6 +48,11 @@ COMMANDS = {
         "accuracy on held-out problems, sampled and greedy, with intervals",
         "megarlhf.commands.evaluate:EvalConfig",
         "megarlhf.commands.evaluate:main",
+    ),
+    "judge": Command(
+        "scores of the responses of a pool, by judges as a policy's",
+        "megarlhf.commands.judge:PoolJudgesConfig",
+        "megarlhf.commands.judge:main",
     ),
     "score": Command(
         "log-probs of given responses, or a reward model's scores, of a file of rows",

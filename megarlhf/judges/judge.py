@@ -14,6 +14,9 @@ from megarlhf.batch.rollouts import Rollout
 from megarlhf.config import Config
 from megarlhf.ops.masked import last_true
 
+NAME = "[a-z][a-z0-9_]*"
+"""What a judge may be called: its metrics and its files are named after it."""
+
 
 class JudgeConfig(Config):
     """What every judge has."""
@@ -34,6 +37,8 @@ class Verdict:
     """Whether each response is right, where a judge knows; None where it cannot say."""
     failed: Sequence[bool] = ()
     """Whether each response could not be judged as meant; of a judge that cannot fail so, nothing."""
+    steps: Sequence[Sequence[float]] = ()
+    """What each step of each response is worth, in order; of a judge of whole responses, nothing."""
 
     @property
     def scores(self) -> Tensor:
@@ -47,6 +52,7 @@ class Verdict:
             {name: values[torch.tensor(chosen)] for name, values in self.parts.items()},
             [self.correct[row] for row in chosen] if self.correct else (),
             [self.failed[row] for row in chosen] if self.failed else (),
+            [self.steps[row] for row in chosen] if self.steps else (),
         )
 
 
@@ -61,6 +67,7 @@ def joined_verdicts(parts: Sequence[Verdict]) -> Verdict:
         },
         [right for part in parts for right in part.correct],
         [failed for part in parts for failed in part.failed],
+        [steps for part in parts for steps in part.steps],
     )
 
 

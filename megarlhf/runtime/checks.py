@@ -89,6 +89,15 @@ def check_room(prompt: int, max_new_tokens: int, spec: ModelSpec, name: str) -> 
         )
 
 
+def check_longest_response(what: str, tokens: int, spec: ModelSpec, name: str) -> None:
+    """Raise ConfigError where a text that is there, of so many tokens, exceeds the context of the model `name`."""
+    if tokens > spec.max_positions:
+        raise ConfigError(
+            f"{what} has responses of up to {tokens} tokens with their prompts, but the context of {name} is "
+            f"{spec.max_positions}; use another model."
+        )
+
+
 @dataclass(frozen=True)
 class Model:
     """A model as settings name it."""
@@ -108,6 +117,15 @@ class Model:
     def __str__(self) -> str:
         """The setting with its value."""
         return f"{self.setting}={self.init}"
+
+
+def check_scores(judge: Model) -> None:
+    """Raise CheckpointError where a judge is a language model, which has learnt no scores; presets are for tests."""
+    if judge.description.head == "language" and judge.init not in PRESETS:
+        raise CheckpointError(
+            f"{judge} is a language model, whose scores would be noise; train a reward model from it with megarlhf "
+            "reward."
+        )
 
 
 def resolve_tokenizer(tokenizer: str, model: Model, date: datetime.date | None = None) -> Tokenizer:

@@ -15,8 +15,9 @@ from megarlhf.config.base import FreeToChange
 from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.errors import ConfigError
 from megarlhf.judges import JudgeSettings
+from megarlhf.judges.judge import NAME
 from megarlhf.judges.reward_model import ModelJudgeConfig
 from megarlhf.judges.rules import doubts_of
 from megarlhf.judges.shaping import ShapingConfig
@@ -24,7 +25,6 @@ from megarlhf.judges.texts import TextJudgeConfig
 from megarlhf.judges.verifiers import AutoVerifier, Decider, chosen_verifier, is_told_right
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.spec import PRESETS
 from megarlhf.observe.metrics import GAPS, names_of
 from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
 from megarlhf.runs.measuring import check_measuring
@@ -34,6 +34,7 @@ from megarlhf.runtime.checks import (
     check_batch,
     check_room,
     check_same_tokenizer,
+    check_scores,
     check_tokenizer,
     checked_model,
     resolve_tokenizer,
@@ -304,7 +305,7 @@ class PolicyConfig(RunConfig):
         if self.reward.init and "reward" in self.judges:
             raise ConfigError("reward.init and judges.reward are two judges of one name; give one of the two.")
         for name in self.judges:
-            if name in _ROLES or not re.fullmatch(_NAME, name):
+            if name in _ROLES or not re.fullmatch(NAME, name):
                 raise ConfigError(
                     f"judges.{name}: a judge's name is of small letters, digits and _, begins with a letter, and is "
                     f"none of {', '.join(_ROLES)}; choose another."
@@ -314,7 +315,6 @@ class PolicyConfig(RunConfig):
 
 
 _ROLES = ("actor", "critic", "reference")
-_NAME = "[a-z][a-z0-9_]*"
 SPEAKERS = ("actor", "reference")
 """Roles whose models must be language models."""
 
@@ -351,11 +351,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     models = {role: _checked(role, init, cfg) for role, init in cfg.inits.items()}
     actor = models["actor"]
     for judge in (models[name] for name in cfg.panel if name in models):
-        if judge.description.head == "language" and judge.init not in PRESETS:
-            raise CheckpointError(
-                f"{judge} is a language model, whose scores would be noise; train a reward model from it with megarlhf "
-                "reward."
-            )
+        check_scores(judge)
     tokenizer = resolve_tokenizer(cfg.tokenizer, actor, cfg.pinned_date)
     data = chosen_data(cfg.prompts, "prompts", actor)
     prompts = load_prompts(data, tokenizer)
