@@ -69,7 +69,7 @@ def run(cfg: Config) -> None:
     name = _name(type(cfg))
     _, entry = program(COMMANDS.get(name, Command("", trainer=name)))
     try:
-        code = entry(cfg, [name, *_words(cfg)])
+        code = entry(cfg, [*name.split(), *_words(cfg)])
     except RunFinished as finished:
         complain(str(finished))
         return

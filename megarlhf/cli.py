@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megarlhf import __version__
 from megarlhf.commands.help import console, print_commands, print_first, print_settings
-from megarlhf.commands.table import COMMANDS, Command, commands, program
+from megarlhf.commands.table import COMMANDS, Command, commands, named_at, program
 from megarlhf.errors import (
     BAD_INPUT,
     DONE,
@@ -114,7 +114,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         console().print(f"megarlhf {__version__}")
         return DONE
-    name, *rest = arguments
+    name, rest = named_at(arguments)
     command = _command(name)
     if asked := [place for place, word in enumerate(rest) if word in HELP]:
         settings, _ = program(command, None, [word for word in rest if word.startswith("trainer=")])

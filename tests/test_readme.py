@@ -21,11 +21,12 @@ from tests.helpers.documents import blocks
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [line for block in blocks(README) for line in block.splitlines()]
-COMMAND = re.compile(r"(?:^|srun )megarlhf (\w+)([^|]*)")
+COMMANDS = cli.commands()
+NAMES = "|".join(sorted(COMMANDS, key=len, reverse=True))
+"""Of commands, those of two words first."""
+COMMAND = re.compile(rf"(?:^|srun )megarlhf ((?:{NAMES})\b|\w+)([^|]*)")
 SHOWN = [match for line in LINES if (match := COMMAND.search(line)) and "demo seed=S" not in line]
 TABLE = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", README, re.MULTILINE))
-
-COMMANDS = cli.commands()
 
 
 def settings_of(command: str) -> Any:

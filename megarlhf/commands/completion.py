@@ -36,6 +36,22 @@ VALUES
     esac
 }
 
+# What may follow the first word of commands of two.
+_megarlhf_second() {
+    case $1 in
+SECOND
+        *) ;;
+    esac
+}
+
+# The command that the first two words name.
+_megarlhf_command() {
+    case " $(_megarlhf_second "$1") " in
+        *" $2 "*) echo "$1${2:+ $2}" ;;
+        *) echo "$1" ;;
+    esac
+}
+
 # Every setting that begins with a word, up to its next dot. NAME stands for a name of the user's, who types it.
 _megarlhf_names() {
     local name rest mapping given
@@ -58,11 +74,12 @@ _megarlhf_names() {
 """
 BASH = """\
 _megarlhf() {
-    local line=${COMP_LINE:0:COMP_POINT} words word="" before value values file i
+    local line=${COMP_LINE:0:COMP_POINT} words word="" command before value values file i
     read -ra words <<< "$line"
     i=${#words[@]}
     [[ $line == *[[:space:]] ]] || { i=$((i - 1)); word=${words[i]}; }
     before=${words[i - 1]}
+    command=$(_megarlhf_command "${words[1]}" "${words[2]}")
     COMPREPLY=()
     if ((i == 1)); then
         COMPREPLY=($(compgen -W "COMMANDS --help --version" -- "$word"))
@@ -70,12 +87,13 @@ _megarlhf() {
     elif [[ $before == --config || $before == -c ]]; then
         value=$word values=FILES
     elif [[ $word == *=* ]]; then
-        value=${word#*=} values=$(_megarlhf_values "${words[1]}:${word%%=*}")
+        value=${word#*=} values=$(_megarlhf_values "$command:${word%%=*}")
     elif [[ $before == --help || $before == -h ]]; then
-        COMPREPLY=($(_megarlhf_names "${words[1]}" "$word" | sed 's/[.=]$//') $(compgen -W all -- "$word"))
+        COMPREPLY=($(_megarlhf_names "$command" "$word" | sed 's/[.=]$//') $(compgen -W all -- "$word"))
         return
     else
-        COMPREPLY=($(_megarlhf_names "${words[1]}" "$word") $(compgen -W "--config --help" -- "$word"))
+        COMPREPLY=($(_megarlhf_names "$command" "$word") $(compgen -W "--config --help" -- "$word"))
+        ((i > 2)) || COMPREPLY=($(compgen -W "$(_megarlhf_second "${words[1]}")" -- "$word") "${COMPREPLY[@]}")
         [[ ${COMPREPLY[0]} == -* ]] || compopt -o nospace 2> /dev/null
         return
     fi
@@ -92,20 +110,22 @@ complete -F _megarlhf megarlhf
 """
 ZSH = """\
 _megarlhf() {
-    local word=$PREFIX before=${words[CURRENT-1]} values
+    local word=$PREFIX before=${words[CURRENT-1]} values command
+    command=$(_megarlhf_command "${words[2]}" "${words[3]}")
     if ((CURRENT == 2)); then
         compadd -- COMMANDS --help --version
     elif [[ $before == --config || $before == -c ]]; then
         _files
     elif [[ $word == *=* ]]; then
-        values=$(_megarlhf_values "${words[2]}:${word%%=*}")
+        values=$(_megarlhf_values "$command:${word%%=*}")
         compset -P '*='
         [[ $values != *FILES* ]] || _files
         compadd -- ${=values//FILES/}
     elif [[ $before == --help || $before == -h ]]; then
-        compadd -- $(_megarlhf_names "${words[2]}" "$word" | sed 's/[.=]$//') all
+        compadd -- $(_megarlhf_names "$command" "$word" | sed 's/[.=]$//') all
     else
-        compadd -S '' -- $(_megarlhf_names "${words[2]}" "$word")
+        ((CURRENT > 3)) || compadd -- $(_megarlhf_second "${words[2]}")
+        compadd -S '' -- $(_megarlhf_names "$command" "$word")
         compadd -- --config --help
     fi
 }
@@ -137,18 +157,27 @@ def script(shell: Literal["bash", "zsh"], settings: Mapping[str, Sequence[FieldH
         for row in rows:
             if found := values_of(row):
                 taking.setdefault((row.name.replace(f".{NAME}.", ".*."), found), []).append(command)
+    second: dict[str, list[str]] = {}
+    for first, _, word in (command.partition(" ") for command in settings if " " in command):
+        second.setdefault(first, []).append(word)
     names = {command: " ".join(row.name for row in rows if row.type != "mapping") for command, rows in settings.items()}
     filled = {
         "VERSION": __version__,
         "SHELL": shell,
-        "SETTINGS": "\n".join(f"        {command}) echo {them} ;;" for command, them in names.items()),
+        "SETTINGS": "\n".join(f"        {_word(command)}) echo {them} ;;" for command, them in names.items()),
         "VALUES": "\n".join(
-            f"        {'|'.join(f'{command}:{name}' for command in them)}) echo {found} ;;"
+            f"        {'|'.join(f'{_word(command)}:{name}' for command in them)}) echo {found} ;;"
             for (name, found), them in taking.items()
         ),
-        "COMMANDS": " ".join(settings),
+        "SECOND": "\n".join(f"        {first}) echo {' '.join(words)} ;;" for first, words in second.items()),
+        "COMMANDS": " ".join(dict.fromkeys(command.partition(" ")[0] for command in settings)),
     }
     return re.sub(rf"\b({'|'.join(filled)})\b", lambda word: filled[word[0]], SHELLS[shell])
+
+
+def _word(command: str) -> str:
+    """A command of one word or two as a pattern of the shell's."""
+    return command.replace(" ", "\\ ")
 
 
 def values_of(row: FieldHelp) -> str:

@@ -54,6 +54,11 @@ COMMANDS: dict[str, Command] = {
         "megarlhf.commands.judge:PoolJudgesConfig",
         "megarlhf.commands.judge:main",
     ),
+    "eval pool": Command(
+        "from a judged pool: best-of-n, pass@n and the vote of n, with intervals",
+        "megarlhf.commands.evaluate_pool:EvalPoolConfig",
+        "megarlhf.commands.evaluate_pool:main",
+    ),
     "score": Command(
         "log-probs of given responses, or a reward model's scores, of a file of rows",
         "megarlhf.commands.score:ScoreConfig",
@@ -91,6 +96,12 @@ COMMANDS: dict[str, Command] = {
         listed="run_dir",
     ),
 }
+
+
+def named_at(words: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command that the first words name, of one or of two words, and the words behind it."""
+    name = " ".join(words[:2])
+    return (name, words[2:]) if name in COMMANDS and len(words) > 1 else (words[0], words[1:])
 
 
 def commands() -> dict[str, Command]:

@@ -60,7 +60,7 @@ def said(shell: str, file: Path, text: str) -> list[str]:
 @pytest.mark.parametrize("shell", SHELLS)
 def test_the_script_has_every_setting_and_every_choice(shell: str, written: dict[str, Path]) -> None:
     names = {name: [row.name for row in of if row.type != "mapping"] for name, of in rows().items()}
-    asked = "\n".join(f"_megarlhf_settings {name}" for name in names)
+    asked = "\n".join(f"_megarlhf_settings '{name}'" for name in names)
     assert [line.split() for line in said(shell, written[shell], asked)] == list(names.values())
     for name, values in (
         ("ppo:offload", ["host", "none"]),
@@ -69,15 +69,21 @@ def test_the_script_has_every_setting_and_every_choice(shell: str, written: dict
         ("sft:model", ["FILES"]),
         ("grpo:judges.mine.kind", ["model", "rule", "function", "remote", "code_tests"]),
         ("ppo:kl_coef", []),
+        ("eval pool:output", ["FILES"]),
     ):
-        assert " ".join(said(shell, written[shell], f"_megarlhf_values {name}")).split() == values
+        assert " ".join(said(shell, written[shell], f"_megarlhf_values '{name}'")).split() == values
 
 
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
         ("megarlhf pp", ["ppo"]),
-        ("megarlhf ", [*commands(), "--help", "--version"]),
+        ("megarlhf ", [*dict.fromkeys(name.split()[0] for name in commands()), "--help", "--version"]),
+        ("megarlhf eval p", ["pool", "prompts."]),
+        ("megarlhf eval pool g", ["gold="]),
+        ("megarlhf eval pool gold=answer pool=ru", ["run.yaml"]),
+        ("megarlhf eval pool --help pr", ["proxy"]),
+        ("megarlhf eval samp", ["sampling."]),
         ("megarlhf ppo sample", ["sampler_correction.", "samples=", "samples_every="]),
         ("megarlhf ppo seed=3 actor.optim.s", ["actor.optim.schedule="]),
         ("megarlhf ppo actor.optim.schedule=", ["constant", "linear", "cosine"]),

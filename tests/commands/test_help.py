@@ -47,22 +47,22 @@ def names(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_name_is_broken_at_80_columns(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row.name for row in describe(settings_of(command))]
-    lines = shown(capsys, command, "--help", "all")
+    lines = shown(capsys, *command.split(), "--help", "all")
     assert max(map(len, lines)) <= COLUMNS
     assert [name for name in names(lines) if name in rows] == rows
     for group in {name.rpartition(".")[0] for name in rows} - {""}:
-        lines = shown(capsys, command, "--help", group)
+        lines = shown(capsys, *command.split(), "--help", group)
         assert max(map(len, lines)) <= COLUMNS
         assert set(names(lines)) >= {name for name in rows if name.startswith(f"{group}.")}
     for name in rows:
-        assert names(shown(capsys, command, "--help", name))[0] == name
+        assert names(shown(capsys, *command.split(), "--help", name))[0] == name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_first_comes_what_one_needs_first(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     settings = settings_of(command)
     rows = {row.name: row for row in describe(settings)}
-    lines = shown(capsys, command, "--help")
+    lines = shown(capsys, *command.split(), "--help")
     assert max(map(len, lines)) <= COLUMNS
     required = [name for name, row in rows.items() if row.default == "required" and ".NAME." not in name]
     if len(rows) <= help_.FEW:
