@@ -59,6 +59,11 @@ COMMANDS: dict[str, Command] = {
         "megarlhf.commands.evaluate_pool:EvalPoolConfig",
         "megarlhf.commands.evaluate_pool:main",
     ),
+    "rows": Command(
+        "from a judged pool: demonstrations, preference pairs or judged responses to train on",
+        "megarlhf.commands.rows:RowsConfig",
+        "megarlhf.commands.rows:main",
+    ),
     "score": Command(
         "log-probs of given responses, or a reward model's scores, of a file of rows",
         "megarlhf.commands.score:ScoreConfig",
