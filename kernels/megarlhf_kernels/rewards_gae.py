@@ -2,7 +2,7 @@
 
 Over the response tokens of a sequence, with t + 1 the next of them (masked tokens carry A and V across unchanged):
 
-    r_t = -kl_coef (logprob_t - ref_logprob_t)  [+ score at the last one]
+    r_t = -kl_coef (logprob_t - ref_logprob_t)  [+ earlier_t]  [+ score at the last one]
     delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}      return_t = A_t + V_t
 
 After the last one A is 0, and V is 0 if the sequence terminated, else the value at that token (it was cut: bootstrap).
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megarlhf_kernels._checks import FLOATS, check
+from megarlhf_kernels._scan import reverse_scan
 from megarlhf_kernels._triton import constexpr, jit, tl, triton
 from megarlhf_kernels.aot import CompileCase
 from megarlhf_kernels.dispatch import Impl, use_triton
@@ -42,6 +43,8 @@ class Shaping(NamedTuple):
     ref_logprobs: Tensor
     scores: Tensor
     kl_coef: float
+    earlier: Tensor | None = None
+    """What is earned at every token besides, as the log-probs are shaped; None where nothing is."""
 
 
 class Discount(NamedTuple):
@@ -125,8 +128,9 @@ class _Batch(NamedTuple):
 
     @property
     def precision(self) -> torch.dtype:
-        floats = [self.source, self.values, *(self.shaping[:2] if self.shaping else ())]
-        return torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32
+        given = [self.source, self.values, *(self.shaping or ())]
+        doubled = any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in given)
+        return torch.float64 if doubled else torch.float32
 
 
 def _checked(
@@ -152,7 +156,11 @@ def _checked(
     if shaping is not None:
         check("ref_logprobs", shaping.ref_logprobs, shape, floats, values)
         check("scores", shaping.scores, (sequences,), floats, values)
-        shaping = shaping._replace(ref_logprobs=shaping.ref_logprobs.reshape(-1))
+        earlier = shaping.earlier
+        if earlier is not None:
+            check("earlier", earlier, shape, floats, values)
+            earlier = earlier.reshape(-1)
+        shaping = shaping._replace(ref_logprobs=shaping.ref_logprobs.reshape(-1), earlier=earlier)
     source, values, mask = (x.reshape(-1) for x in (source, values, mask))
     return _Batch(source, values, mask, terminated, shaping, cu_seqlens, shape[1] if cu_seqlens is None else 0)
 
@@ -213,6 +221,8 @@ def _rows(batch: _Batch, own: slice, tokens: slice, outputs: Sequence[Tensor]) -
     rewards.copy_(batch.source[tokens].view(shape))
     if shaping is not None:
         rewards.sub_(shaping.ref_logprobs[tokens].view(shape)).mul_(-shaping.kl_coef)
+        if shaping.earlier is not None:
+            rewards.add_(shaping.earlier[tokens].view(shape))
     scores = None if shaping is None else shaping.scores[own].to(values.dtype)
     return _Rows(rewards, advantages, values, batch.mask[tokens].view(shape), batch.terminated[own], scores)
 
@@ -266,7 +276,7 @@ def _of_rows(rows: _Rows, discount: Discount) -> Tensor:
     deltas = rewards - values
     deltas[:, :-1].add_(values[:, 1:], alpha=discount.gamma)  # after the run the value is 0
     deltas[row, last] += torch.where(terminated[row], 0.0, discount.gamma * values[row, last])
-    _keep(_reverse_scan(deltas, discount.gamma * discount.lam), bits, out=advantages)
+    _keep(reverse_scan(deltas, discount.gamma * discount.lam), bits, out=advantages)
     values.add_(advantages)
     # Moments, about a mean that may be off by rounding: what is left over joins the sum, and leaves the squares.
     size = count.clamp(min=1)
@@ -281,29 +291,6 @@ def _of_rows(rows: _Rows, discount: Discount) -> Tensor:
 def _keep(x: Tensor, bits: Tensor, *, out: Tensor) -> None:
     """`x` where all bits are set, 0 where none is."""
     torch.bitwise_and(x.view(bits.dtype), bits, out=out.view(bits.dtype))
-
-
-_BLOCK = 32
-
-
-def _reverse_scan(b: Tensor, decay: float) -> Tensor:
-    """x_t = b_t + decay x_{t+1} along the rows of b [S, T].
-
-    Inside a block of 32 it is a product with a triangle of powers. The first x of every block are a shorter scan, with
-    decay^32, whose results enter each block from the right.
-    """
-    rows, width = b.shape
-    block = width if width <= 2 * _BLOCK else _BLOCK
-    powers = torch.tensor([decay**k for k in range(block, 0, -1)], dtype=b.dtype, device=b.device)
-    # Row s holds decay^(s - t): the powers shifted by one a row, which is one stride less a row.
-    shifted = torch.cat([powers[1:], powers.new_ones(1), powers.new_zeros(block - 1)]) if block else powers
-    triangle = shifted.unfold(0, block, 1).flip(0) if block else shifted.view(0, 0)
-    if block == width:
-        return b @ triangle
-    x = torch.nn.functional.pad(b, (0, -width % block)) if width % block else b
-    x = (x.reshape(-1, block) @ triangle).view(rows, -1, block)
-    x[:, :-1].addcmul_(_reverse_scan(x[:, :, 0], decay**block)[:, 1:, None], powers)
-    return x.view(rows, -1)[:, :width]
 
 
 # Triton.
@@ -324,6 +311,7 @@ def _compose(right_decay, right, left_decay, left):
 def _kernel(
     source_ptr,
     ref_ptr,
+    earlier_ptr,
     scores_ptr,
     values_ptr,
     mask_ptr,
@@ -338,6 +326,7 @@ def _kernel(
     gamma,
     decay,
     SHAPED: constexpr,
+    EARLIER: constexpr,
     PACKED: constexpr,
     BLOCK: constexpr,
 ):
@@ -374,6 +363,8 @@ def _kernel(
             ref = tl.load(ref_ptr + here, mask=response, other=0.0).to(tl.float32)
             score = tl.load(scores_ptr + sequence).to(tl.float32)
             reward = (reward - ref) * -kl_coef
+            if EARLIER:
+                reward += tl.load(earlier_ptr + here, mask=response, other=0.0).to(tl.float32)
             reward = tl.where(last, reward + score, reward)
             reward = tl.where(response, reward, 0.0)  # not -0
             tl.store(rewards_ptr + here, reward, mask=t < length)
@@ -410,13 +401,14 @@ def _launch(batch: _Batch, discount: Discount) -> Estimate:
     moments = outputs.new_empty(sequences if shaped else 0, 3, dtype=torch.float64)
     if sequences:
         shaping = batch.shaping or Shaping(batch.source, batch.source, 0.0)
-        inputs = (batch.source, shaping.ref_logprobs, shaping.scores, batch.values)
+        earlier = batch.source if shaping.earlier is None else shaping.earlier
+        inputs = (batch.source, shaping.ref_logprobs, earlier, shaping.scores, batch.values)
         bounds = batch.terminated if batch.cu_seqlens is None else batch.cu_seqlens
         masks = (batch.mask.view(torch.uint8), batch.terminated.view(torch.uint8), bounds)
         numbers = (batch.width, shaping.kl_coef, discount.gamma, discount.gamma * discount.lam)
         # Packed lengths are on the device: blocks are of the average one.
         options = _options(batch.width or len(batch.values) // sequences)
-        layout = {"SHAPED": shaped, "PACKED": batch.cu_seqlens is not None}
+        layout = {"SHAPED": shaped, "EARLIER": shaping.earlier is not None, "PACKED": batch.cu_seqlens is not None}
         _kernel[(sequences,)](*inputs, *masks, rewards, advantages, returns, moments, *numbers, **layout, **options)
     return Estimate(rewards, advantages, returns, moments)
 
@@ -428,22 +420,23 @@ def _options(length: int) -> dict[str, int]:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Rows of 4096 tokens, padded and packed; with shaping and without."""
-    inputs = {f"{name}_ptr": "*fp32" for name in ("source", "ref", "scores", "values")}
+    """Rows of 4096 tokens, padded and packed; with shaping, with rewards at every token too, and without."""
+    inputs = {f"{name}_ptr": "*fp32" for name in ("source", "ref", "earlier", "scores", "values")}
     masks = {"mask_ptr": "*u8", "terminated_ptr": "*u8", "cu_seqlens_ptr": "*i64"}
     outputs = {f"{name}_ptr": "*fp32" for name in ("rewards", "advantages", "returns")} | {"moments_ptr": "*fp64"}
     signature = inputs | masks | outputs | {"width": "i32", "kl_coef": "fp32", "gamma": "fp32", "decay": "fp32"}
     options = _options(4096)
     warps = {"num_warps": options.pop("num_warps")}
-    cases = [(shaped, packed) for shaped in (True, False) for packed in (True, False)]
+    kinds = {"rewards and gae": (True, False), "rewards at every token and gae": (True, True), "gae": (False, False)}
     return [
         CompileCase(
             _kernel,
-            f"{'rewards and gae' if shaped else 'gae'}, {'packed' if packed else 'padded'}",
+            f"{kind}, {'packed' if packed else 'padded'}",
             signature,
-            {"SHAPED": shaped, "PACKED": packed, **options},
+            {"SHAPED": shaped, "EARLIER": earlier, "PACKED": packed, **options},
             ("width",),
             warps,
         )
-        for shaped, packed in cases
+        for kind, (shaped, earlier) in kinds.items()
+        for packed in (True, False)
     ]

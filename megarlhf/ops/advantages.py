@@ -27,19 +27,20 @@ def shaped_gae(
 ) -> Advantages:
     """KL penalty, score, GAE and whitening, fused: one pass over the tokens and one over what came of it.
 
-        token_level_rewards = -kl_coef * (logprobs - ref_logprobs)  + score at the last response token
+        token_level_rewards = -kl_coef * (logprobs - ref_logprobs)  + earlier  + score at the last response token
         whitened = (advantages - mean) / sqrt(var + 1e-8)
 
     Its slow twin is `add_kl_penalty` of k1, `gae` and `masked_whiten`, one after another.
 
-    Shapes:   logprobs, values, shaping.ref_logprobs [B, T] fp32; shaping.scores [B]; response_mask [B, T] bool;
-              terminated [B] bool.
+    Shapes:   logprobs, values, shaping.ref_logprobs, shaping.earlier [B, T] fp32; shaping.scores [B]; response_mask
+              [B, T] bool; terminated [B] bool.
     Units:    reward; log-probs in nats.
     Ranks:    none (pure): pass the global batch, for the mean over a part of it is another mean.
     Raises:   ValueError if shapes differ or a mask is not bool.
     """
     mask = response_mask.contiguous()
-    shaping = shaping._replace(ref_logprobs=shaping.ref_logprobs.contiguous())
+    earlier = None if shaping.earlier is None else shaping.earlier.contiguous()
+    shaping = shaping._replace(ref_logprobs=shaping.ref_logprobs.contiguous(), earlier=earlier)
     found = rewards_gae(logprobs.contiguous(), values.contiguous(), mask, terminated, shaping, discount)
     mean, variance = mean_and_variance(found.moments)
     whitened = torch.where(mask, ((found.advantages.double() - mean) * torch.rsqrt(variance + 1e-8)).float(), 0.0)

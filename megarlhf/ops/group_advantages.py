@@ -44,6 +44,23 @@ def leave_one_out(scores: Tensor, group_size: int) -> Tensor:
     return group_advantages(scores, group_size, None) * (group_size / (group_size - 1))
 
 
+def others_per_token(rewards: Tensor, lengths: Tensor, group_size: int) -> Tensor:
+    """What the other responses of a group earned a token: the sum of their rewards / the sum of their tokens.
+
+        b_i = sum over j != i of R_j / sum over j != i of n_j
+
+    Shapes:   rewards [B] fp32, those to one prompt adjacent; lengths [B] int64, response tokens. Returns [B] fp32.
+    Raises:   ValueError if groups have one row, or do not divide B.
+    Source:   PURE (arXiv 2504.15275; reward_baseline=token in its code, with the reasons in its README): a mean a step
+              in its place favours answers of few, long steps.
+    """
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"group_size: {group_size} for {len(rewards)} rewards; must be at least 2 and divide them.")
+    groups, tokens = rewards.double().view(-1, group_size), lengths.view(-1, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (tokens.sum(1, keepdim=True) - tokens)
+    return others.flatten().to(rewards.dtype)
+
+
 def equal_groups(scores: Tensor, group_size: int) -> Tensor:
     """[B / group_size] bool: groups whose scores are all the same, from which nothing is learnt."""
     groups = scores.view(-1, group_size)

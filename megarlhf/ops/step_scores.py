@@ -14,6 +14,20 @@ Aggregate = Literal["min", "product", "mean", "last"]
 an outcome model does."""
 
 
+def soft_min(values: Tensor, ends: Tensor, *, temperature: float) -> Tensor:
+    """Each step's value, weighed so that the weighted values add up to about the least of them.
+
+        value_k softmax(-value / temperature)_k
+
+    Shapes:   values [B, N] fp32; ends [B, N] bool: where a step's value stands. Returns [B, N], 0 elsewhere.
+    Raises:   ValueError if shapes differ or ends is not bool.
+    Source:   PURE (arXiv 2504.15275), whose README has temperature 0.1, of rewards in -1..1.
+    """
+    check_mask(ends, values=values)
+    weights = torch.where(ends, -values / temperature, -torch.inf).softmax(1)
+    return torch.where(ends, values * weights, 0.0)
+
+
 def aggregated(values: Tensor, ends: Tensor, how: Aggregate) -> Tensor:
     """The least of the steps' values, their product, their mean, or the last.
 

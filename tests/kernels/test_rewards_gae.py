@@ -27,7 +27,7 @@ def a_case(rows: int, width: int, kind: str):
     return tokens, mask, torch.rand(rows, generator=generator) < 0.5, torch.randn(rows, generator=generator)
 
 
-def by_loop(tokens, mask, terminated, scores, kl_coef, gamma, lam):
+def by_loop(tokens, mask, terminated, scores, kl_coef, gamma, lam, earlier=None):
     """(rewards, advantages, returns) in fp64, a row and a token at a time."""
     outputs = torch.zeros(3, *mask.shape, dtype=torch.float64)
     for row in range(mask.shape[0]):
@@ -35,7 +35,7 @@ def by_loop(tokens, mask, terminated, scores, kl_coef, gamma, lam):
         advantage = next_value = 0.0
         for t in reversed(steps):
             logprob, ref, value = tokens[:, row, t].tolist()
-            reward = -kl_coef * (logprob - ref)
+            reward = -kl_coef * (logprob - ref) + (0.0 if earlier is None else earlier[row, t].item())
             if t == steps[-1]:
                 reward += scores[row].item()
                 next_value = 0.0 if terminated[row] else value
@@ -67,6 +67,30 @@ def test_padded_rows_match_the_loop(width, gamma, lam, kind, impl):
     shaping = Shaping(tokens[1], scores, 0.3)
     estimate = rewards_gae(tokens[0], tokens[2], mask, terminated, shaping, Discount(gamma, lam), impl=impl)
     assert_matches(estimate, by_loop(tokens, mask, terminated, scores, 0.3, gamma, lam), mask)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["runs", "gaps"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_earned_at_every_token_is_added_there(packed, kind, impl):
+    """And what stands where the mask is False is never read."""
+    tokens, mask, terminated, scores = a_case(5, 70, kind)
+    earlier = torch.randn(mask.shape, generator=torch.Generator().manual_seed(8))
+    expected = by_loop(tokens, mask, terminated, scores, 0.3, 0.99, 0.9, earlier)
+    shape, cu_seqlens = ((-1,), torch.arange(6) * 70) if packed else (mask.shape, None)
+    given = torch.where(mask, earlier, math.nan).reshape(shape)
+    logprobs, ref, values = (x.reshape(shape) for x in tokens)
+    layout = {"cu_seqlens": cu_seqlens, "impl": impl}
+    discount, inside = Discount(0.99, 0.9), mask.reshape(shape)
+    estimate = rewards_gae(logprobs, values, inside, terminated, Shaping(ref, scores, 0.3, given), discount, **layout)
+    padded = [x.view(mask.shape) for x in estimate[:3]]
+    assert_matches(estimate._replace(**dict(zip(estimate._fields, padded, strict=False))), expected, mask)
+    none = rewards_gae(logprobs, values, inside, terminated, Shaping(ref, scores, 0.3), discount, **layout)
+    zeros = Shaping(ref, scores, 0.3, torch.zeros_like(given))
+    for with_zeros, without in zip(
+        rewards_gae(logprobs, values, inside, terminated, zeros, discount, **layout), none, strict=True
+    ):
+        assert torch.equal(with_zeros, without)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -240,13 +264,14 @@ def test_errors_name_the_argument():
 
     def run(**changed):
         given = {"ref_logprobs": ref, "scores": scores, **good, **changed}
-        shaping = Shaping(given.pop("ref_logprobs"), given.pop("scores"), 0.1)
+        shaping = Shaping(given.pop("ref_logprobs"), given.pop("scores"), 0.1, given.pop("earlier", None))
         rewards_gae(**given, shaping=shaping, discount=discount)
 
     run()
     for message, changed in {
         r"logprobs: got shape \[4, 5\]; must be \[4, 6\]": {"logprobs": logprobs[:, 1:]},
         r"ref_logprobs: got torch.int64": {"ref_logprobs": ref.long()},
+        r"earlier: got shape \[4, 5\]; must be \[4, 6\]": {"earlier": ref[:, 1:]},
         r"mask: got torch.uint8; must be torch.bool": {"mask": mask.to(torch.uint8)},
         r"terminated: got shape \[3\]; must be \[4\]": {"terminated": terminated[:3]},
         r"scores: is on meta; must be on cpu": {"scores": scores.to("meta")},

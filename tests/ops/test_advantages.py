@@ -117,13 +117,16 @@ def test_empty_batch_no_gradient_and_errors():
 
 @pytest.mark.parametrize("kind", ["responses", "gaps"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-def test_the_fused_estimate_is_its_slow_twin(kl_coef, kind):
+@pytest.mark.parametrize("by_step", [False, True])
+def test_the_fused_estimate_is_its_slow_twin(by_step, kl_coef, kind):
     rewards, values, mask, terminated = a_case(7, 97, kind)
     generator = torch.Generator().manual_seed(4)
     logprobs, ref_logprobs = rewards.clone(), torch.randn(rewards.shape, generator=generator)
     scores = torch.randn(7, generator=generator)
-    fused = shaped_gae(logprobs, values, mask, terminated, Shaping(ref_logprobs, scores, kl_coef), Discount(0.97, 0.9))
-    shaped = add_kl_penalty(scores, kl_k1(logprobs, ref_logprobs), mask, kl_coef=kl_coef)
+    earlier = torch.randn(97, 7, generator=generator).T if by_step else None  # rows that are not contiguous
+    shaping = Shaping(ref_logprobs, scores, kl_coef, earlier)
+    fused = shaped_gae(logprobs, values, mask, terminated, shaping, Discount(0.97, 0.9))
+    shaped = add_kl_penalty(scores, kl_k1(logprobs, ref_logprobs), mask, kl_coef=kl_coef, earlier=earlier)
     advantages, returns = gae(shaped, values, mask, terminated, gamma=0.97, lam=0.9)
     twin = (shaped, advantages, masked_whiten(advantages, mask), returns)
     for name, ours, theirs in zip(fused._fields, fused, twin, strict=True):

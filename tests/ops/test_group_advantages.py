@@ -8,7 +8,14 @@ import statistics
 import pytest
 import torch
 
-from megarlhf.ops.group_advantages import GroupStd, equal_groups, group_advantages, leave_one_out, to_tokens
+from megarlhf.ops.group_advantages import (
+    GroupStd,
+    equal_groups,
+    group_advantages,
+    leave_one_out,
+    others_per_token,
+    to_tokens,
+)
 
 SCORES = torch.tensor([1.0, 0.0, 0.5, 3.0, 0.1, 0.1, 0.1, 0.1, -2.0, 7.0, 7.0, 7.0])
 GROUPS = [SCORES[start : start + 4].tolist() for start in (0, 4, 8)]
@@ -36,6 +43,18 @@ def test_without_a_divisor_the_difference_is_left() -> None:
 def test_leave_one_out_is_the_score_less_the_mean_of_the_others() -> None:
     expected = [r - (sum(g) - r) / 3 for g in GROUPS for r in g]
     assert leave_one_out(SCORES, 4).tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_a_token_of_the_others_is_worth_what_they_earned_over_their_tokens() -> None:
+    lengths = [3, 1, 7, 2, 5, 5, 4, 9, 1, 1, 30, 2]
+    expected = []
+    for row in range(12):
+        others = [other for other in range(row // 4 * 4, row // 4 * 4 + 4) if other != row]
+        expected.append(sum(SCORES[other].item() for other in others) / sum(lengths[other] for other in others))
+    assert others_per_token(SCORES, torch.tensor(lengths), 4).tolist() == pytest.approx(expected, rel=1e-5)
+    for size in (1, 5):
+        with pytest.raises(ValueError, match=f"group_size: {size} for 12 rewards; must be at least 2"):
+            others_per_token(SCORES, torch.tensor(lengths), size)
 
 
 @pytest.mark.parametrize("score", [0.1, -1e9, 1e-20, 1 / 3])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megarlhf.ops.rewards import add_kl_penalty
+from megarlhf.ops.rewards import add_kl_penalty, where_earned
 
 
 def test_score_once_at_the_last_response_token_and_kl_everywhere():
@@ -31,6 +31,20 @@ def test_equal_policies_leave_the_score_alone():
     mask = torch.tensor([[False, True, True]])
     rewards = add_kl_penalty(torch.tensor([2.5]), torch.zeros(1, 3), mask, kl_coef=0.05)
     assert rewards.tolist() == [[0.0, 0.0, 2.5]]
+
+
+def test_what_was_earned_before_the_last_token_stays_there():
+    """By hand: 5 became of 1 + 2 + 4, so that the last token, which said 4, gets 5 - 3."""
+    mask = torch.tensor([[False, True, True, True, False], [True, True, False, False, False]])
+    said = torch.tensor([[9.0, 1.0, 2.0, 4.0, math.nan], [0.0, 0.3, 9.0, 9.0, 9.0]])
+    earned = where_earned(torch.tensor([5.0, 0.7]), said, mask)
+    assert earned.earlier is not None
+    assert earned.earlier.tolist() == [[0.0, 1.0, 2.0, 0.0, 0.0], [0.0] * 5]
+    assert torch.equal(earned.last, torch.tensor([2.0, 0.7]))  # of one step: all of it, to the bit
+    rewards = add_kl_penalty(earned.last, torch.ones(2, 5), mask, kl_coef=0.5, earlier=earned.earlier)
+    assert rewards[0].tolist() == [0.0, 0.5, 1.5, 1.5, 0.0]
+    with pytest.raises(ValueError, match=r"scores: got \[3\], token_scores are \[2, 5\]; one a row"):
+        where_earned(torch.zeros(3), said, mask)
 
 
 def test_empty_batch_and_errors():
