@@ -308,6 +308,20 @@ def _compose(right_decay, right, left_decay, left):
 
 
 @jit
+def _join(advantage, response, count, total, centred):
+    """A block's moments about its own mean, as in torch, join those of the blocks done: Chan et al. 1979."""
+    size = tl.sum(response.to(tl.int32), 0).to(tl.float64)
+    mean = tl.sum(advantage, 0) / tl.maximum(size, 1.0).to(tl.float32)
+    off = tl.where(response, advantage - mean, 0.0)
+    left = tl.sum(off, 0).to(tl.float64)
+    block_total = size * mean.to(tl.float64) + left
+    apart = block_total / tl.maximum(size, 1.0) - total / tl.maximum(count, 1.0)
+    centred += tl.sum(off * off, 0).to(tl.float64) - left * left / tl.maximum(size, 1.0)
+    centred += apart * apart * (count * size / tl.maximum(count + size, 1.0))
+    return count + size, total + block_total, centred
+
+
+@jit
 def _kernel(
     source_ptr,
     ref_ptr,
@@ -377,17 +391,7 @@ def _kernel(
         carry = tl.where(first == NONE, carry, tl.sum(tl.where(t == first, advantage, 0.0), 0))
         next_token = tl.minimum(next_token, first)
         if SHAPED:
-            # The block's moments about its own mean, as in torch, join those of the blocks done: Chan et al. 1979.
-            size = tl.sum(response.to(tl.int32), 0).to(tl.float64)
-            mean = tl.sum(advantage, 0) / tl.maximum(size, 1.0).to(tl.float32)
-            off = tl.where(response, advantage - mean, 0.0)
-            left = tl.sum(off, 0).to(tl.float64)
-            block_total = size * mean.to(tl.float64) + left
-            apart = block_total / tl.maximum(size, 1.0) - total / tl.maximum(count, 1.0)
-            centred += tl.sum(off * off, 0).to(tl.float64) - left * left / tl.maximum(size, 1.0)
-            centred += apart * apart * (count * size / tl.maximum(count + size, 1.0))
-            count += size
-            total += block_total
+            count, total, centred = _join(advantage, response, count, total, centred)
     if SHAPED:
         tl.store(moments_ptr + sequence * 3, count)
         tl.store(moments_ptr + sequence * 3 + 1, total)

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
+from megarlhf.batch.rollouts import Rollout
 from megarlhf.data.tokenizer import Tokenizer
 
 PARAGRAPH = "\n\n"
@@ -33,6 +34,12 @@ def step_ends(ids: Sequence[int], separator: str, tokenizer: Tokenizer) -> list[
     if not last.strip():
         ends = ends[:-1]
     return _distinct([*tokens_at(ids, ends, tokenizer), len(ids) - 1])
+
+
+def ends_in(rollout: Rollout, separator: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """The last token of every step of each response, by its place in the row's tokens."""
+    places = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
+    return [[start + at for at in step_ends(row[start:end], separator, tokenizer)] for row, start, end in places]
 
 
 def given_ends(ids: Sequence[int], steps: Sequence[str], separator: str, tokenizer: Tokenizer) -> list[int]:

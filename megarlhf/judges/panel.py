@@ -12,6 +12,7 @@ from torch import Tensor
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.judges import JudgeSettings
 from megarlhf.judges.judge import UNKNOWN, Judge, Verdict, joined_verdicts, padded_cat
+from megarlhf.judges.process_model import ProcessJudge, ProcessJudgeConfig, process_judge
 from megarlhf.judges.reward_model import ModelJudge, ModelJudgeConfig, model_judge
 from megarlhf.judges.rules import RuleConfig
 from megarlhf.judges.texts import Reader, TextJudge, TextJudgeConfig, text_judge
@@ -72,7 +73,7 @@ class Panel:
     @property
     def roles(self) -> tuple[Role, ...]:
         """The models among them."""
-        return tuple(judge.role for judge in self.judges if isinstance(judge, ModelJudge))
+        return tuple(judge.role for judge in self.judges if isinstance(judge, ModelJudge | ProcessJudge))
 
     @property
     def wrong_score(self) -> float:
@@ -143,6 +144,8 @@ def build_panel(judges: Mapping[str, JudgeSettings], verifier: Decider | None, c
 def _built(name: str, settings: JudgeSettings, court: Court) -> Judge:
     if isinstance(settings, ModelJudgeConfig):
         return model_judge(name, settings.weight, court.models[name], court.cfg, court.reader.mesh)
+    if isinstance(settings, ProcessJudgeConfig):
+        return process_judge(name, settings, court.models[name], court.cfg, court.reader)
     return text_judge(name, settings, court.reader)
 
 

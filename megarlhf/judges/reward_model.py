@@ -14,13 +14,18 @@ from megarlhf.runtime.roles import away, frozen
 from megarlhf.runtime.settings import RanksConfig
 
 
-class ModelJudgeConfig(JudgeConfig):
+class ScalarModelConfig(JudgeConfig):
+    """A judge that is a model with a scalar head."""
+
+    init: str
+    """Its weights: a Hugging Face or megarlhf directory, or a preset drawn from `seed`."""
+
+
+class ModelJudgeConfig(ScalarModelConfig):
     """A reward model."""
 
     kind: Literal["model"]
     """`model`: a model directory with a scalar head, as `megarlhf reward` trains it."""
-    init: str
-    """Its weights: a Hugging Face or megarlhf directory, or a preset drawn from `seed`."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megarlhf.batch.rollouts import Rollout
 from megarlhf.checkpoint.number_bits import bits_of, float_of
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.ops.rewards import Earned, where_earned
 from megarlhf.ops.scores import EPS, group_moments, marked_down, normalised, overlong_penalty, shrunk
 
 
@@ -44,6 +45,13 @@ class ShapingConfig(Config):
     def overlong_tokens(self, limit: int) -> int:
         """The buffer in tokens, at least one of a fifth."""
         return max(1, limit // 5) if self.overlong_buffer == "fifth" else self.overlong_buffer
+
+    @property
+    def transforms(self) -> list[str]:
+        """Settings with their values, of those in force that make another score of any, and do not only take off."""
+        usual = {"clip": None, "normalise": "none", "positive": 1.0, "negative": 1.0}
+        given = {name: value for name, value in dict(self).items() if name in usual and value != usual[name]}
+        return [f"shaping.{name}={value}" for name, value in given.items()]
 
     def check(self, group_size: int, limit: int) -> None:
         """Raise ConfigError where a step means nothing for groups of this size and this limit of tokens."""
@@ -110,12 +118,19 @@ class Shaper:
     """Response tokens at most."""
     wrong_score: float
     """Mean score of wrong responses, as the judges give it; inf where nobody knows."""
+    by_step: bool = False
+    """Whether judges reward other tokens than the last."""
     moments: RunningMoments = field(default_factory=RunningMoments)
 
     @property
     def parts(self) -> dict[str, RunningMoments]:
         """What survives a stop, by name."""
         return {"scores": self.moments} if self.cfg.normalise == "running" else {}
+
+    def earned(self, token_scores: Tensor, rollout: Rollout) -> Earned:
+        """What is learnt from scores of tokens [B, T] of the global batch, and where; once an iteration."""
+        shaped = self.shape(token_scores.sum(1), rollout)
+        return where_earned(shaped, token_scores, rollout.response_mask) if self.by_step else Earned(shaped, None)
 
     def shape(self, scores: Tensor, rollout: Rollout) -> Tensor:
         """What is learnt from scores [B] of the global batch, once an iteration. Returns [B]."""

@@ -111,14 +111,24 @@ class Reader:
     def spread(
         self, rollout: Rollout, judge: Callable[[Sequence[Response]], Sequence[T]], ranks: int | None = None
     ) -> list[T]:
-        """`judge` of all rows in order, equal on every rank; each row is handed to one of the first ranks. Collective.
+        """`judge` of all responses in order, equal on every rank; each goes to one of the first ranks. Collective.
 
+        Raises:   as `spread_rows`.
+        """
+        return self.spread_rows(rollout, lambda rows: judge(self._responses(rows)), ranks)
+
+    def spread_rows(
+        self, rollout: Rollout, judge: Callable[[Rollout], Sequence[T]], ranks: int | None = None
+    ) -> list[T]:
+        """`judge` of all rows in order, equal on every rank; each goes to one of the first ranks, on the CPU.
+
+        Ranks:    collective.
         Raises:   the MegarlhfError of the first rank that raised one, on every rank.
         """
         ranks, rank = ranks or self.mesh.size("world"), self.mesh.rank
         own = torch.arange(len(rollout))[rank::ranks] if rank < ranks else torch.arange(0)
         try:
-            said: Sequence[T] | MegarlhfError = judge(self._responses(rollout.to("cpu").rows(own))) if len(own) else ()
+            said: Sequence[T] | MegarlhfError = judge(rollout.to("cpu").rows(own)) if len(own) else ()
         except MegarlhfError as error:
             said = error
         except Exception as error:  # noqa: BLE001 (whatever it is, the others must hear of it, who wait)

@@ -17,6 +17,8 @@ WARNINGS = {
     ),
     "warning/kl_over_bound": ("The policy is farther from the reference than kl_bound", ("kl/reference_mean",)),
 }
+AT_FIRST = 3
+"""So many iterations say how many steps a response has before anything is learnt of them."""
 NEVER_RIGHT = 3
 """So many iterations without a right response, and none at all, are worth a word."""
 
@@ -36,6 +38,7 @@ def cautions_of(status: Status, rows: Sequence[Mapping[str, float]], *, of: str 
                     "it took too long, or was asked again.",
                 )
             )
+    lines += [line for name in logged(rows) if (line := _other_steps(name, rows))]
     accuracy = [row["rollout/accuracy"] for row in rows if "rollout/accuracy" in row]
     if len(accuracy) >= NEVER_RIGHT and not any(accuracy):
         lines.append(("No response was ever right", "does the verifier fit the answers of the prompts?"))
@@ -56,6 +59,20 @@ def _held(name: str, rows: Sequence[Mapping[str, float]]) -> tuple[str, str] | N
         if before is not None and quantity in held[-1]
     )
     return text, f"(steps {held[0]['step']:.0f} to {held[-1]['step']:.0f}). {values}"
+
+
+def _other_steps(name: str, rows: Sequence[Mapping[str, float]]) -> tuple[str, str] | None:
+    """That responses have half as many steps as they had at first, or twice as many."""
+    judge = re.fullmatch(r"steps/(\w+)_per_response", name)
+    counts = [row[name] for row in rows if name in row]
+    if judge is None or len(counts) <= AT_FIRST:
+        return None
+    before, now = sum(counts[:AT_FIRST]) / AT_FIRST, counts[-1]
+    if before / 2 < now < before * 2:
+        return None
+    how = "fewer" if now < before else "more"
+    values = f"{before:.3g} in the first {AT_FIRST} iterations, {now:.3g} in the last: are they rewarded for that?"
+    return f"Responses have far {how} steps than at first, by judge {judge[1]}", values
 
 
 def _most(name: str, rows: Sequence[Mapping[str, float]]) -> float:

@@ -305,6 +305,22 @@ _OF_A_JUDGE = {
 _JUDGING = Metric("s", "wall time in which the judge was waited for", "rank 0")
 """Of each judge, as time/judge_NAME_s."""
 
+FIRST_STEPS = 4
+"""So many have a share of their own."""
+_SHARE = "over the steps of all rollouts learnt from"
+OF_STEPS = {
+    "per_response": Metric("steps", "steps of a response", _LEARNT),
+    "tokens": Metric("tokens", "response tokens / steps", "each summed over the rollouts learnt from"),
+    **{
+        f"share_{at + 1}": Metric("fraction", f"sum of |value| of steps {at + 1} / sum of |value| of all steps", _SHARE)
+        for at in range(FIRST_STEPS)
+    },
+    "share_later": Metric(
+        "fraction", f"sum of |value| of the steps after {FIRST_STEPS} / sum of |value| of all steps", _SHARE
+    ),
+}
+"""Of each judge of steps, as steps/NAME_per_response."""
+
 GLOSSARY: dict[str, Metric] = {
     **_ROLLOUT,
     **_SAMPLER,
@@ -335,6 +351,8 @@ def meaning(name: str) -> Metric:
         found = _OF_A_JUDGE.get(quantity.rpartition("_")[2])
     elif re.fullmatch(r"time/judge_\w+_s", name):
         found = _JUDGING
+    elif of_steps := re.fullmatch(rf"steps/\w+?_({'|'.join(OF_STEPS)})", name):
+        found = OF_STEPS[of_steps[1]]
     if found is None:
         close = difflib.get_close_matches(name, GLOSSARY, n=1)
         remedy = f"did you mean {close[0]}?" if close else "give it unit, formula and reduction in GLOSSARY."

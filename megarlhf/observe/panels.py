@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from megarlhf.observe.metrics import meaning
+from megarlhf.observe.metrics import OF_STEPS, meaning
 from megarlhf.observe.work import PHASES, WORKED
 from megarlhf.observe.writers import logged
 
@@ -105,12 +105,27 @@ def panels_of(rows: Sequence[Mapping[str, float]]) -> dict[str, list[Panel]]:
     names = tuple(name for name in every if re.fullmatch(r"judge/\w+_mean", name))
     starts = range(0, len(names) if len(names) > 1 else 0, TOGETHER)
     judges = [Panel(f"Judges from {at + 1}" if at else "Judges", names[at:][:TOGETHER]) for at in starts]
-    sections = {**SECTIONS, "What is learnt": (LEARNING[0], *judges, *LEARNING[1:])}
+    sections = {**SECTIONS, "What is learnt": (LEARNING[0], *judges, *_of_steps(every), *LEARNING[1:])}
     found = {
         title: [Panel(panel.title, tuple(name for name in panel.metrics if name in there)) for panel in panels]
         for title, panels in sections.items()
     }
     return {title: [panel for panel in panels if panel.metrics] for title, panels in found.items()}
+
+
+def _of_steps(names: Sequence[str]) -> list[Panel]:
+    """What judges of steps say: how many and how long they are, and, a judge a chart, where their scores stand."""
+    judges = [found[1] for name in names if (found := re.fullmatch(r"steps/(\w+)_per_response", name))][:TOGETHER]
+    counts = {"Steps of a response": "per_response", "Tokens of a step": "tokens"}
+    shares = [
+        Panel(
+            f"Where the scores of {judge} stand",
+            tuple(f"steps/{judge}_{name}" for name in OF_STEPS if name.startswith("share")),
+        )
+        for judge in judges
+    ]
+    numbers = [Panel(title, tuple(f"steps/{judge}_{name}" for judge in judges)) for title, name in counts.items()]
+    return [*numbers, *shares]
 
 
 def labels(names: Sequence[str]) -> list[str]:

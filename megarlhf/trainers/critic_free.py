@@ -23,7 +23,13 @@ from megarlhf.parallel.micro_batches import Loss, States
 from megarlhf.trainers.anchored import AnchoredConfig
 from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, old_logprobs
 from megarlhf.trainers.policy_loss import loss_of, policy_terms
-from megarlhf.trainers.policy_metrics import advantage_metrics, exact_metrics, reference_metrics, rollout_metrics
+from megarlhf.trainers.policy_metrics import (
+    advantage_metrics,
+    exact_metrics,
+    reference_metrics,
+    rollout_metrics,
+    step_metrics,
+)
 from megarlhf.trainers.trainer import Learner
 from megarlhf_kernels import Anchor, PolicyTerms
 from megarlhf_kernels.linear_ppo import Estimator, Surrogate
@@ -144,11 +150,12 @@ def score(cast: Cast, rollout: Rollout, judgement: Judgement, cfg: CriticFreeCon
 
 
 def token_level_rewards(scored: Scored, cast: Cast, cfg: CriticFreeConfig) -> Tensor:
-    """[B, T]: the shaped score at the last response token and, with kl_in=reward, the KL's cost at every one."""
-    shaped = cast.shaper.shape(scored.judgement.scores, scored.rollout)
+    """[B, T]: the shaped score where it was earned and, with kl_in=reward, the KL's cost at every response token."""
+    earned = cast.shaper.earned(scored.judgement.token_scores, scored.rollout)
     ref = scored.logprobs if scored.ref_logprobs is None or cfg.kl_in == "loss" else scored.ref_logprobs
     kl = kl_estimate(scored.logprobs, ref, cfg.estimator)
-    return add_kl_penalty(shaped, kl, scored.rollout.response_mask, kl_coef=cast.kl.value)
+    mask = scored.rollout.response_mask
+    return add_kl_penalty(earned.last, kl, mask, kl_coef=cast.kl.value, earlier=earned.earlier)
 
 
 def lessons(scored: Scored, advantages: Tensor, cfg: CriticFreeConfig) -> tuple[Anchored, Metrics]:
@@ -164,6 +171,7 @@ def estimate_metrics(cast: Cast, scored: Scored, rewards: Tensor, advantages: Te
     metrics = {
         **scored.judgement.metrics,
         **rollout_metrics(rollout, scored.logprobs, scores, rewards),
+        **step_metrics(scored.judgement, rollout),
         **group_metrics(scores, cfg.group_size),
         **advantage_metrics(advantages, rollout.response_mask),
         **scored.exact,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -17,15 +16,16 @@ from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.judges import JudgeSettings
-from megarlhf.judges.judge import NAME
-from megarlhf.judges.reward_model import ModelJudgeConfig
+from megarlhf.judges.checks import check_judges, check_step_rewards
+from megarlhf.judges.process_model import ProcessJudgeConfig
+from megarlhf.judges.reward_model import ModelJudgeConfig, ScalarModelConfig
 from megarlhf.judges.rules import doubts_of
 from megarlhf.judges.shaping import ShapingConfig
 from megarlhf.judges.texts import TextJudgeConfig
 from megarlhf.judges.verifiers import AutoVerifier, Decider, chosen_verifier, is_told_right
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
-from megarlhf.observe.metrics import GAPS, names_of
+from megarlhf.observe.metrics import GAPS, OF_STEPS, names_of
 from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
 from megarlhf.runs.measuring import check_measuring
 from megarlhf.runs.settings import RunConfig
@@ -219,6 +219,11 @@ class PolicyConfig(RunConfig):
         return {**short, **self.judges}
 
     @property
+    def learns_by_step(self) -> bool:
+        """Whether what a judge says of a token before the last is learnt from there; else it must say nothing of it."""
+        return False
+
+    @property
     def deciders(self) -> list[Decider]:
         """What the judges say is right and wrong by: those that compare with the answer, or run tests; in order."""
         judges = [judge for judge in self.panel.values() if isinstance(judge, TextJudgeConfig)]
@@ -232,7 +237,7 @@ class PolicyConfig(RunConfig):
     @property
     def inits(self) -> dict[str, str]:
         """Where the model of each role starts."""
-        judges = {name: judge.init for name, judge in self.panel.items() if isinstance(judge, ModelJudgeConfig)}
+        judges = {name: judge.init for name, judge in self.panel.items() if isinstance(judge, ScalarModelConfig)}
         reference = {"reference": self.reference_init} if self.needs_reference else {}
         return {"actor": self.actor.init, **judges, **reference}
 
@@ -245,9 +250,15 @@ class PolicyConfig(RunConfig):
         """Metrics of every iteration in which all learners learn."""
         judges = {f"judge/{name}_{quantity}" for name in self.panel for quantity in ("mean", "std", "weight")}
         failures = {f"judge/{name}_failures" for name, cfg in self.panel.items() if isinstance(cfg, TextJudgeConfig)}
+        steps = {
+            f"steps/{name}_{quantity}"
+            for name, cfg in self.panel.items()
+            if isinstance(cfg, ProcessJudgeConfig)
+            for quantity in OF_STEPS
+        }
         correction = names_of("sampler") if self.sampler_correction.rule != "none" else set()
         unknown = GAPS if self.old_logprobs == "sampler" else set[str]()
-        return (names_of("rollout", "policy") - unknown) | judges | failures | correction
+        return (names_of("rollout", "policy") - unknown) | judges | failures | steps | correction
 
     @property
     def remarks(self) -> list[str]:
@@ -279,7 +290,8 @@ class PolicyConfig(RunConfig):
                 f"sampler_correction.rule={self.sampler_correction.rule} with old_logprobs=sampler: the ratio has the "
                 "gap in it already; set old_logprobs=trainer, or leave the correction out."
             )
-        self._check_judges()
+        check_judges(self.judges, self.reward.init)
+        check_step_rewards(self.panel, self.shaping, learnt=self.learns_by_step)
         self.shaping.check(self.group_size, self.sampling.max_new_tokens)
         self.actor.optim.check(self.actor_steps, "actor.optim")
 
@@ -296,25 +308,6 @@ class PolicyConfig(RunConfig):
             "leave it out."
         )
 
-    def _check_judges(self) -> None:
-        if not self.panel:
-            raise ConfigError(
-                "no judge: nothing would score the responses; set reward.init to a reward model, or name a judge, as "
-                "in judges.answer.kind=rule judges.answer.rule=maths."
-            )
-        if self.reward.init and "reward" in self.judges:
-            raise ConfigError("reward.init and judges.reward are two judges of one name; give one of the two.")
-        for name in self.judges:
-            if name in _ROLES or not re.fullmatch(NAME, name):
-                raise ConfigError(
-                    f"judges.{name}: a judge's name is of small letters, digits and _, begins with a letter, and is "
-                    f"none of {', '.join(_ROLES)}; choose another."
-                )
-        if not any(judge.weight for judge in self.panel.values()):
-            raise ConfigError("every judge has weight 0, so that all scores are 0; give one of them another weight.")
-
-
-_ROLES = ("actor", "critic", "reference")
 SPEAKERS = ("actor", "reference")
 """Roles whose models must be language models."""
 
@@ -352,6 +345,9 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     actor = models["actor"]
     for judge in (models[name] for name in cfg.panel if name in models):
         check_scores(judge)
+    for name, cfg_of in cfg.panel.items():
+        if isinstance(cfg_of, ProcessJudgeConfig):
+            cfg_of.separator_of(f"judges.{name}", models[name])
     tokenizer = resolve_tokenizer(cfg.tokenizer, actor, cfg.pinned_date)
     data = chosen_data(cfg.prompts, "prompts", actor)
     prompts = load_prompts(data, tokenizer)

@@ -19,6 +19,7 @@ from megarlhf.data.rows import BUILT_IN, PROGRAMS
 from megarlhf.gates.cheap import Lesson, cheap_gates, gate_prompts
 from megarlhf.gates.gate import check_gates
 from megarlhf.judges.panel import Court, Judgement, Panel, build_panel
+from megarlhf.judges.process_model import rewarding_steps
 from megarlhf.judges.shaping import Shaper
 from megarlhf.judges.texts import Reader
 from megarlhf.judges.verifiers import verifier_remark
@@ -147,7 +148,13 @@ def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
         sampler=RolloutEngine.of(actor, inputs.tokenizer, longest, cfg.rollout),
         reference=reference,
         panel=panel,
-        shaper=Shaper(cfg.shaping, cfg.group_size, cfg.sampling.max_new_tokens, panel.wrong_score),
+        shaper=Shaper(
+            cfg.shaping,
+            cfg.group_size,
+            cfg.sampling.max_new_tokens,
+            panel.wrong_score,
+            by_step=bool(rewarding_steps(cfg.panel)),
+        ),
         kl=cfg.kl_coefficient,
     )
 

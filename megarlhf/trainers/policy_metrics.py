@@ -15,7 +15,7 @@ from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.judges.panel import Judgement
 from megarlhf.models.exact_kl import exact_kl
 from megarlhf.models.role import Role, Update
-from megarlhf.observe.metrics import Metrics
+from megarlhf.observe.metrics import FIRST_STEPS, Metrics
 from megarlhf.ops.kl import kl_estimate
 from megarlhf.ops.masked import masked_mean, masked_sum, masked_var
 from megarlhf.ops.sampler_correction import token_mult_prob_error
@@ -66,6 +66,27 @@ def length_metrics(rollout: Rollout) -> Metrics:
         "rollout/truncated_fraction": float((~rollout.terminated).float().mean()),
         "rollout/tokens": float(rollout.response_lengths.sum()),
     }
+
+
+def step_metrics(judgement: Judgement, rollout: Rollout) -> Metrics:
+    """Of each judge of steps: how many and how long they are, and at which of them its scores stand.
+
+    A policy that is rewarded by steps may make more of them, or fewer and longer ones, rather than better ones.
+    """
+    metrics: Metrics = {}
+    for name, verdict in judgement.verdicts.items():
+        if not verdict.steps:
+            continue
+        sizes = [[abs(value) for value in steps] for steps in verdict.steps]
+        count, total = sum(map(len, sizes)), sum(map(sum, sizes))
+        shares = {f"share_{at + 1}": sum(each[at] for each in sizes if len(each) > at) for at in range(FIRST_STEPS)}
+        shares["share_later"] = sum(sum(each[FIRST_STEPS:]) for each in sizes)
+        metrics |= {
+            f"steps/{name}_per_response": count / len(rollout),
+            f"steps/{name}_tokens": float(rollout.response_lengths.sum()) / count,
+            **{f"steps/{name}_{share}": value / total if total else 0.0 for share, value in shares.items()},
+        }
+    return metrics
 
 
 def reference_metrics(

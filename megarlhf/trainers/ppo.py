@@ -14,10 +14,11 @@ from torch import Tensor
 
 from megarlhf.batch.rollouts import PolicyRows, Prompts, Rollout, ValueRows
 from megarlhf.errors import ConfigError
-from megarlhf.judges.reward_model import ModelJudgeConfig
+from megarlhf.judges.reward_model import ScalarModelConfig
 from megarlhf.models.role import FrozenRole, Role, TrainableRole
 from megarlhf.observe.metrics import names_of
 from megarlhf.ops.advantages import Advantages, shaped_gae
+from megarlhf.ops.rewards import Earned
 from megarlhf.ops.value_loss import clipped_value_loss
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
@@ -33,6 +34,7 @@ from megarlhf.trainers.policy_metrics import (
     policy_metrics,
     reference_metrics,
     rollout_metrics,
+    step_metrics,
     value_metrics,
 )
 from megarlhf.trainers.trainer import Learner
@@ -72,6 +74,11 @@ class PPOConfig(AnchoredConfig):
         return self.value_warmup_iterations
 
     @property
+    def learns_by_step(self) -> bool:
+        """Always: by what comes after a token."""
+        return True
+
+    @property
     def critic_steps(self) -> int:
         """Optimiser steps of the critic in all iterations."""
         return self.iterations * self.steps_per_iteration
@@ -79,7 +86,7 @@ class PPOConfig(AnchoredConfig):
     @property
     def inits(self) -> dict[str, str]:
         """Where the model of each role starts; the critic, unless it is told, where the reward model does."""
-        models = (judge.init for judge in self.panel.values() if isinstance(judge, ModelJudgeConfig))
+        models = (judge.init for judge in self.panel.values() if isinstance(judge, ScalarModelConfig))
         return {**super().inits, "critic": self.critic.init or next(models, "")}
 
     @property
@@ -158,12 +165,13 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
     # 3. Estimate. fp32, pure, over the global batch, identical on every rank.
     with turn.clock("estimate"):
         kl_coef = cast.kl.value
-        estimate = estimated(scored, cast.shaper.shape(scored.scores, rollout), cfg, kl_coef=kl_coef)
+        estimate = estimated(scored, cast.shaper.earned(judgement.token_scores, rollout), cfg, kl_coef=kl_coef)
         advantages, corrected = cfg.sampler_correction.correct(estimate.whitened, scored.logprobs, rollout)
         distance = reference_metrics(scored.logprobs, scored.ref_logprobs, rollout.response_mask, kl_coef=kl_coef)
         metrics = {
             **judgement.metrics,
             **rollout_metrics(rollout, scored.logprobs, scored.scores, estimate.token_level_rewards),
+            **step_metrics(judgement, rollout),
             **distance,
             **exact,
             **corrected,
@@ -185,15 +193,15 @@ def ppo_iteration(cast: PPOCast, prompts: Prompts, cfg: PPOConfig, turn: Turn) -
     return PPOIteration(rollout, judgement, {**metrics, **learnt}, scored, estimate)
 
 
-def estimated(scored: Scored, shaped: Tensor, cfg: PPOConfig, *, kl_coef: float) -> Advantages:
-    """Token-level rewards, advantages and returns of the global batch; `shaped`: its scores [B] to learn from."""
+def estimated(scored: Scored, earned: Earned, cfg: PPOConfig, *, kl_coef: float) -> Advantages:
+    """Token-level rewards, advantages and returns of the global batch; `earned`: by its scores."""
     rollout = scored.rollout
     return shaped_gae(
         scored.logprobs,
         scored.values,
         rollout.response_mask,
         rollout.terminated,
-        Shaping(scored.ref_logprobs, shaped, kl_coef),
+        Shaping(scored.ref_logprobs, earned.last, kl_coef, earned.earlier),
         Discount(cfg.gamma, cfg.gae_lambda),
     )
 

@@ -2,8 +2,11 @@
 
     A_t = whiten(sum over s >= t of gamma^(s - t) r_s)      r_s: score at the last token, - kl_coef k1 at every one
     baseline=group: A_t = whiten(r_i - mean(r) of its group), at every token      whitened over all tokens
+    baseline=token: A_t = whiten(sum over s >= t of r_s, less b_i for each of those tokens)
+                    b_i = sum of the rewards of the others in its group / sum of their tokens
 
-Source: Hu et al. 2025 (arXiv 2501.03262).
+Source: Hu et al. 2025 (arXiv 2501.03262); the baseline of tokens PURE (2504.15275). Differs: there a step's tokens lose
+theirs at its end, all at once, which is the same before the first of them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.errors import ConfigError
 from megarlhf.ops.advantages import gae
-from megarlhf.ops.group_advantages import group_advantages, to_tokens
+from megarlhf.ops.group_advantages import group_advantages, others_per_token, to_tokens
 from megarlhf.ops.masked import masked_whiten
 from megarlhf.trainers.critic_free import (
     LEARNERS,
@@ -39,8 +42,9 @@ class ReinforceConfig(CriticFreeConfig):
 
     group_size: int = Field(default=1, ge=1)
     """Responses per prompt."""
-    baseline: Literal["none", "group"] = "none"
-    """What is taken off a response's reward before whitening: nothing, or the mean of its group."""
+    baseline: Literal["none", "group", "token"] = "none"
+    """What is taken off before whitening: nothing; of a response's reward the mean of its group; or of each token's
+    reward what the others in its group earned a token, which favours neither few steps nor many. Source: PURE."""
     gamma: float = Field(default=1.0, gt=0, le=1)
     """Discount per token, without a baseline. Source: REINFORCE++."""
     kl_coef: float = Field(default=0.01, ge=0)
@@ -48,12 +52,21 @@ class ReinforceConfig(CriticFreeConfig):
     kl_in: Literal["loss", "reward"] = "reward"
     """Where the KL is paid: in the reward, token by token. Source: REINFORCE++; with a baseline, in the loss there."""
 
+    @property
+    def learns_by_step(self) -> bool:
+        """Where a token's advantage is of what follows it."""
+        return self.baseline != "group"
+
     def check_sizes(self) -> None:
         """Raise where the numbers of a run do not go together, before anything is read."""
         if self.baseline == "group" and self.group_size == 1:
             raise ConfigError("baseline=group with group_size=1: a response less itself is 0; raise group_size.")
-        if self.baseline == "group" and self.gamma != 1.0:
-            raise ConfigError(f"gamma={self.gamma:g} with baseline=group: nothing is discounted; leave it out.")
+        if self.baseline == "token" and self.group_size == 1:
+            raise ConfigError("baseline=token with group_size=1: there are no others to a prompt; raise group_size.")
+        if self.baseline != "none" and self.gamma != 1.0:
+            raise ConfigError(
+                f"gamma={self.gamma:g} with baseline={self.baseline}: nothing is discounted; leave it out."
+            )
         super().check_sizes()
 
 
@@ -82,10 +95,12 @@ def reinforce_iteration(cast: Cast, prompts: Prompts, cfg: ReinforceConfig, turn
 
 
 def reinforced(rewards: Tensor, rollout: Rollout, cfg: ReinforceConfig) -> Tensor:
-    """[B, T]: what follows each token, or its response's reward less that of its group; of token-level rewards."""
+    """[B, T], of token-level rewards: what follows each token, or its response's reward, less the baseline."""
     mask = rollout.response_mask
     if cfg.baseline == "group":
         return to_tokens(group_advantages(rewards.sum(1), cfg.group_size, None), mask)
+    if cfg.baseline == "token":
+        rewards = rewards - to_tokens(others_per_token(rewards.sum(1), mask.sum(1), cfg.group_size), mask)
     # With values of 0 and lambda 1 generalised advantages are discounted sums of rewards.
     return gae(rewards, rewards.new_zeros(rewards.shape), mask, rollout.terminated, gamma=cfg.gamma, lam=1.0)[0]
 

@@ -14,6 +14,7 @@ import pytest
 
 from megarlhf import cli
 from megarlhf.errors import DataError
+from megarlhf.observe.metrics import OF_STEPS
 from megarlhf.observe.report import JudgedResponse, Report, SampleRow, SummaryRow, read_report, write_page, write_report
 from megarlhf.observe.writers import RunWriter, read_metrics
 
@@ -177,6 +178,33 @@ def test_judges_are_shown_with_their_weights_and_what_they_add_up_to(tmp_path: P
         ["sum", "", "", "", "−0.5", "2"],
         ["after shaping, and a KL in the reward", "", "", "", "−0.125", "−0.25"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ((4.0, 5.0, 3.0, 2.1), ""),
+        (
+            (4.0, 5.0, 3.0, 9.0, 2.0),
+            "<b>Responses have far fewer steps than at first, by judge prm</b> 4 in the first 3 iterations, 2 in the",
+        ),
+        ((1.0, 1.0, 1.0, 2.5), "far more steps than at first, by judge prm</b> 1 in the first 3 iterations, 2.5 in"),
+    ],
+)
+def test_steps_are_drawn_and_a_policy_that_makes_others_is_told_of(
+    counts: tuple[float, ...], says: str, tmp_path: Path
+) -> None:
+    shares = {f"steps/prm_{name}": 0.2 for name in OF_STEPS if name.startswith("share")}
+    with RunWriter(tmp_path) as writer:
+        for step, count in enumerate(counts, 1):
+            writer.log({**shares, "steps/prm_per_response": count, "steps/prm_tokens": 12 / count}, step=step)
+    text = write_page(tmp_path).read_text(encoding="utf-8")
+    for title in ("Steps of a response", "Tokens of a step", "Where the scores of prm stand"):
+        assert title in text
+    assert Page(text).tags.count("svg") == 3
+    said = re.findall(r"<p class=warning>(.*?)</p>", text)
+    assert len(said) == bool(says)
+    assert says in "".join(said)
 
 
 def test_a_warning_of_the_run_is_the_pages_first_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,14 @@ def ppo_settings(run_dir: Path, layout: ParallelLayout, folder: str, **changes: 
     )
 
 
-def run_ppo(layout: ParallelLayout, stop: int | None, where: str, folder: str) -> dict[str, torch.Tensor]:
+def run_ppo(
+    layout: ParallelLayout, stop: int | None, where: str, folder: str, *, by_step: bool = False
+) -> dict[str, torch.Tensor]:
     """Start the run, or start it again: the final weights, or none if it stops before."""
     mesh = start(layout, seed=1)
-    cfg = ppo_settings(Path(where), layout, folder)
+    judge = {"kind": "process", "init": f"{folder}/judge", "separator": " ", "reward": "soft_min"}
+    changes: dict[str, Any] = {"reward": {"init": ""}, "judges": {"steps": judge}} if by_step else {}
+    cfg = ppo_settings(Path(where), layout, folder, **changes)
     if stop is not None:
         with stopped_after(stop):
             ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
@@ -107,9 +112,12 @@ def run_ppo(layout: ParallelLayout, stop: int | None, where: str, folder: str) -
     return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
 
 
-def in_pieces(parts: list[tuple[ParallelLayout, int | None]], where: Path, folder: str) -> dict[str, torch.Tensor]:
+def in_pieces(
+    parts: list[tuple[ParallelLayout, int | None]], where: Path, folder: str, *, by_step: bool = False
+) -> dict[str, torch.Tensor]:
     """The same run once a part, in that layout, each but the last stopped after a step: the final weights."""
-    return [run_ranks(run_ppo, layout.world_size, layout, stop, str(where), folder)[0] for layout, stop in parts][-1]
+    run = partial(run_ppo, by_step=by_step)
+    return [run_ranks(run, layout.world_size, layout, stop, str(where), folder)[0] for layout, stop in parts][-1]
 
 
 def logged(run_dir: Path) -> list[dict[str, float]]:
@@ -183,17 +191,24 @@ def scalar_weights(model: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(ParallelLayout(tensor=2), marks=pytest.mark.slow), ParallelLayout(data=2)], ids=name_of
+    ("layout", "by_step"),
+    [
+        pytest.param(ParallelLayout(tensor=2), False, marks=pytest.mark.slow, id="tp2"),
+        pytest.param(ParallelLayout(data=2), False, id="dp2"),
+        pytest.param(ParallelLayout(), True, id="by step"),
+    ],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(layout: ParallelLayout, folder: str, tmp_path: Path) -> None:
-    """Stopped while only the critic learns, and again later."""
-    whole = in_pieces([(layout, None)], tmp_path / "whole", folder)
-    pieces = in_pieces([(layout, 1), (layout, 3), (layout, None)], tmp_path / "pieces", folder)
+def test_a_stopped_run_goes_on_bit_for_bit(layout: ParallelLayout, by_step: bool, folder: str, tmp_path: Path) -> None:
+    """Stopped while only the critic learns, and again later; with an outcome model, and with rewards of steps."""
+    whole = in_pieces([(layout, None)], tmp_path / "whole", folder, by_step=by_step)
+    stops = [(layout, 1), (layout, 3), (layout, None)]
+    pieces = in_pieces(stops, tmp_path / "pieces", folder, by_step=by_step)
     assert logged(tmp_path / "pieces") == logged(tmp_path / "whole")
     for name, weight in whole.items():
         assert torch.equal(pieces[name], weight), name
     samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "pieces")]
     assert samples[0] == samples[1]
+    assert any(row.get("steps/steps_per_response", 0) > 2 for row in logged(tmp_path / "whole")) == by_step
     assert len(list((tmp_path / "pieces" / "checkpoints").glob("step_*"))) == 2  # keep_last
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from megarlhf.ops.scores import group_moments, normalised
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.trainers.critic_free import CriticFreeConfig, GroupStdConfig, critic_free_loss
 from megarlhf.trainers.policy_config import PolicyInputs
+from megarlhf.trainers.ppo import PPOConfig
+from megarlhf.trainers.reinforce import reinforced
 from tests.helpers.models import policy_and_judge
 from tests.helpers.ranks import run_ranks
-from tests.trainers.test_critic_free import EVENNESS, TRAINERS, config, metrics_of, rows_of
+from tests.trainers.test_critic_free import EVENNESS, PLAIN, TRAINERS, config, metrics_of, rows_of
 
 BY_GROUP: dict[str, Any] = {"shaping": {"normalise": "group"}}
 
@@ -56,6 +58,12 @@ def cfg_of(name: str, run_dir: Path, *, more: bool = True, **changes: Any) -> Cr
         ("grpo", {"rollout_batch": 6}, "rollout_batch=6 is not divisible by group_size=4"),
         ("dr_grpo", BY_GROUP, "shaping.normalise=group with group_std=null: it divides by the standard deviation that"),
         ("grpo", {**BY_GROUP, "group_std": None}, "group_std=null: .*; set shaping.normalise to none or batch, or"),
+        (
+            "reinforce",
+            {"group_size": 1, "baseline": "token"},
+            "baseline=token with group_size=1: there are no others to",
+        ),
+        ("reinforce", {"gamma": 0.9, "baseline": "token"}, "gamma=0.9 with baseline=token: nothing is discounted"),
         ("dapo", {"kl_bound": 3.0}, "kl_bound=3: nothing logs kl/reference_mean here"),
         (
             "gspo",
@@ -67,6 +75,61 @@ def cfg_of(name: str, run_dir: Path, *, more: bool = True, **changes: Any) -> Cr
 def test_what_means_nothing_is_refused(name: str, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
         cfg_of(name, tmp_path, **changes).check_sizes()
+
+
+BY_STEP: dict[str, Any] = {"judges": {"steps": {"kind": "process", "init": "nowhere", "reward": "soft_min"}}}
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "reinforce"])
+def test_rewards_of_steps_are_refused_where_responses_have_one_advantage(name: str, tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"more": False, "shaping": PLAIN}
+    says = (
+        r"judges.steps.reward=soft_min rewards each step, but .*; set it to min, product, mean or last, .* or take ppo"
+    )
+    with pytest.raises(ConfigError, match=says):
+        cfg_of(name, tmp_path, **plain, **BY_STEP).check_sizes()
+    for change in ({"reward": "min"}, {"weight": 0.0}):  # one score; logged alone
+        judges = {"steps": {**BY_STEP["judges"]["steps"], **change}, "rule": {"kind": "rule", "rule": "exact"}}
+        cfg_of(name, tmp_path, **plain, judges=judges).check_sizes()
+
+
+def test_rewards_of_steps_are_learnt_from_where_tokens_have_advantages(tmp_path: Path) -> None:
+    """And are shaped by nothing that knows no steps."""
+    for baseline, learns in (("none", True), ("token", True), ("group", False)):
+        cfg = cfg_of("reinforce", tmp_path, more=False, baseline=baseline, **BY_STEP)
+        with nullcontext() if learns else pytest.raises(ConfigError, match="or reinforce with baseline=none or"):
+            cfg.check_sizes()
+    ppo = PPOConfig.model_validate({"run_dir": tmp_path, **BY_STEP})
+    ppo.check_sizes()
+    for name, value in {"clip": 5.0, "normalise": "running", "positive": 0.5, "negative": 2.0}.items():
+        shaping = ppo.shaping.model_copy(update={name: value})
+        says = (
+            f"shaping.{name}={value} with judges.steps.reward=soft_min: what is made of .*; leave it out, or set judges"
+        )
+        with pytest.raises(ConfigError, match=says):
+            ppo.model_copy(update={"shaping": shaping}).check_sizes()
+    marks = {"missing_eos": -1.0, "overlong_buffer": 4}
+    ppo.model_copy(update={"shaping": ppo.shaping.model_copy(update=marks)}).check_sizes()
+
+
+def test_the_baseline_of_tokens_is_what_the_others_earned_for_each_token_from_here_on(tmp_path: Path) -> None:
+    """A loop over tokens; and a response that earns as much a token as the others has nothing before its first."""
+    cfg: Any = cfg_of("reinforce", tmp_path, more=False, baseline="token", group_size=4)
+    rollout = rows_of(8)
+    mask = rollout.response_mask
+    rewards = torch.where(mask, torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)), 0.0)
+    found = reinforced(rewards, rollout, cfg)
+    for row in range(8):
+        others = [other for other in range(row // 4 * 4, row // 4 * 4 + 4) if other != row]
+        tokens = sum(int(mask[other].sum()) for other in others)
+        token = sum(rewards[other].double().sum().item() for other in others) / tokens
+        own = [t for t in range(mask.shape[1]) if mask[row, t]]
+        for place, t in enumerate(own):
+            follows = sum(rewards[row, later].item() for later in own[place:])
+            assert found[row, t].item() == pytest.approx(follows - token * (len(own) - place), abs=1e-5)
+    assert not found[~mask].any()
+    alike = reinforced(torch.where(mask, 0.25, 0.0), rollout, cfg)
+    assert alike.abs().max() < 1e-6
 
 
 @pytest.fixture(scope="module")
