@@ -22,16 +22,21 @@ from megarlhf.judges.panel import Court, build_panel
 from megarlhf.judges.process_model import ProcessJudgeConfig
 from megarlhf.judges.texts import Reader
 from megarlhf.models.readings import LabelLogprobs, SequenceScores
+from megarlhf.observe.clock import Clock
 from megarlhf.observe.writers import read_metrics
+from megarlhf.ops.masked import last_true
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.runs.guard import StepGuard
 from megarlhf.runtime.checks import Model
 from megarlhf.trainers import ppo, reinforce
+from megarlhf.trainers.policy_loop import Turn
 from tests.helpers.models import frozen, name_of, policy_and_judge, whole_weights
 from tests.helpers.ranks import run_ranks
 from tests.judges.test_panel import rollout_of, settings
 from tests.runs.test_resume import CLOCKED, ppo_settings
 from tests.trainers.test_critic_free import SMALL
+from tests.trainers.worlds import no_more
 
 RESPONSES = (
     "6 - 6 = 0. 0 + 7 = 7. The answer is 7.",
@@ -41,6 +46,7 @@ RESPONSES = (
 )
 STEPS = (3, 1, 2, 5)
 """Of each response."""
+CUT = {"missing_eos": -1.0}
 OFFSET, SCALE = 0.25, 2.0
 
 
@@ -156,19 +162,54 @@ def test_verdicts_are_joined_and_chosen_with_their_steps() -> None:
     assert both.rows([3, 0]).steps == [[0.7, 2.0], [0.5]]
 
 
+def learnt_from(name: str, where: str, folder: str) -> dict[str, Tensor]:
+    """Of one iteration whose judge rewards every word, a cut response costs 1, and a KL nothing."""
+    mesh, trainer = start(ParallelLayout(), seed=1), TRAINERS[name]
+    cfg = config_of(name, where, folder, judge_of(folder, reward="sum", separator=" "), kl_coef=0.0, shaping=CUT)
+    inputs = trainer.prepare(cfg)
+    turn = Turn(0, cfg.seed, Clock(mesh.device), StepGuard(cfg.run_dir, 0, mesh), no_more)
+    prompts = inputs.prompts.batch(torch.arange(cfg.prompts_per_iteration))
+    cast: Any = trainer.models(cfg, inputs, mesh)
+    done: Any = (ppo.ppo_iteration if name == "ppo" else reinforce.reinforce_iteration)(cast, prompts, cfg, turn)
+    rewards = done.estimate.token_level_rewards if name == "ppo" else done.token_level_rewards
+    return {
+        "rewards": rewards,
+        "said": done.judgement.token_scores,
+        "ended": done.rollout.terminated,
+        "last": last_true(done.rollout.response_mask),
+    }
+
+
+@pytest.mark.parametrize("name", ["ppo", "reinforce"])
+def test_what_is_learnt_from_stands_where_it_was_earned(name: str, folder: str, tmp_path: Path) -> None:
+    (found,) = run_ranks(learnt_from, 1, name, str(tmp_path), folder)
+    last, said, rewards, ended = found["last"], found["said"], found["rewards"], found["ended"]
+    assert torch.equal(rewards[~last], said[~last])
+    assert (said[~last] != 0).sum() > len(ended)  # of steps before the last
+    assert not ended.all()
+    whole = torch.where(ended, said.sum(1), -1.0)  # a cut one's last token pays for all of it
+    torch.testing.assert_close(rewards.sum(1), whole, atol=1e-5, rtol=1e-5)
+
+
 TRAINERS = {"ppo": ppo.TRAINER, "reinforce": reinforce.TRAINER}
 
 
-def trained(name: str, where: str, folder: str, judge: dict[str, Any]) -> dict[str, Tensor]:
-    """Two iterations with the one judge: the final weights."""
-    mesh, trainer = start(ParallelLayout(), seed=1), TRAINERS[name]
+def config_of(name: str, where: str, folder: str, judge: dict[str, Any], **changes: Any) -> Any:
+    """Two iterations with the one judge."""
+    brief: dict[str, Any] = {"iterations": 2, "save_every": 0, "gates": "off"}
+    settings: dict[str, Any] = {**brief, "judges": {"taste": judge}, **changes}
     if name == "ppo":
-        changes: dict[str, Any] = {"reward": {"init": ""}, "iterations": 2, "value_warmup_iterations": 0}
-        cfg: Any = ppo_settings(Path(where), mesh.layout, folder, **changes, judges={"taste": judge})
-    else:
-        actor = {"init": f"{folder}/actor", "optim": {"lr": 1e-2}}
-        changes = {**SMALL, "iterations": 2, "baseline": "token", "run_dir": where, "actor": actor}
-        cfg = reinforce.ReinforceConfig.model_validate({**changes, "judges": {"taste": judge}})
+        none: dict[str, Any] = {"reward": {"init": ""}, "value_warmup_iterations": 0}
+        return ppo_settings(Path(where), ParallelLayout(), folder, **none, **settings)
+    actor = {"init": f"{folder}/actor", "optim": {"lr": 1e-2}}
+    own = {"baseline": "token", "run_dir": where, "actor": actor}
+    return reinforce.ReinforceConfig.model_validate({**SMALL, **own, **settings})
+
+
+def trained(name: str, where: str, folder: str, judge: dict[str, Any]) -> dict[str, Tensor]:
+    """Of the whole run: the final weights."""
+    mesh, trainer = start(ParallelLayout(), seed=1), TRAINERS[name]
+    cfg = config_of(name, where, folder, judge)
     trainer.train(cfg, trainer.prepare(cfg), [], mesh)
     return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
 
@@ -202,7 +243,7 @@ def test_of_one_step_it_is_the_outcome_to_the_bit(name: str, how: str, folder: s
         assert set(row.values()) == {0.0}
 
 
-def test_a_separator_comes_from_the_setting_or_the_model_and_must_come_from_one(folder: str) -> None:
+def test_a_separator_comes_from_the_setting_or_the_model_and_must_come_from_one(folder: str, tmp_path: Path) -> None:
     model = Model("judges.steps.init", f"{folder}/judge", describe_model(f"{folder}/judge"))
     outcome = Model(model.setting, model.init, model.description.model_copy(update={"step_separator": None}))
     own, other = (ProcessJudgeConfig(kind="process", init="x", separator=said) for said in (None, "\n"))
@@ -210,5 +251,7 @@ def test_a_separator_comes_from_the_setting_or_the_model_and_must_come_from_one(
     assert other.separator_of("judges.steps", model) == other.separator_of("judges.steps", outcome) == "\n"
     with pytest.raises(ConfigError) as error:
         own.separator_of("judges.steps", outcome)
+    with pytest.raises(ConfigError, match=r"judges.taste.separator is null, and judges.taste.init=tiny-xs says no"):
+        ppo.TRAINER.prepare(config_of("ppo", str(tmp_path), folder, judge_of(folder, init="tiny-xs")))
     assert f"judges.steps.separator is null, and judges.steps.init={folder}/judge says no separator" in str(error.value)
     assert """on a command line judges.steps.separator='"\\n\\n"' for empty lines.""" in str(error.value)
