@@ -220,36 +220,33 @@ def _tables(model: str, found: Found, inputs: EvalRewardInputs) -> list[Table]:
     if inputs.pairs is not None:
         table = _table(f"{model}, {len(inputs.pairs):,} pairs, 95 % intervals", by_way, "in order")
         first = next(iter(found.pairs.values()))
-        for part in first.by_length:
-            table.add_column(f"{part.said} ({part.count:,})", justify="right")
+        lengths = [f"{part.said} ({part.count:,})" for part in first.by_length]
+        by_length = _table("in order, by which response is longer", by_way, *lengths)
         for way, of in found.pairs.items():
-            table.add_row(way, _said(of.accuracy), *(_number(part.found) for part in of.by_length))
-        tables.append(table)
+            table.add_row(way, _said(of.accuracy))
+            by_length.add_row(way, *(_number(part.found) for part in of.by_length))
+        tables += [table, by_length]
     if inputs.labelled is not None:
         title = f"{model}, {len(inputs.labelled):,} judged responses, 95 % intervals"
         table = _table(title, by_way, "AUC", "right at 1/2", "calibration error")
         first = next(iter(found.labelled.values()))
-        for part in first.by_length:
-            table.add_column(f"AUC, {part.said}", justify="right")
+        lengths = [f"{part.said} ({part.count:,})" for part in first.by_length]
+        by_length = _table("AUC among responses of like length", by_way, *lengths)
+        best = _table("how right the best of n is", by_way, *(f"n = {size}" for size in first.best_of))
         for way, of in found.labelled.items():
-            numbers = (_number(part.found) for part in of.by_length)
-            table.add_row(way, _said(of.auc), _said(of.accuracy), _number(of.calibration.error), *numbers)
-        tables.append(table)
-        if len(first.best_of) > 1:
-            best = _table("how right the best of n is", by_way, *(f"n = {size}" for size in first.best_of))
-            for way, of in found.labelled.items():
-                best.add_row(way, *map(_said, of.best_of.values()))
-            tables.append(best)
+            table.add_row(way, _said(of.auc), _said(of.accuracy), _number(of.calibration.error))
+            by_length.add_row(way, *(_number(part.found) for part in of.by_length))
+            best.add_row(way, *map(_said, of.best_of.values()))
+        tables += [table, by_length, *([best] if len(first.best_of) > 1 else [])]
     if inputs.steps is not None and found.steps is not None:
         of = found.steps
         wrong = sum(error >= 0 for error in inputs.steps.first_errors)
         title = f"{model}, {len(inputs.steps):,} solutions, {wrong:,} with an error, 95 % intervals"
-        table = _table(
-            title, "", "first error found", "right ones pass", "F1", "steps called right", "calibration error"
-        )
-        shares = (of.wrong_found, of.right_passed, of.f1, of.accuracy)
-        table.add_row("steps", *map(_said, shares), _number(of.calibration.error))
-        tables.append(table)
+        table = _table(title, "", "first error found", "right ones pass", "F1")
+        table.add_row("solutions", _said(of.wrong_found), _said(of.right_passed), _said(of.f1))
+        each = _table("labelled steps", "", "called right", "calibration error")
+        each.add_row("steps", _said(of.accuracy), _number(of.calibration.error))
+        tables += [table, each]
     return tables
 
 

@@ -25,7 +25,8 @@ from megarlhf.judges import JudgeSettings
 from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.judge import NAME, Judge, Verdict
 from megarlhf.judges.panel import Court, build_panel
-from megarlhf.judges.reward_model import ModelJudgeConfig
+from megarlhf.judges.process_model import ProcessJudgeConfig
+from megarlhf.judges.reward_model import ScalarModelConfig
 from megarlhf.judges.texts import Reader, TextJudgeConfig
 from megarlhf.models.spec import PRESETS
 from megarlhf.observe.files import writing
@@ -91,7 +92,7 @@ def prepare(cfg: PoolJudgesConfig) -> JudgeInputs:
     for name, settings in cfg.judges.items():
         if isinstance(settings, TextJudgeConfig):
             doubts.append(settings.check(f"judges.{name}", pool.prompts, source))
-        elif isinstance(settings, ModelJudgeConfig):
+        elif isinstance(settings, ScalarModelConfig):
             models[name] = _checked(name, settings, pool, cfg)
     rows = [
         Row(source, number, {"row": pool.prompts.ids[each.place.prompt], "sample": each.place.sample})
@@ -103,10 +104,12 @@ def prepare(cfg: PoolJudgesConfig) -> JudgeInputs:
     return JudgeInputs(pool, models, files, rows, [doubt for doubt in doubts if doubt])
 
 
-def _checked(name: str, settings: ModelJudgeConfig, pool: Pool, cfg: PoolJudgesConfig) -> Model:
+def _checked(name: str, settings: ScalarModelConfig, pool: Pool, cfg: PoolJudgesConfig) -> Model:
     setting = f"judges.{name}.init"
     model = Model(setting, settings.init, checked_model(settings.init, cfg.layout, setting))
     check_scores(model)
+    if isinstance(settings, ProcessJudgeConfig):
+        settings.separator_of(f"judges.{name}", model)
     check_same_tokenizer(pool.tokenizer, f"pool={cfg.pool}", model)
     check_tokenizer(pool.tokenizer, model.description.spec, setting)
     longest = max(len(pool.prompts.tokens[each.place.prompt]) + len(each.ids) for each in pool.distinct)
@@ -123,7 +126,7 @@ def _decisive(settings: JudgeSettings, cfg: PoolJudgesConfig) -> dict[str, Any]:
     """The settings that decide what a judge says, by name. The layout is none: it changes rounding at most."""
     free = {"weight", *type(settings).free_to_change()}
     own = settings.model_dump(mode="json", exclude=free)
-    if isinstance(settings, ModelJudgeConfig):
+    if isinstance(settings, ScalarModelConfig):
         drawn = {"seed": cfg.seed} if settings.init in PRESETS else {}
         numbers = {"compute.dtype": cfg.compute.dtype, "compute.fp8": cfg.compute.fp8}
         return {**own, **place_of("init", settings.init), **drawn, **numbers}

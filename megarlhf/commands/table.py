@@ -49,6 +49,11 @@ COMMANDS: dict[str, Command] = {
         "megarlhf.commands.evaluate:EvalConfig",
         "megarlhf.commands.evaluate:main",
     ),
+    "eval reward": Command(
+        "what a reward model is worth on pairs, judged responses and judged steps",
+        "megarlhf.commands.evaluate_reward:EvalRewardConfig",
+        "megarlhf.commands.evaluate_reward:main",
+    ),
     "judge": Command(
         "scores of the responses of a pool, by judges as a policy's",
         "megarlhf.commands.judge:PoolJudgesConfig",

@@ -27,6 +27,7 @@ from megarlhf.errors import ConfigError
 from megarlhf.judges.judge import UNKNOWN, JudgeConfig, Verdict, outcome
 from megarlhf.judges.reward_model import ScalarModelConfig
 from megarlhf.judges.texts import Reader
+from megarlhf.models.readings import StepScores
 from megarlhf.models.role import FrozenRole
 from megarlhf.ops.step_scores import Aggregate, aggregated, soft_min
 from megarlhf.runtime.checks import Model
@@ -45,7 +46,8 @@ class ProcessJudgeConfig(ScalarModelConfig):
     separator: str | None = Field(default=None, min_length=1)
     """What parts the steps of responses; null: what the model says that it was trained with."""
     value: Literal["probability", "logit"] = "probability"
-    """What a step is worth: the sigmoid of what the head says there, or that number, offset and scale applied."""
+    """What a step is worth: the probability that it is right, the sigmoid of what the head says there, or that number,
+    offset and scale applied."""
     reward: Literal["sum", "soft_min"] | Aggregate = "min"
     """What a response earns by its steps. At the end of each (ppo, and reinforce with baseline none or token): its
     value (`sum`), or that by softmax(-value / 0.1) over the steps (`soft_min`). At the last token: the `min`, `product`
@@ -116,7 +118,9 @@ class ProcessJudge:
 def process_judge(name: str, cfg: ProcessJudgeConfig, model: Model, ranks: RanksConfig, reader: Reader) -> ProcessJudge:
     """Load it, and move it off the device until it is wanted. Collective."""
     separator = cfg.separator_of(f"judges.{name}", model)
-    role = away(frozen(name, model, model.description.step_scores(), ranks, reader.mesh))
+    # A score that was shifted or scaled is no logit.
+    reading = StepScores() if cfg.value == "probability" else model.description.step_scores()
+    role = away(frozen(name, model, reading, ranks, reader.mesh))
     return ProcessJudge(name, cfg, separator, role, reader)
 
 

@@ -308,6 +308,7 @@ class PolicyConfig(RunConfig):
             "leave it out."
         )
 
+
 SPEAKERS = ("actor", "reference")
 """Roles whose models must be language models."""
 

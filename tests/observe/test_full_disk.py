@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.commands.row_file import Done, RowFile
+from megarlhf.commands.row_file import Done, output_file
 from megarlhf.data.row import Row
 from megarlhf.errors import OutputError
 from megarlhf.observe.provenance import write_provenance
@@ -39,7 +39,7 @@ def report(where: Path) -> None:
 
 
 def score(where: Path) -> None:
-    output = RowFile(where / "scores.jsonl", {}, ("score",))
+    output = output_file(where / "scores.jsonl", {}, ("score",))
     with output.open_after(Done(0, 0)) as file:
         output.write(file, [Row("rows.jsonl", 1, {"prompt": LONG})], [{"score": 1.0}])
 
