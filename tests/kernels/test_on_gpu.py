@@ -116,13 +116,15 @@ def test_losses_and_estimates_equal_their_references(clip: Clip) -> None:
     mask = torch.arange(1500, device="cuda") < torch.randint(1, 1500, (64, 1), device="cuda")
     for got, want in zip(*(_policy(tokens, mask, clip, impl) for impl in ("triton", "reference")), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    shaping, discount = Shaping(tokens[1], draw(64, seed=8), 0.1), Discount(1.0, 0.95)
-    ended = draw(64, seed=7) > 0
-    estimates = [
-        rewards_gae(tokens[0], tokens[2], mask, ended, shaping, discount, impl=impl) for impl in ("triton", "reference")
-    ]
-    for got, want in zip(*estimates, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    ended, discount = draw(64, seed=7) > 0, Discount(1.0, 0.95)
+    for earlier in (None, draw(64, 1500, seed=9)):
+        shaping = Shaping(tokens[1], draw(64, seed=8), 0.1, earlier)
+        estimates = [
+            rewards_gae(tokens[0], tokens[2], mask, ended, shaping, discount, impl=impl)
+            for impl in ("triton", "reference")
+        ]
+        for got, want in zip(*estimates, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def _policy(tokens: list[Tensor], mask: Tensor, clip: Clip, impl: Impl) -> list[Tensor]:
