@@ -42,8 +42,8 @@ class RowsConfig(Config):
     responses: int | None = Field(default=None, ge=1)
     """Responses to each prompt that are used, drawn from `seed`; those of a smaller number are among them. null takes
     all."""
-    most: int = Field(default=4, ge=1)
-    """Demonstrations, or pairs, of one prompt at most. Of kind=labelled every response is a row."""
+    most: int | None = Field(default=None, ge=1)
+    """Demonstrations, or pairs, of one prompt at most; null for all. Of kind=labelled every response is a row."""
     margin: float = Field(default=0.0, ge=0)
     """By how much the chosen response of a pair must be better, in the judge's score; at 0 any difference will do."""
     seed: int = Field(default=1, ge=0)
@@ -57,6 +57,8 @@ def main(cfg: RowsConfig, _: Sequence[str]) -> int:
         check_new_file(path)
     if cfg.margin and cfg.kind != "pairs":
         raise ConfigError(f"margin={cfg.margin:g} is of kind=pairs, not of kind={cfg.kind}; leave it out.")
+    if cfg.most is not None and cfg.kind == "labelled":
+        raise ConfigError(f"most={cfg.most} is of kind=sft and kind=pairs; leave it out, or set responses.")
     pool = open_pool(cfg.pool)
     check_judged(pool, cfg.by, "by")
     _check_axes(cfg, pool)

@@ -59,8 +59,8 @@ def candidates(
     return found
 
 
-def demonstrations(of: Sequence[Candidate], most: int, least: float | None) -> list[dict[str, Any]]:
-    """Rows {prompt, response} of one prompt: up to `most` distinct responses, the best first.
+def demonstrations(of: Sequence[Candidate], most: int | None, least: float | None) -> list[dict[str, Any]]:
+    """Rows {prompt, response} of one prompt: up to `most` distinct responses, or all, the best first.
 
     least: the value that a response needs; None takes the best whatever they are worth.
     """
@@ -68,9 +68,10 @@ def demonstrations(of: Sequence[Candidate], most: int, least: float | None) -> l
     return [{"prompt": each.prompt, "response": each.response} for each in fitting[:most]]
 
 
-def pairs(of: Sequence[Candidate], most: int, margin: float) -> list[dict[str, Any]]:
+def pairs(of: Sequence[Candidate], most: int | None, margin: float) -> list[dict[str, Any]]:
     """Rows {prompt, chosen, rejected} of one prompt: its best response and its worst, the second best and the second
-    worst, and so on, up to `most`; each better by `margin` at least, and by something. No response is used twice."""
+    worst, and so on, up to `most`, or all; each better by `margin` at least, and by something. No response is in
+    two."""
     ranked = _best_first(of)
     couples = list(zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False))[:most]
     return [

@@ -262,6 +262,7 @@ def test_a_judge_that_is_not_there_is_named(pool: Path, capfd: pytest.CaptureFix
         (("rows", f"pool={pool}", "kind=sft", "by=rm", "output=out.jsonl"), "by=rm: no such judge of pool="),
         (("rows", f"pool={pool}", "kind=sft", "by=answer", "output=o.jsonl", "responses=9"), "set responses=8 or less"),
         (("rows", f"pool={pool}", "kind=sft", "by=answer", "output=o.jsonl", "margin=1"), "margin=1 is of kind=pairs"),
+        (("rows", f"pool={pool}", "kind=labelled", "by=answer", "output=o.jsonl", "most=1"), "most=1 is of kind=sft"),
         (("rows", f"pool={pool}", "kind=sft", "by=answer", "output=o.jsonl", "steps=min"), "answer judges no steps"),
         (("rows", f"pool={pool}", "kind=labelled", "by=length", "output=o.jsonl"), "its scores go beyond 0 to 1"),
         (("rows", f"pool={pool}", "kind=pairs", "by=length", "output=o.jsonl", "margin=999"), "no row of kind=pairs"),
