@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megarlhf.commands.row_file import finite
 from megarlhf.config import Config
-from megarlhf.errors import DONE
+from megarlhf.errors import DONE, ConfigError
 from megarlhf.eval.best_of import kl_of_best
 from megarlhf.eval.pool import Pool, open_pool
 from megarlhf.eval.pool_curves import Curve, answers_of, chosen_by, gold_of, passed, sizes_of, voted, ways_of
@@ -44,6 +44,8 @@ def main(cfg: EvalPoolConfig, _: Sequence[str]) -> int:
     if cfg.output is not None:
         check_new_file(cfg.output)
     pool = open_pool(cfg.pool)
+    if len(pool.prompts) == 1:
+        raise ConfigError(f"pool={cfg.pool} has one prompt, and intervals are over prompts; draw a pool of more.")
     check_judged(pool, cfg.gold, "gold")
     if cfg.proxy:
         check_judged(pool, cfg.proxy, "proxy")

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megarlhf import cli
-from megarlhf.commands import judge
+from megarlhf.commands import generate, judge
+from megarlhf.commands.generate import GenerateConfig
 from megarlhf.commands.judge import PoolJudgesConfig
 from megarlhf.commands.row_file import RowFile
 from megarlhf.data.arithmetic import is_correct, prompt_rows, words
@@ -68,6 +69,10 @@ def asked(cfg: PoolJudgesConfig) -> str:
 def run(pool: Path, judges: dict[str, Any], **changes: Any) -> str:
     cfg = config(pool, judges, **changes)
     return run_ranks(asked, cfg.layout.world_size, cfg)[0]
+
+
+def draw(cfg: GenerateConfig) -> None:
+    generate.run(cfg, generate.prepare(cfg), start(cfg.layout, seed=cfg.seed))
 
 
 def own(pool: Path) -> dict[str, Any]:
@@ -269,6 +274,13 @@ def test_a_judge_that_is_not_there_is_named(pool: Path, capfd: pytest.CaptureFix
     ):
         assert cli.main(arguments) == 2
         assert message in capfd.readouterr().err
+
+
+def test_one_prompt_has_no_interval(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given = {"model": "tiny-xs", "tokenizer": "arithmetic", "prompts": {"template": "plain"}, "n": 2, "pool": tmp_path}
+    run_ranks(draw, 1, GenerateConfig.model_validate({**given, "prompt": "Tom has 5 apples."}))
+    assert cli.main(["eval", "pool", f"pool={tmp_path}", "gold=answer"]) == 2
+    assert "has one prompt, and intervals are over prompts; draw a pool of more" in capfd.readouterr().err
 
 
 def rows_of(pool: Path, output: Path, *words_: str) -> list[dict[str, Any]]:
