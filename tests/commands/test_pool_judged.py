@@ -278,7 +278,8 @@ def test_a_judge_that_is_not_there_is_named(pool: Path, capfd: pytest.CaptureFix
 
 def test_one_prompt_has_no_interval(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     given = {"model": "tiny-xs", "tokenizer": "arithmetic", "prompts": {"template": "plain"}, "n": 2, "pool": tmp_path}
-    run_ranks(draw, 1, GenerateConfig.model_validate({**given, "prompt": "Tom has 5 apples."}))
+    asked_ = {"prompt": "Tom has 5 apples.", "sampling": {"max_new_tokens": 4}}
+    run_ranks(draw, 1, GenerateConfig.model_validate({**given, **asked_}))
     assert cli.main(["eval", "pool", f"pool={tmp_path}", "gold=answer"]) == 2
     assert "has one prompt, and intervals are over prompts; draw a pool of more" in capfd.readouterr().err
 
