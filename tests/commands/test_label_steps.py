@@ -125,8 +125,11 @@ def test_steps_that_are_given_are_taken_as_they_are(tmp_path: Path) -> None:
 REFUSED = {
     "no verifier": ("verifier=auto", "there is none by default for data of your own, here solutions.source=rows.jsonl"),
     "greedy": ("sampling.temperature=0", "sampling.temperature=0 with completions=8: they would all be the same"),
-    "a list of another kind": ('{"steps": "a"}', "rows.jsonl, row 1, column 'steps': 'a' is not a list of steps"),
-    "a blank step": ('{"steps": ["a", " "]}', "row 1, column 'steps': step 2, ' ', is no text"),
+    "a list of another kind": (
+        '{"steps": "a"}',
+        "rows.jsonl, row 1, column 'steps': 'a' is not a list of at least one",
+    ),
+    "a blank step": ('{"steps": ["a", " "]}', "row 1, column 'steps': number 2 is empty"),
     "no answer": ('{"answer": null}', "rows.jsonl, row 1: no answer to check against"),
     "labels already": ('{"labels": [1]}', "row 1, column 'labels': the output adds a field of this name"),
     "neither steps nor response": ('{"steps": null}', "row 1, column 'response': missing"),
