@@ -77,7 +77,7 @@ def test_settings_come_from_file_and_command_line(tmp_path: Path, capsys: pytest
         (
             ["xyzzy"],
             2,
-            "unknown command xyzzy; choose one of demo, cispo, dapo, dpo, dr_grpo, grpo, gspo, ppo, reinforce, ",
+            "unknown command xyzzy; choose one of demo, cispo, dapo, dpo, dr_grpo, grpo, gspo, ppo, process_reward, ",
         ),
     ],
 )

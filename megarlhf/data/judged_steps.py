@@ -33,7 +33,7 @@ class StepData(DataConfig):
     """Where judged steps come from, how they become tokens, and what their labels are."""
 
     separator: str | None = pydantic.Field(default=None, min_length=1)
-    """What joins the steps; null for `. ` where the source is the built-in task, and an empty line elsewhere. The model
+    """What joins the steps; null for an empty line, or for the built-in task's steps a full stop and a space. The model
     remembers it: responses that it judges later are parted by it."""
     labels: Literal["soft", "hard"] = "soft"
     """As the data have them (`soft`), or 1 from `threshold` on and 0 below it (`hard`). Source: soft leaves data of 0

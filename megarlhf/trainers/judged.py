@@ -74,7 +74,7 @@ class JudgedConfig(RunConfig):
     optim: OptimConfig = OptimConfig(lr=1e-5)
     """Optimiser."""
     epochs: Annotated[float, FreeToChange(said=True, ends=True)] = Field(default=1.0, gt=0)
-    """Passes over the larger of the two data sets; more tend to over-fit. Source: Huang et al. 2024 use 1.
+    """Passes over the largest of the data sets; more tend to over-fit. Source: Huang et al. 2024 use 1.
     A run that is done goes on with more."""
 
     @property

@@ -117,6 +117,7 @@ def test_what_is_said_to_be_required_is(command: str, tmp_path: Path, monkeypatc
     settings = settings_of(command)
     others = {
         "reward": ["pairs.source=arithmetic"],
+        "process_reward": ["steps.source=arithmetic"],
         "dpo": ["pairs.source=arithmetic"],
         "eval": ["prompts.source=arithmetic"],
     }

@@ -244,6 +244,9 @@ def test_what_is_measured_is_what_a_loop_says(layout: ParallelLayout, tmp_path: 
     assert len(HELD) < PART_ROWS
 
 
+OPTIM = ("optim.lr=2e-3", "optim.schedule=cosine", "optim.warmup_steps=10", "optim.eps=1e-8")
+
+
 def learnt(run_dir: str, *more: str) -> dict[str, float]:
     """Train on the built-in task, whose errors are planted: the last metrics."""
     task = [
@@ -251,20 +254,19 @@ def learnt(run_dir: str, *more: str) -> dict[str, float]:
         for name, rows in (("steps", 6000), ("heldout_steps", 300))
         for setting in ("source=arithmetic", "template=plain", "arithmetic.level=1", f"arithmetic.rows={rows}")
     ]
-    optim = ["optim.lr=2e-3", "optim.schedule=cosine", "optim.warmup_steps=10", "optim.eps=1e-8"]
     batch = ["steps_batch=64", "micro_batch=32"]
-    words = [*SMALL[:-1], *task, *optim, *batch, f"run_dir={run_dir}", *more]
+    words = [*SMALL[:-1], *task, *OPTIM, *batch, f"run_dir={run_dir}", *more]
     cfg: Any = load_config(ProcessRewardConfig, None, words)
     return process_reward.train(cfg, process_reward.prepare(cfg), [], start(cfg.layout, seed=1))
 
 
 OTHERS = "{right: 0.5, drop_last_step: 0.3, wrong_operation: 0, guess: 0.2}"
+OF_STEPS = tuple(f"{name}.arithmetic.mixture={OTHERS}" for name in ("steps", "heldout_steps"))
 
 
 def test_it_finds_the_step_that_comes_too_early(tmp_path: Path) -> None:
     """An answer before the last operation, or at once, in 9 of 10 solutions, and hardly where there is none."""
-    words = [f"{name}.arithmetic.mixture={OTHERS}" for name in ("steps", "heldout_steps")]
-    (found,) = run_ranks(learnt, 1, str(tmp_path), *words, "epochs=0.6")
+    (found,) = run_ranks(learnt, 1, str(tmp_path), *OF_STEPS, "epochs=0.6")
     assert found["reward/heldout_error_accuracy"] > 0.9
     assert found["reward/heldout_correct_accuracy"] > 0.9
     assert found["reward/heldout_first_error_f1"] > 0.9
@@ -276,6 +278,33 @@ def test_it_finds_wrong_operations_too(tmp_path: Path) -> None:
     (found,) = run_ranks(learnt, 1, str(tmp_path), "epochs=3")
     assert found["reward/heldout_error_accuracy"] > 0.9
     assert found["reward/heldout_first_error_f1"] > 0.9
+
+
+OUTCOMES = ("pairs", "labelled", "heldout", "heldout_pairs")
+OF_OUTCOMES = (
+    *(f"{name}.{word}" for name in OUTCOMES for word in ("source=arithmetic", "template=plain", "arithmetic.level=1")),
+    *(f"{name}.arithmetic.mixture={OTHERS}" for name in OUTCOMES),
+    *("pairs.arithmetic.rows=1500", "labelled.arithmetic.rows=6000", "pairs_batch=16", "labelled_batch=64"),
+    *("heldout.arithmetic.rows=600", "heldout_pairs.arithmetic.rows=300", "eval_every=1000", "micro_batch=16"),
+)
+
+
+def outcomes_learnt(run_dir: str) -> dict[str, float]:
+    """The reward model of the same outcomes, after as many steps: its last metrics."""
+    words = [*SMALL[:-1], *OPTIM, *OF_OUTCOMES, "epochs=0.6", f"run_dir={run_dir}"]
+    cfg: Any = load_config(reward.RewardConfig, None, words)
+    return reward.train(cfg, reward.prepare(cfg), [], start(cfg.layout, seed=1))
+
+
+@pytest.mark.slow  # two minutes
+def test_one_model_of_steps_and_outcomes_is_no_worse_than_one_of_each(tmp_path: Path) -> None:
+    """Beyond the 95 % interval of the difference."""
+    (both,) = run_ranks(learnt, 1, str(tmp_path / "both"), *OF_STEPS, *OF_OUTCOMES, "epochs=0.6")
+    (steps,) = run_ranks(learnt, 1, str(tmp_path / "steps"), *OF_STEPS, "epochs=0.6")
+    (outcomes,) = run_ranks(outcomes_learnt, 1, str(tmp_path / "outcomes"))
+    for name, other in (("reward/heldout_first_error_f1", steps), ("reward/auc", outcomes)):
+        error = (both[f"{name}_stderr"] ** 2 + other[f"{name}_stderr"] ** 2) ** 0.5
+        assert both[name] > other[name] - 1.96 * error, f"{name}: {both[name]} and {other[name]}"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megarlhf.batch.rollouts import Anchored, PolicyRows, ValueRows
-from megarlhf.batch.supervised import AnchoredPairs, LabelledResponses, PreferencePairs, TokenBatch
+from megarlhf.batch.supervised import AnchoredPairs, JudgedSteps, LabelledResponses, PreferencePairs, TokenBatch
 from megarlhf.models.optim import OptimConfig
-from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores
+from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScores, StepScores
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
@@ -27,6 +27,7 @@ from megarlhf.trainers.grpo import GRPOConfig
 from megarlhf.trainers.gspo import GSPOConfig
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo import PPOConfig, value_loss
+from megarlhf.trainers.process_reward import ProcessRewardConfig, step_batch, step_loss
 from megarlhf.trainers.reward import RewardConfig, couple, judgement_loss
 from megarlhf.trainers.sft import next_token_loss
 from tests.helpers.models import (
@@ -126,6 +127,25 @@ def couples(step: int) -> Any:
     )
 
 
+def judged_steps(step: int) -> Any:
+    """Three weighted pairs and ten responses of judged steps, of which some have no label: 8 couples in one batch."""
+    generator = torch.Generator().manual_seed(120 + step)
+    pairs, judged = ragged_rollout(6, vocab=VOCAB, seed=130 + step), ragged_rollout(10, vocab=VOCAB, seed=135 + step)
+    place = torch.arange(judged.tokens.shape[1])
+    ends = (place < judged.lengths[:, None]) & (torch.rand(judged.tokens.shape, generator=generator) < 0.4)
+    ends |= place == judged.lengths[:, None] - 1
+    labelled = (ends & (torch.rand(ends.shape, generator=generator) < 0.8)).float()
+    labels = torch.rand(ends.shape, generator=generator).round(decimals=1)
+    drawn = {
+        "steps": JudgedSteps(judged.tokens, judged.lengths, ends, labels * labelled, labelled),
+        "pairs": PreferencePairs(pairs.tokens, pairs.prompt_lengths, pairs.lengths, torch.tensor([1.0, 0.5, 2.0])),
+    }
+    return step_batch(drawn, PROCESS)
+
+
+PROCESS = ProcessRewardConfig.model_validate({"run_dir": "unused", "pairs": {}, "step_weight": 0.7})
+
+
 def against_reference(step: int) -> AnchoredPairs:
     """Eight weighted pairs, of which some are in the right order and some are not."""
     rows = ragged_rollout(16, vocab=VOCAB, seed=100 + step)
@@ -140,7 +160,8 @@ def steps_of(role: TrainableRole, loss: Loss, batches: Sequence[Any]) -> dict[st
     updates = [role.update(batch, loss) for batch in batches]
     assert all(update.stepped for update in updates)
     numbers = [{"loss": u.means.loss, "norm": u.grad_norm, "count": u.means.count, **u.means.metrics} for u in updates]
-    return {"steps": numbers, "weights": whole_weights(role), "scores": role.score(ROWS)}
+    reading = SequenceScores() if isinstance(role.reading, StepScores) else role.reading
+    return {"steps": numbers, "weights": whole_weights(role), "scores": role.read(ROWS, reading)}
 
 
 def learn(split: Split, language: str, tied: str, scalar: str) -> dict[str, dict[str, Any]]:
@@ -165,6 +186,9 @@ def learn(split: Split, language: str, tied: str, scalar: str) -> dict[str, dict
     result["value"] = steps_of(role, value_loss(role, ppo), [lessons(i)[1] for i in range(STEPS)])
     role = learner(scalar, SequenceScores(), shared, mesh, optim)
     result["reward"] = steps_of(role, judgement_loss(role, reward), [couples(i) for i in range(STEPS)])
+    role = learner(scalar, StepScores(), shared, mesh, optim)
+    batches = [judged_steps(i) for i in range(STEPS)]
+    result["process_reward"] = steps_of(role, step_loss(role, PROCESS), batches)
     return result
 
 
@@ -190,6 +214,7 @@ def test_the_reference_is_not_trivial(whole: dict[str, dict[str, Any]]) -> None:
     clipped = ("policy", "value", *ALGORITHMS)
     assert all(0.05 < step["clip_fraction"] < 0.95 for name in clipped for step in whole[name]["steps"])
     assert all(0 < step["dpo/accuracy"] < 1 for step in whole["dpo"]["steps"])
+    assert all(0 < step["reward/step_accuracy"] < 1 for step in whole["process_reward"]["steps"])
     for step in whole["reward"]["steps"]:
         assert min(step["reward/pairwise_loss"], step["reward/pointwise_loss"]) > 0
 
