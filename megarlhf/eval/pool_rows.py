@@ -18,8 +18,8 @@ from megarlhf.eval.pool_scores import Grid
 class Candidate:
     """One response that may become of a row."""
 
-    prompt: Any
-    """As the data has it: text, or a conversation."""
+    columns: Mapping[str, Any]
+    """Of the prompt's row, the prompt among them: text, or a conversation."""
     response: str
     value: float
     """By the judge."""
@@ -54,7 +54,7 @@ def candidates(
     for each in pool.responses():
         prompt, sample = each.place
         if sample in taken.get(prompt, ()):
-            asked = pool.prompts.columns[prompt]["prompt"]
+            asked = pool.prompts.columns[prompt]
             found[prompt].append(Candidate(asked, each.response, float(values[prompt, sample]), each.terminated))
     return found
 
@@ -65,7 +65,7 @@ def demonstrations(of: Sequence[Candidate], most: int | None, least: float | Non
     least: the value that a response needs; None takes the best whatever they are worth.
     """
     fitting = [each for each in _best_first(of) if least is None or each.value >= least]
-    return [{"prompt": each.prompt, "response": each.response} for each in fitting[:most]]
+    return [{"prompt": each.columns["prompt"], "response": each.response} for each in fitting[:most]]
 
 
 def pairs(of: Sequence[Candidate], most: int | None, margin: float) -> list[dict[str, Any]]:
@@ -75,21 +75,24 @@ def pairs(of: Sequence[Candidate], most: int | None, margin: float) -> list[dict
     ranked = _best_first(of)
     couples = list(zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False))[:most]
     return [
-        {"prompt": good.prompt, "chosen": good.response, "rejected": bad.response}
+        {"prompt": good.columns["prompt"], "chosen": good.response, "rejected": bad.response}
         for good, bad in couples
         if good.value > bad.value and good.value - bad.value >= margin
     ]
 
 
 def labelled(of: Sequence[Candidate], judge: str) -> list[dict[str, Any]]:
-    """Rows {prompt, response, correct}, of every response. Raises DataError where a value is not in 0..1."""
+    """Rows of every response: the prompt's with all its columns, response, and correct.
+
+    Raises:   DataError where a value is not in 0..1.
+    """
     for each in of:
         if not 0 <= each.value <= 1:
             raise DataError(
                 f"by={judge}: its scores go beyond 0 to 1, as {each.value:g} does, and a label says how right a "
                 "response is; name a judge that knows what is right, or make pairs."
             )
-    return [{"prompt": each.prompt, "response": each.response, "correct": each.value} for each in of]
+    return [{**each.columns, "response": each.response, "correct": each.value} for each in of]
 
 
 def _best_first(of: Sequence[Candidate]) -> list[Candidate]:

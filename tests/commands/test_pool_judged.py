@@ -337,6 +337,7 @@ def test_fewer_prompts_and_fewer_responses_are_among_more(pool: Path, tmp_path: 
         axes = (f"prompts={prompts}", f"responses={responses}", f"seed={seed}")
         rows = rows_of(pool, output, "kind=labelled", "by=answer", *axes)
         assert len(load_labelled(DataConfig(source=str(output), template="plain"), build_tiny_tokenizer(words())))
+        assert all(row["answer"].isdigit() for row in rows)  # what verifiers read stays beside the prompt
         return [json.dumps(row) for row in rows]
 
     def inside(small: list[str], large: list[str]) -> bool:
