@@ -271,7 +271,7 @@ def test_it_finds_the_step_that_comes_too_early(tmp_path: Path) -> None:
     assert found["reward/heldout_step_calibration_error"] < 0.1
 
 
-@pytest.mark.slow  # two minutes
+@pytest.mark.slow  # a minute or two
 def test_it_finds_wrong_operations_too(tmp_path: Path) -> None:
     (found,) = run_ranks(learnt, 1, str(tmp_path), "epochs=3")
     assert found["reward/heldout_error_accuracy"] > 0.9
@@ -294,7 +294,7 @@ def outcomes_learnt(run_dir: str) -> dict[str, float]:
     return reward.train(cfg, reward.prepare(cfg), [], start(cfg.layout, seed=1))
 
 
-@pytest.mark.slow  # two minutes
+@pytest.mark.slow  # a minute or two
 def test_one_model_of_steps_and_outcomes_is_no_worse_than_one_of_each(tmp_path: Path) -> None:
     """Beyond the 95 % interval of the difference."""
     (both,) = run_ranks(learnt, 1, str(tmp_path / "both"), *OF_STEPS, *OF_OUTCOMES, "epochs=0.6")
@@ -302,7 +302,7 @@ def test_one_model_of_steps_and_outcomes_is_no_worse_than_one_of_each(tmp_path: 
     (outcomes,) = run_ranks(outcomes_learnt, 1, str(tmp_path / "outcomes"))
     for name, other in (("reward/heldout_first_error_f1", steps), ("reward/auc", outcomes)):
         error = (both[f"{name}_stderr"] ** 2 + other[f"{name}_stderr"] ** 2) ** 0.5
-        assert both[name] > other[name] - 1.96 * error, f"{name}: {both[name]} and {other[name]}"
+        assert both[name] >= other[name] - 1.96 * error, f"{name}: {both[name]} and {other[name]}"
 
 
 @pytest.mark.parametrize(
