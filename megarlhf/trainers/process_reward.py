@@ -200,7 +200,7 @@ def _summary(cfg: ProcessRewardConfig, metrics: Metrics) -> list[str]:
 
 
 def _following(cfg: ProcessRewardConfig) -> tuple[str, ...]:
-    return (f"megarlhf score model={shlex.quote(str(cfg.model_dir))} input=FILE",)
+    return (f"megarlhf eval reward model={shlex.quote(str(cfg.model_dir))} steps.source=FILE",)
 
 
 TRAINER = Trainer(
