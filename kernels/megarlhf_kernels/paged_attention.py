@@ -131,6 +131,16 @@ def _prefill_reference(
 ) -> Tensor:
     assert rows.starts is not None
     queries, keys = rows.starts.diff(), rows.lengths.diff()
+    # Rows that go on, one query each, come before those that begin: padded like them they would be most of the work.
+    more = (queries != 1).nonzero()
+    going_on = int(more[0]) if len(more) else len(queries)
+    if going_on:
+        one = _decode_reference(q[:going_on, None], k, v, keys[:going_on], table[:going_on], scale)[:, 0]
+        if going_on == len(queries):
+            return torch.cat([one, torch.zeros_like(q[going_on:])])
+        others = Rows(rows.starts[going_on:] - going_on, rows.lengths[going_on:] - rows.lengths[going_on], rows.longest)
+        rest = _prefill_reference(q[going_on:], k, v, table[going_on:], others, max_seqlen_k, scale)
+        return torch.cat([one, rest])
     # Packed [N] to padded [rows, longest]: query i of row r is packed at starts[r] + i.
     step = torch.arange(rows.longest, device=q.device)
     real = step < queries[:, None]
