@@ -32,7 +32,7 @@ class EvalPoolConfig(Config):
     right, or a reward model that you trust, for which it is their mean score."""
     proxy: str = ""
     """Judge of the pool that chooses; empty for each of them in turn. One that judges steps chooses by their minimum,
-    product, mean and last."""
+    mean, last and, where none is below 0, product."""
     output: Path | None = None
     """JSON file to write, with every number of the table; any that exists is refused. null writes none."""
     seed: int = Field(default=1, ge=0)

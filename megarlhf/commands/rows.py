@@ -34,7 +34,8 @@ class RowsConfig(Config):
     by: str
     """Judge of the pool. One that knows what is right gives 1 and 0; any other its score."""
     steps: Aggregate | None = None
-    """Of a judge of steps, how their scores become the response's: `min`, `product`, `mean` or `last`."""
+    """Of a judge of steps, how their scores become the response's: `min`, `mean`, `last` or, where none is below 0,
+    `product`."""
     output: Path
     """JSON lines file to write; any that exists is refused. OUTPUT.settings.json beside it says how it was made."""
     prompts: int | None = Field(default=None, ge=1)
@@ -92,10 +93,20 @@ def _values(cfg: RowsConfig, scores: Scores) -> Grid:
     if cfg.steps is not None and not scores.has_steps:
         raise ConfigError(f"steps={cfg.steps}: {cfg.by} judges no steps; leave it out.")
     if cfg.steps is None and scores.has_steps:
-        raise ConfigError(f"by={cfg.by} judges steps; set steps to min, product, mean or last.")
+        raise ConfigError(f"by={cfg.by} judges steps; set steps to {_either(scores)}.")
+    if cfg.steps is not None and cfg.steps not in scores.aggregates:
+        raise ConfigError(
+            f"steps={cfg.steps}: {cfg.by} gives steps scores below 0, of which two would make a good response; set "
+            f"steps to {_either(scores)}."
+        )
     if cfg.steps is None and scores.knows:
         return scores.right()
     return scores.scores(cfg.steps)
+
+
+def _either(scores: Scores) -> str:
+    *others, last = scores.aggregates
+    return f"{', '.join(others)} or {last}"
 
 
 def _made(cfg: RowsConfig, scores: Scores) -> Callable[[Sequence[Candidate]], list[dict[str, Any]]]:

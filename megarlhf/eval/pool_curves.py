@@ -13,7 +13,7 @@ from megarlhf.errors import DataError
 from megarlhf.eval.best_of import best_of, pass_at
 from megarlhf.eval.intervals import Interval, mean
 from megarlhf.eval.pool import Pool
-from megarlhf.eval.pool_scores import AGGREGATES, Grid, Scores
+from megarlhf.eval.pool_scores import Grid, Scores
 from megarlhf.eval.voting import majority
 from megarlhf.judges.verifiers import final_answer
 
@@ -46,10 +46,10 @@ def gold_of(scores: Scores) -> Grid:
 
 
 def ways_of(scores: Scores) -> dict[str, Grid]:
-    """What a judge ranks responses by: its score, or each way to take those of the steps together."""
+    """What a judge ranks responses by: its score, or each way to take those of its steps together."""
     if not scores.has_steps:
         return {scores.judge: scores.scores()}
-    return {f"{scores.judge} ({how})": scores.scores(how) for how in AGGREGATES}
+    return {f"{scores.judge} ({how})": scores.scores(how) for how in scores.aggregates}
 
 
 def chosen_by(way: str, proxy: Grid, gold: Grid, sizes: Sequence[int]) -> Curve:

@@ -43,6 +43,13 @@ class Scores:
         return all(line["steps"] for line in self.lines)
 
     @cached_property
+    def aggregates(self) -> tuple[Aggregate, ...]:
+        """In what ways the scores of steps are taken together: no product of negative ones, two of which would make a
+        good response."""
+        signed = any(value is None or value < 0 for line in self.lines for value in line["steps"])
+        return tuple(how for how in AGGREGATES if how != "product" or not signed)
+
+    @cached_property
     def knows(self) -> bool:
         """Whether it says of every response that it is right, or is not."""
         return all(line["correct"] is not None for line in self.lines)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from megarlhf.batch.rollouts import Rollout
@@ -52,6 +52,15 @@ class ProcessJudgeConfig(ScalarModelConfig):
     """What a response earns by its steps. At the end of each (ppo, and reinforce with baseline none or token): its
     value (`sum`), or that by softmax(-value / 0.1) over the steps (`soft_min`). At the last token: the `min`, `product`
     or `mean` of all values, or the `last`. Source: sum Math-Shepherd, soft_min PURE."""
+
+    @model_validator(mode="after")
+    def _multiplies_probabilities(self) -> ProcessJudgeConfig:
+        if self.reward == "product" and self.value == "logit":
+            raise ValueError(
+                "reward=product with value=logit: two steps below 0 would make a good response; set value=probability, "
+                "or reward to min, mean or last."
+            )
+        return self
 
     @property
     def by_step(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from contextlib import redirect_stderr
 from itertools import pairwise
 from pathlib import Path
@@ -219,6 +220,27 @@ def test_steps_are_kept_and_taken_together(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.scores("last"), np.array([each[-1] for each in steps])[opened.places])
     rows = load_labelled_rows(tmp_path, "by=prm", "steps=product", tmp_path=tmp_path)
     assert rows == pytest.approx(found.scores("product").ravel().tolist(), abs=1e-7)
+
+
+def test_steps_below_0_are_not_multiplied(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two bad steps would be worth more than two good ones: -5 x -4 > 3 x 2."""
+    write_pool(tmp_path, SAMPLES)
+    count = len(open_pool(tmp_path).distinct)
+    for name, steps in (("signed", [[-5.0, -4.0], [3.0, 2.0]]), ("unknown", [[0.5, math.nan]])):
+        said_ = [steps[at % len(steps)] for at in range(count)]
+        write_scores(tmp_path, name, Verdict(torch.tensor([sum(each) for each in said_])[:, None], steps=said_))
+    output = tmp_path / "numbers.json"
+    run(tmp_path, {"answer": RULE})
+    assert cli.main(["eval", "pool", f"pool={tmp_path}", "gold=answer", f"output={output}"]) == 0
+    ways = {each["way"] for each in json.loads(output.read_text())["points"]}
+    of_steps = {f"{name} ({how})" for name in ("signed", "unknown") for how in ("min", "mean", "last")}
+    assert ways == {*of_steps, "pass@n", "maj@n"}
+    capfd.readouterr()
+    arguments = ["rows", f"pool={tmp_path}", "kind=pairs", "by=signed", f"output={tmp_path / 'o.jsonl'}"]
+    for steps, remedy in (("product", "two would make a good response; set steps to "), (None, "set steps to ")):
+        assert cli.main([*arguments, *([f"steps={steps}"] if steps else [])]) == 2
+        assert f"{remedy}min, mean or last." in capfd.readouterr().err
+    assert cli.main([*arguments, "steps=last"]) == 0
 
 
 def write_scores(pool: Path, name: str, verdict: Verdict) -> None:

@@ -157,6 +157,15 @@ def test_what_is_earned_by_hand(folder: str) -> None:
             assert got.sum().item() == pytest.approx(sum(earned), rel=1e-4)
 
 
+def test_no_product_of_numbers_below_0() -> None:
+    """Two steps of which the model thinks badly would make a good response."""
+    for reward in ("sum", "soft_min", "min", "mean", "last"):
+        ProcessJudgeConfig(kind="process", init="x", value="logit", reward=reward)
+    ProcessJudgeConfig(kind="process", init="x", reward="product")
+    with pytest.raises(ValueError, match="reward=product with value=logit: two steps below 0 would make a good"):
+        ProcessJudgeConfig(kind="process", init="x", value="logit", reward="product")
+
+
 def test_verdicts_are_joined_and_chosen_with_their_steps() -> None:
     first, second = (Verdict(torch.ones(2, 3) * at, steps=[[at], [at, 2.0]]) for at in (0.5, 0.7))
     both = joined_verdicts([first, second])
