@@ -20,6 +20,11 @@ from megarlhf.ops.step_scores import Aggregate
 from megarlhf.runtime.outputs import check_new_file
 
 Kind = Literal["sft", "pairs", "labelled"]
+_NEEDED: Mapping[Kind, str] = {
+    "sft": "response that has an end is right",
+    "pairs": "two responses to one prompt that have an end are so far apart",
+    "labelled": "response has an end",
+}
 
 
 class RowsConfig(Config):
@@ -44,7 +49,8 @@ class RowsConfig(Config):
     """Responses to each prompt that are used, drawn from `seed`; those of a smaller number are among them. null takes
     all."""
     most: int | None = Field(default=None, ge=1)
-    """Demonstrations, or pairs, of one prompt at most; null for all. Of kind=labelled every response is a row."""
+    """Demonstrations, or pairs, of one prompt at most; null for all, which kind=sft refuses where the judge does not
+    know what is right. Of kind=labelled every response is a row."""
     margin: float = Field(default=0.0, ge=0)
     """By how much the chosen response of a pair must be better, in the judge's score; at 0 any difference will do."""
     seed: int = Field(default=1, ge=0)
@@ -64,13 +70,20 @@ def main(cfg: RowsConfig, _: Sequence[str]) -> int:
     check_judged(pool, cfg.by, "by")
     _check_axes(cfg, pool)
     scores = read_scores(pool, cfg.by)
-    found = candidates(pool, _values(cfg, scores), cfg.prompts, cfg.responses, cfg.seed)
+    values = _values(cfg, scores)
+    if cfg.kind == "sft" and cfg.most is None and not _tells_right(cfg, scores):
+        raise ConfigError(
+            f"kind=sft by={cfg.by}: it does not say which responses are right, so that every one would be a "
+            "demonstration; set most, how many of the best of each prompt are."
+        )
+    found = candidates(pool, values, cfg.prompts, cfg.responses, cfg.seed)
     usable = {prompt: [each for each in of if each.usable] for prompt, of in found.items()}
     rows = [row for of in usable.values() for row in _made(cfg, scores)(of)]
     if not rows:
+        lower = "lower margin, or " if cfg.margin else ""
         raise ConfigError(
-            f"pool={cfg.pool}, by={cfg.by}: no row of kind={cfg.kind} is left; lower margin, or use more prompts and "
-            "responses."
+            f"pool={cfg.pool}, by={cfg.by}: no row of kind={cfg.kind} is left, for no {_NEEDED[cfg.kind]}; {lower}use "
+            "more prompts and responses."
         )
     write_whole(settings_file, json.dumps(_settings(cfg, pool), indent=2) + "\n")
     write_whole(cfg.output, "".join(map(json_line, rows)))
@@ -99,9 +112,11 @@ def _values(cfg: RowsConfig, scores: Scores) -> Grid:
             f"steps={cfg.steps}: {cfg.by} gives steps scores below 0, of which two would make a good response; set "
             f"steps to {_either(scores)}."
         )
-    if cfg.steps is None and scores.knows:
-        return scores.right()
-    return scores.scores(cfg.steps)
+    return scores.right() if _tells_right(cfg, scores) else scores.scores(cfg.steps)
+
+
+def _tells_right(cfg: RowsConfig, scores: Scores) -> bool:
+    return cfg.steps is None and scores.knows
 
 
 def _either(scores: Scores) -> str:
@@ -112,7 +127,7 @@ def _either(scores: Scores) -> str:
 def _made(cfg: RowsConfig, scores: Scores) -> Callable[[Sequence[Candidate]], list[dict[str, Any]]]:
     match cfg.kind:
         case "sft":
-            least = 1.0 if scores.knows and cfg.steps is None else None
+            least = 1.0 if _tells_right(cfg, scores) else None
             return lambda of: demonstrations(of, cfg.most, least)
         case "pairs":
             return lambda of: pairs(of, cfg.most, cfg.margin)

@@ -292,10 +292,25 @@ def test_a_judge_that_is_not_there_is_named(pool: Path, capfd: pytest.CaptureFix
         (("rows", f"pool={pool}", "kind=labelled", "by=answer", "output=o.jsonl", "most=1"), "most=1 is of kind=sft"),
         (("rows", f"pool={pool}", "kind=sft", "by=answer", "output=o.jsonl", "steps=min"), "answer judges no steps"),
         (("rows", f"pool={pool}", "kind=labelled", "by=length", "output=o.jsonl"), "its scores go beyond 0 to 1"),
-        (("rows", f"pool={pool}", "kind=pairs", "by=length", "output=o.jsonl", "margin=999"), "no row of kind=pairs"),
+        (
+            ("rows", f"pool={pool}", "kind=pairs", "by=length", "output=o.jsonl", "margin=999"),
+            "far apart; lower margin, or use",
+        ),
+        (("rows", f"pool={pool}", "kind=sft", "by=length", "output=o.jsonl"), "set most, how many of the best of each"),
     ):
         assert cli.main(arguments) == 2
         assert message in capfd.readouterr().err
+
+
+def test_of_wrong_responses_no_demonstration_is_made(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And none that helps is left out of what is said: there is no margin to lower."""
+    write_pool(tmp_path, SAMPLES)
+    count = len(open_pool(tmp_path).distinct)
+    write_scores(tmp_path, "strict", Verdict(torch.zeros(count, 1), correct=[False] * count))
+    assert cli.main(["rows", f"pool={tmp_path}", "kind=sft", "by=strict", f"output={tmp_path / 'o.jsonl'}"]) == 2
+    told = capfd.readouterr().err
+    assert "no row of kind=sft is left, for no response that has an end is right; use more prompts and" in told
+    assert not (tmp_path / "o.jsonl.settings.json").exists()
 
 
 def test_one_prompt_has_no_interval(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
