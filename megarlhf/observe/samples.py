@@ -21,6 +21,8 @@ HEAD, TAIL = 2000, 1000
 """Characters shown of a long text: where it begins, and how it ends."""
 TURNS = 10
 """Turns shown of a long conversation: the first, and the last."""
+STEPS = 12
+"""Steps of a response of which the page says what they are worth."""
 _CONTROL = re.compile(r"&lt;\|[^|\s]{1,60}\|&gt;")
 """A control token of Llama 3 and its like, in HTML."""
 
@@ -58,6 +60,8 @@ class Rollout:
     correct: bool | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     """By judge, where there are several."""
+    steps: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """By judge of steps, what each step is worth."""
 
 
 def compared_section(rows: Sequence[SampleRow]) -> str:
@@ -116,7 +120,14 @@ def _rollout(row: Mapping[str, Any]) -> Rollout | None:
         score if isinstance(score, float) else None,
         correct if isinstance(correct, bool) else None,
         {str(name): one for name, one in scores.items() if isinstance(one, float)} if isinstance(scores, dict) else {},
+        _steps(row.get("steps")),
     )
+
+
+def _steps(value: Any) -> dict[str, list[float]]:
+    """What judges said of steps; nothing where that is anything else."""
+    lists = {str(name): of for name, of in value.items() if isinstance(of, list)} if isinstance(value, dict) else {}
+    return {name: of for name, of in lists.items() if all(isinstance(one, float) for one in of)}
 
 
 def prompt_of(value: Any) -> Said | None:
@@ -157,8 +168,14 @@ def _response(title: str, of: Rollout) -> str:
     badge = "" if of.correct is None else f" <span class='badge {word}'>{mark} {word}</span>"
     each = "".join(f"<span>{_text(name)} {minus(f'{one:+.2f}')}</span>" for name, one in of.scores.items())
     whole = "" if of.score is None else f"<span>score {minus(f'{of.score:+.2f}')}</span>"
+    each += "".join(f"<span>{_text(name)} by step {_each(values)}</span>" for name, values in of.steps.items())
     scores = f"<span class=score>{each}{whole}</span>" if each or whole else ""
     return f"<div class=response><header>{title}{badge}{scores}</header><pre>{_text(of.response)}</pre></div>"
+
+
+def _each(values: Sequence[float]) -> str:
+    shown = [minus(f"{value:+.2f}") for value in values[:STEPS]]
+    return " ".join([*shown, f"… {len(values) - STEPS:,} more"] if len(values) > STEPS else shown)
 
 
 def _text(text: str, *, share: int = 1) -> str:

@@ -164,6 +164,7 @@ def sample_rows(
     rows = rollout.to("cpu").rows(torch.arange(min(count, len(rollout))))
     texts = response_texts(rows, tokenizer)
     each = {name: verdict.scores.tolist() for name, verdict in judgement.verdicts.items()}
+    steps = {name: verdict.steps for name, verdict in judgement.verdicts.items() if verdict.steps}
     return [
         {
             "prompt": columns["prompt"],
@@ -171,6 +172,7 @@ def sample_rows(
             "answer": rows.answers[row],
             "score": float(judgement.scores[row]),
             **({"scores": {name: scores[row] for name, scores in each.items()}} if len(each) > 1 else {}),
+            **({"steps": {name: [*of[row]] for name, of in steps.items()}} if steps else {}),
             "correct": judgement.correct[row],
         }
         for row, columns in enumerate(prompts.columns_in(rows.prompt_ids))

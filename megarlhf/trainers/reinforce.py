@@ -6,7 +6,8 @@
                     b_i = sum of the rewards of the others in its group / sum of their tokens
 
 Source: Hu et al. 2025 (arXiv 2501.03262); the baseline of tokens PURE (2504.15275). Differs: there a step's tokens lose
-theirs at its end, all at once, which is the same before the first of them.
+theirs at its end, all at once, which is the same before the first of them; and a verifier has its own baseline, the
+mean of the others' verdicts at the last token. Here all judges' rewards, and the KL's, are one sum.
 """
 
 from __future__ import annotations

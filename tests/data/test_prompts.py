@@ -46,10 +46,15 @@ def test_samples_of_a_run_show_the_prompt_of_the_data(tmp_path: Path) -> None:
     quiet, ended = torch.zeros(2, tokens.shape[1] - 1), torch.tensor([True, True])
     rollout = Rollout(tokens, batch.lengths, lengths, ended, quiet, batch.ids, batch.answers)
     scores = outcome(torch.tensor([1.5, -1.0]), rollout)
-    judgement = Judgement(scores, {"own": Verdict(scores)}, correct=(True, True), metrics={})
+    steps = [[1.0, 0.5], [-1.0]]
+    verdicts = {"own": Verdict(scores), "prm": Verdict(scores, steps=steps)}
+    judgement = Judgement(scores, verdicts, correct=(True, True), metrics={})
     rows = sample_rows(rollout, judgement, 8, tokenizer, prompts)
     assert [row["prompt"] for row in rows] == [TALK, PROMPTS[0]]
     assert [(row["response"], row["score"], row["correct"]) for row in rows] == [
         ("The answer is 5.", 1.5, True),
         ("The answer is 5.", -1.0, True),
     ]
+    assert [row["steps"] for row in rows] == [{"prm": of} for of in steps]
+    alone = sample_rows(rollout, Judgement(scores, {"own": Verdict(scores)}, (True, True), {}), 8, tokenizer, prompts)
+    assert not any("steps" in row or "scores" in row for row in alone)

@@ -252,6 +252,17 @@ def test_a_users_run_says_that_it_is_finished_and_shows_its_numbers_and_rollouts
     assert "score +1.50" in text
 
 
+def test_a_rollout_shows_what_each_of_its_steps_is_worth(tmp_path: Path) -> None:
+    few, many = {"prm": [0.5, -0.25]}, {"prm": [1.0] * 14}
+    odd = ([1.0], {"prm": ["x"], "rm": None})
+    lines = [{**judged(1, at), "steps": steps} for at, steps in enumerate((few, many, *odd))]
+    (tmp_path / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    text = " ".join(Page(write_page(tmp_path).read_text(encoding="utf-8")).text)
+    assert text.count("by step") == 2
+    assert "prm by step +0.50 −0.25" in text
+    assert f"prm by step {'+1.00 ' * 12}… 2 more" in text
+
+
 DAMAGED = (
     *(
         "5",
