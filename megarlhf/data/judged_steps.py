@@ -21,7 +21,7 @@ from megarlhf.data.columns import Columns
 from megarlhf.data.row import Row
 from megarlhf.data.rows import BUILT_IN, HERE, DataConfig, Origin, pad_right, read_rows, within_limit
 from megarlhf.data.step_shapes import step_shapes
-from megarlhf.data.steps import PARAGRAPH, given_ends
+from megarlhf.data.steps import PARAGRAPH, check_own_ends, stepped
 from megarlhf.data.tokenizer import Tokenizer
 
 WRONG_BELOW = 0.5
@@ -143,20 +143,10 @@ def _judged(row: Row, config: StepData, tokenizer: Tokenizer) -> _Judged:
     steps, labels = row.texts("steps"), _labels(row, config)
     if len(labels) != len(steps):
         raise row.fault("labels", f"{len(labels)} labels of {len(steps)} steps; give one each, null where unknown")
-    text = config.joint.join(steps)
-    ids = row.encoded("steps", lambda: tokenizer.encode_response(text))
-    if tokenizer.decode(ids) != text:
-        # Ends are counted in the characters of the text.
-        raise row.fault("steps", "the tokenizer does not give the text back as it is; remove white space, or the row")
+    ids, ends = stepped(row, steps, config.joint, tokenizer)
+    check_own_ends(row, ids, ends, [at for at, label in enumerate(labels) if label is not None], tokenizer)
     prompt = row.prompt_ids(tokenizer, config.rendering)
-    tokens = [*prompt, *ids]
-    ends = [len(prompt) + end for end in given_ends(ids, steps, config.joint, tokenizer)]
-    labelled = [end for end, label in zip(ends, labels, strict=True) if label is not None]
-    if len(set(labelled)) < len(labelled):
-        token = tokens[next(end for end in labelled if labelled.count(end) > 1)]
-        shared = tokenizer.decode_all([token])
-        raise row.fault("steps", f"two labelled steps end with one token, {shared!r}; join them, or remove the row")
-    return _Judged(tokens, ends, labels)
+    return _Judged([*prompt, *ids], [len(prompt) + end for end in ends], labels)
 
 
 def _labels(row: Row, config: StepData) -> list[float | None]:

@@ -15,7 +15,7 @@ from megarlhf.data.prompts import PromptSet, answer_of
 from megarlhf.data.row import Row
 from megarlhf.data.rows import HERE, DataConfig, Origin, read_rows, within_limit
 from megarlhf.data.shapes import Shape
-from megarlhf.data.steps import given_ends
+from megarlhf.data.steps import check_own_ends, stepped
 from megarlhf.data.tokenizer import Tokenizer
 
 SHAPES = (
@@ -100,12 +100,8 @@ def load_solutions(config: DataConfig, separator: str, tokenizer: Tokenizer) -> 
 
     def read(row: Row) -> Solution:
         prompt, steps = row.prompt_ids(tokenizer, config.rendering), steps_of(row, separator)
-        text = separator.join(steps)
-        response = row.encoded("steps", lambda: tokenizer.encode_response(text))
-        ends = given_ends(response, steps, separator, tokenizer)
-        if len(set(ends)) < len(ends):
-            twice = next(at for at in range(1, len(ends)) if ends[at] == ends[at - 1])
-            raise row.fault("steps", f"steps {twice} and {twice + 1} end with one token; join them")
+        response, ends = stepped(row, steps, separator, tokenizer)
+        check_own_ends(row, response, ends, range(len(ends)), tokenizer)
         return Solution(prompt, response, ends, steps, answer_of(row))
 
     loaded = read_rows(config, solution_rows, COLUMNS, read)
@@ -120,6 +116,9 @@ def load_solutions(config: DataConfig, separator: str, tokenizer: Tokenizer) -> 
 
 def steps_of(row: Row, separator: str) -> list[str]:
     """The column steps, or response in pieces. Raises DataError where a step is no text, or blank, or there is none."""
-    if row.columns.get("steps") is None:
-        return [piece for piece in row.text("response").split(separator) if piece.strip()]
-    return row.texts("steps")
+    if row.columns.get("steps") is not None:
+        return row.texts("steps")
+    pieces = [piece for piece in row.text("response").split(separator) if piece.strip()]
+    if not pieces:
+        raise row.fault("response", f"nothing but {separator!r}, which parts steps; write a step or remove the row")
+    return pieces

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from megarlhf.batch.rollouts import Rollout
+from megarlhf.data.row import Row
 from megarlhf.data.tokenizer import Tokenizer
 
 PARAGRAPH = "\n\n"
@@ -40,6 +41,35 @@ def ends_in(rollout: Rollout, separator: str, tokenizer: Tokenizer) -> list[list
     """The last token of every step of each response, by its place in the row's tokens."""
     places = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
     return [[start + at for at in step_ends(row[start:end], separator, tokenizer)] for row, start, end in places]
+
+
+def stepped(row: Row, steps: Sequence[str], separator: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of a row's steps joined by the separator, EOS in, and the last token of each step in them.
+
+    Raises:   DataError naming file, row and column where the tokenizer changes the text: ends are counted in its
+              characters.
+    """
+    text = separator.join(steps)
+    ids = row.encoded("steps", lambda: tokenizer.encode_response(text))
+    if tokenizer.decode(ids) != text:
+        raise row.fault(
+            "steps",
+            f"the tokenizer does not give the text back as it is, its steps joined by {separator!r}; set a separator "
+            "that it knows, remove white space, or remove the row",
+        )
+    return ids, given_ends(ids, steps, separator, tokenizer)
+
+
+def check_own_ends(
+    row: Row, ids: Sequence[int], ends: Sequence[int], which: Sequence[int], tokenizer: Tokenizer
+) -> None:
+    """Raise DataError where two steps, of those at the places `which`, end with one token of `ids`."""
+    for one, other in pairwise(which):
+        if ends[one] == ends[other]:
+            shared = tokenizer.decode_all([ids[ends[one]]])
+            raise row.fault(
+                "steps", f"steps {one + 1} and {other + 1} end with one token, {shared!r}; join them, or remove the row"
+            )
 
 
 def given_ends(ids: Sequence[int], steps: Sequence[str], separator: str, tokenizer: Tokenizer) -> list[int]:

@@ -317,7 +317,7 @@ def test_labelled_steps_that_end_with_one_token_are_refused_and_unlabelled_ones_
     """Llama 3 writes a full stop and the empty line after it as one token: all of a step that is nothing else."""
     row = {"prompt": PROMPT, "steps": ["It is 9", "?", "So."], "labels": [1, 0, 0]}
     config = StepData(source=written(tmp_path / "rows.jsonl", row), until="all", separator="?")
-    with pytest.raises(DataError, match=r"row 1, column 'steps': two labelled steps end with one token, '\?\?\?'"):
+    with pytest.raises(DataError, match=r"row 1, column 'steps': steps 1 and 2 end with one token, '\?\?\?'"):
         load_steps(config, llama3())
     written(tmp_path / "rows.jsonl", {**row, "labels": [1, None, 0]})
     found = load_steps(config, llama3())
@@ -330,8 +330,13 @@ def test_a_text_that_the_tokenizer_changes_is_refused(tmp_path: Path) -> None:
     """Where its steps end would be counted in another text."""
     row = {"prompt": "Tom has 5 apples.", "steps": ["5  + 3 = 8", "The answer is 8."], "labels": [1, 1]}
     config = StepData(source=written(tmp_path / "rows.jsonl", row), template="plain", separator=". ")
-    with pytest.raises(DataError, match="column 'steps': the tokenizer does not give the text back"):
-        load_steps(config, build_tiny_tokenizer(words()))
+    known = build_tiny_tokenizer(words())
+    with pytest.raises(DataError, match=r"column 'steps': the tokenizer does not .* joined by '\. '; .* white space"):
+        load_steps(config, known)
+    written(tmp_path / "rows.jsonl", {**row, "steps": ["5 + 3 = 8", "The answer is 8."]})
+    with pytest.raises(DataError, match=r"joined by '\\n\\n'; set a separator that it knows"):
+        load_steps(config.model_copy(update={"separator": PARAGRAPH}), known)
+    assert len(load_steps(config, known).ends[0]) == 2
 
 
 def test_a_form_is_chosen_by_its_columns(tmp_path: Path) -> None:
