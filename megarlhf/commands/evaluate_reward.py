@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import torch
+from pydantic import Field
 from rich.table import Table
 
 from megarlhf.checkpoint.model_directory import ModelDescription
@@ -26,7 +27,6 @@ from megarlhf.eval.reward_model import (
     OfLength,
     OfPairs,
     OfSteps,
-    Reading,
     of_judged,
     of_pairs,
     of_steps,
@@ -45,7 +45,7 @@ from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import frozen, print_dropped
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.settings import RanksConfig
-from megarlhf.runtime.texts import check_one_day, chosen_heldout
+from megarlhf.runtime.texts import check_one_day, chosen_heldout, with_separator
 
 Ids = Sequence[Sequence[int]]
 
@@ -63,17 +63,18 @@ class EvalRewardConfig(RanksConfig):
     tokenizer: str = ""
     """Tokenizer directory, `arithmetic` or `programs` for a built-in one, or empty for the model's own."""
     pairs: DataConfig | None = None
-    """Preference pairs: columns prompt, chosen, rejected. They give the share in order, also of those whose longer
-    response is chosen, and of the others."""
+    """Preference pairs: columns prompt, chosen, rejected; all weigh alike, whatever their margin. They give the share
+    in order, also of those whose longer response is chosen, and of the others."""
     labelled: LabelledData | None = None
     """Judged responses: columns prompt, response, correct (0 to 1, or to `labelled.scale`). They give the area under
     the curve, calibration, and, where a prompt has several, the best of n."""
     steps: StepData | None = None
     """Responses whose steps are judged: columns prompt, steps, labels; ProcessBench as it is. They give the share of
-    solutions whose first error is found, of right ones that pass, and their harmonic mean."""
-    separator: str | None = None
-    """What parts the steps of pairs and of judged responses. null: what the model was trained with; one that judges
-    outcomes takes a response for one step."""
+    solutions whose first error is found, of right ones that pass, and their harmonic mean. Solutions with a step before
+    it that nobody judged count for their labelled steps alone."""
+    separator: str | None = Field(default=None, min_length=1)
+    """What parts the steps of pairs and of judged responses, and joins `steps` where steps.separator is null. null:
+    what the model was trained with; one that judges outcomes takes a response for one step."""
     output: Path | None = None
     """JSON file to write with all numbers, the curves of calibration among them; any that exists is refused."""
 
@@ -112,7 +113,7 @@ def prepare(cfg: EvalRewardConfig) -> EvalRewardInputs:
         )
     tokenizer = resolve_tokenizer(cfg.tokenizer, reader, cfg.date)
     check_tokenizer(tokenizer, model.spec, "model")
-    data = {name: chosen_heldout(rows, name, reader) for name, rows in asked.items()}
+    data = {name: with_separator(chosen_heldout(rows, name, reader), reader) for name, rows in asked.items()}
     pairs, labelled, steps = data.get("pairs"), data.get("labelled"), data.get("steps")
     inputs = EvalRewardInputs(
         model,
@@ -129,7 +130,10 @@ def prepare(cfg: EvalRewardConfig) -> EvalRewardInputs:
 
 
 def _given(cfg: EvalRewardConfig) -> dict[str, DataConfig]:
-    every = {"pairs": cfg.pairs, "labelled": cfg.labelled, "steps": cfg.steps}
+    steps = cfg.steps
+    if steps and steps.separator is None:
+        steps = steps.model_copy(update={"separator": cfg.separator})
+    every = {"pairs": cfg.pairs, "labelled": cfg.labelled, "steps": steps}
     return {name: rows for name, rows in every.items() if rows}
 
 
@@ -155,7 +159,7 @@ def run(cfg: EvalRewardConfig, inputs: EvalRewardInputs, mesh: Mesh) -> None:
             print_dropped(each.name, each.rows.dropped, len(each.rows), mesh)
         say_data(sets, inputs.tokenizer, mesh, epochs={})
         say(remarks(sets, inputs.tokenizer, reader), mesh)
-        found = measured(role, inputs, seed=cfg.seed)
+        found = measured(role, inputs)
         if mesh.is_main:
             console = Terminal()
             for table in _tables(cfg.model, found, inputs):
@@ -173,7 +177,7 @@ class Found:
     steps: OfSteps | None
 
 
-def measured(role: Role, inputs: EvalRewardInputs, *, seed: int) -> Found:
+def measured(role: Role, inputs: EvalRewardInputs) -> Found:
     """All that there are rows for. Collective; equal on every rank."""
     ways: Sequence[Aggregate] = get_args(Aggregate) if inputs.separator else ["last"]
     pairs: dict[str, OfPairs] = {}
@@ -192,15 +196,10 @@ def measured(role: Role, inputs: EvalRewardInputs, *, seed: int) -> Found:
         lengths, prompts = torch.tensor([len(row) - at for row, at in cut]), [tuple(row[:at]) for row, at in cut]
         right = torch.tensor(rows.correct, dtype=torch.float64)
         labelled = {way: of_judged(reading.taken(way), right, lengths, prompts) for way in ways}
-    return Found(pairs, labelled, _of_steps(role, inputs, seed))
-
-
-def _of_steps(role: Role, inputs: EvalRewardInputs, seed: int) -> OfSteps | None:
-    rows = inputs.steps
-    if rows is None:
-        return None
-    reading: Reading = read(role, rows.tokens, rows.ends, "steps")
-    return of_steps(reading, rows.labels, rows.first_errors, seed)
+    steps = None
+    if (rows := inputs.steps) is not None:
+        steps = of_steps(read(role, rows.tokens, rows.ends, "steps"), rows.labels)
+    return Found(pairs, labelled, steps)
 
 
 def _ends(tokens: Ids, prompt_lengths: Sequence[int], inputs: EvalRewardInputs) -> list[list[int]]:
@@ -240,12 +239,12 @@ def _tables(model: str, found: Found, inputs: EvalRewardInputs) -> list[Table]:
         tables += [table, by_length, *([best] if len(first.best_of) > 1 else [])]
     if inputs.steps is not None and found.steps is not None:
         of = found.steps
-        wrong = sum(error >= 0 for error in inputs.steps.first_errors)
-        title = f"{model}, {len(inputs.steps):,} solutions, {wrong:,} with an error, 95 % intervals"
+        known = f"of {of.wrong + of.right:,} the first error is known, {of.right:,} without one"
+        title = f"{model}, {len(inputs.steps):,} solutions, {known}, 95 % intervals"
         table = _table(title, "", "first error found", "right ones pass", "F1")
         table.add_row("solutions", _said(of.wrong_found), _said(of.right_passed), _said(of.f1))
-        each = _table("labelled steps", "", "called right", "calibration error")
-        each.add_row("steps", _said(of.accuracy), _number(of.calibration.error))
+        each = _table(f"{of.steps:,} labelled steps", "", "called what they are", "calibration error", "loss")
+        each.add_row("steps", _said(of.accuracy), _number(of.calibration.error), _number(of.loss))
         tables += [table, each]
     return tables
 

@@ -33,8 +33,8 @@ class StepData(DataConfig):
     """Where judged steps come from, how they become tokens, and what their labels are."""
 
     separator: str | None = pydantic.Field(default=None, min_length=1)
-    """What joins the steps; null for an empty line, or for the built-in task's steps a full stop and a space. The model
-    remembers it: responses that it judges later are parted by it."""
+    """What joins the steps; null for what the model was taught, or else an empty line, or for the built-in task's steps
+    a full stop and a space. The model remembers it: responses that it judges later are parted by it."""
     labels: Literal["soft", "hard"] = "soft"
     """As the data have them (`soft`), or 1 from `threshold` on and 0 below it (`hard`). Source: soft leaves data of 0
     and 1 alone; Math-Shepherd (arXiv 2312.08935) found hard and soft estimates alike."""
@@ -93,11 +93,6 @@ class StepSet:
             f"({'unlabelled' if label is None else f'label {label:g}'})": self.tokens[0][start : end + 1]
             for name, start, end, label in parts
         }
-
-    @property
-    def first_errors(self) -> list[int]:
-        """The first wrong step of each row, from 0; -1 where none is."""
-        return [_first_error(labels) for labels in self.labels]
 
     def batch(self, indices: Tensor) -> JudgedSteps:
         """The responses at `indices` (int64 [B]), padded to the longest of them, weight 1 for each labelled step."""

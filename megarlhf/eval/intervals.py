@@ -9,6 +9,8 @@ import numpy as np
 import scipy.stats
 from torch import Tensor
 
+from megarlhf.ops.first_error import harmonic
+
 CONFIDENCE = 0.95
 
 
@@ -59,6 +61,18 @@ def auc_error(auc: float, right: int, wrong: int) -> float:
     two_right, two_wrong = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (right - 1) * (two_right - auc**2) + (wrong - 1) * (two_wrong - auc**2)
     return math.sqrt(max(variance, 0.0) / (right * wrong))
+
+
+def harmonic_of(first: Interval, second: Interval) -> Interval:
+    """The harmonic mean of two shares that are independent, with the interval that theirs make together.
+
+    Also of shares of 0 and 1, whose standard errors are 0, but whose intervals are not.
+    Source:   Zou and Donner 2008 (MOVER): how far the mean would move with each share at its limit, squared and added.
+    """
+    found = harmonic(first.mean, second.mean)
+    down = math.hypot(found - harmonic(first.low, second.mean), found - harmonic(first.mean, second.low))
+    up = math.hypot(harmonic(first.high, second.mean) - found, harmonic(first.mean, second.high) - found)
+    return Interval(found, max(found - down, 0.0), min(found + up, 1.0))
 
 
 def harmonic_error(first: float, second: float, of_first: int, of_second: int) -> float:

@@ -15,22 +15,34 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megarlhf.batch.supervised import SteppedResponses
 from megarlhf.data.rows import pad_right
 from megarlhf.eval.best_of import best_of
-from megarlhf.eval.intervals import Interval, auc_error, mean, share_of, within
+from megarlhf.eval.intervals import (
+    Interval,
+    auc_error,
+    harmonic_error,
+    harmonic_of,
+    mean,
+    ratio_error,
+    share,
+    share_of,
+    within,
+)
+from megarlhf.models.readings import StepScores
 from megarlhf.models.role import Role
 from megarlhf.observe.progress import Progress
 from megarlhf.ops.calibration import Calibration, calibration
-from megarlhf.ops.first_error import first_errors, harmonic
+from megarlhf.ops.first_error import first_errors, labelled_up_to
 from megarlhf.ops.step_scores import Aggregate, aggregated
 
 PART_ROWS = 512
 """Responses read between two signs of progress."""
-RESAMPLES = 2000
-"""For the interval of what is no mean."""
+UNKNOWN = Interval(float("nan"), float("nan"), float("nan"))
+"""Of what there is nothing to measure on."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +68,24 @@ class Reading:
         return Reading(self.values[which], self.ends[which])
 
 
-def read(role: Role, tokens: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], name: str) -> Reading:
-    """Ask a model whose reading is StepScores, in order of length, so that little of what it reads is padding.
+def read(role: Role, tokens: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], name: str = "") -> Reading:
+    """Ask a model with a scalar head, in order of length, so that little of what it reads is padding.
 
-    tokens: prompt and response with EOS; ends: in them, the last token of each step; name: for the progress bar.
+    tokens: prompt and response with EOS; ends: in them, the last token of each step; name: for the progress bar, which
+    "" leaves out.
     Ranks:    collective; equal on every rank.
     """
     order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
     values = torch.zeros(len(tokens), max(map(len, ends)), dtype=torch.float64)
     there = torch.zeros(values.shape, dtype=torch.bool)
-    with Progress(len(tokens), f"read {name}", enabled=role.mesh.is_main) as bar:
+    with Progress(len(tokens), f"read {name}", enabled=bool(name) and role.mesh.is_main) as bar:
         for first in range(0, len(order), PART_ROWS):
             part = order[first : first + PART_ROWS]
             padded, lengths = pad_right([tokens[row] for row in part], 0)  # no mask reads padding
             mask = torch.zeros(padded.shape, dtype=torch.bool)
             for at, row in enumerate(part):
                 mask[at, list(ends[row])] = True
-            scores = role.score(SteppedResponses(padded, lengths, mask)).cpu()
+            scores = role.read(SteppedResponses(padded, lengths, mask), StepScores()).cpu()
             for at, row in enumerate(part):
                 found = scores[at][[end - 1 for end in ends[row]]]  # index t is about token t + 1
                 values[row, : len(found)], there[row, : len(found)] = found.double(), True
@@ -144,7 +157,7 @@ def of_judged(worth: Tensor, right: Tensor, lengths: Tensor, prompts: Sequence[A
             by_length.append(OfLength(f"{low} to {high} tokens", int(which.sum()), area))
     agreed = ((worth >= 0.5) == found).double().mean()
     rights, wrongs, area = int(found.sum()), int((~found).sum()), _auc(worth, found)
-    auc = within(area, auc_error(area, rights, wrongs), 0.0, 1.0) if rights and wrongs else Interval(area, area, area)
+    auc = within(area, auc_error(area, rights, wrongs), 0.0, 1.0) if rights and wrongs else UNKNOWN
     accuracy = share_of(float(agreed), len(set(prompts)))
     return OfJudged(auc, accuracy, calibration(worth, right), by_length, _best_of(worth, right, prompts))
 
@@ -173,36 +186,64 @@ def _best_of(worth: Tensor, right: Tensor, prompts: Sequence[Any]) -> dict[int, 
 
 @dataclass(frozen=True)
 class OfSteps:
-    """How well the first wrong step of solutions is found, as ProcessBench counts."""
+    """How well steps are told apart, and the first wrong one of solutions is found, as ProcessBench counts.
 
+    A solution counts where its first error is known: each step up to it has a label, or each where there is none.
+    """
+
+    wrong: int
+    """Solutions with an error."""
+    right: int
+    """Solutions without one."""
     wrong_found: Interval
-    """Of solutions with an error, those whose first wrong step is the first that is called wrong."""
+    """Of solutions with an error, those whose first wrong step is the first that is called wrong; NaN without any."""
     right_passed: Interval
-    """Of solutions without one, those of which no step is."""
+    """Of solutions without one, those of which no step is; NaN without any."""
     f1: Interval
     """The harmonic mean of the two."""
+    f1_error: float
+    """Its standard error."""
+    steps: int
+    """That have a label, of all solutions."""
+    loss: float
+    """Binary cross-entropy, nats a labelled step."""
     accuracy: Interval
-    """Of labelled steps, those that are called what they are; over solutions, which are what is independent."""
+    """Of labelled steps, those that are called what they are; 1/2 is right. Over solutions, which are independent."""
+    accuracy_error: float
+    """Its standard error, by how solutions differ."""
     calibration: Calibration
+    """Of labelled steps."""
 
 
-def of_steps(reading: Reading, labels: Sequence[Sequence[float | None]], errors: Sequence[int], seed: int) -> OfSteps:
-    """Of solutions, whose steps have those labels, and whose first wrong step is that (-1: none)."""
-    said = first_errors(reading.probabilities, reading.ends).tolist()
-    agreed = [at == error for at, error in zip(said, errors, strict=True)]
-    wrong = [same for same, error in zip(agreed, errors, strict=True) if error >= 0]
-    right = [same for same, error in zip(agreed, errors, strict=True) if error < 0]
-    rows = [(row, step) for row, given in enumerate(labels) for step, label in enumerate(given) if label is not None]
-    known = torch.tensor([label for given in labels for label in given if label is not None], dtype=torch.float64)
-    steps = torch.stack([reading.probabilities[row, step] for row, step in rows])
-    called = float(((steps >= 0.5) == (known >= 0.5)).double().mean())
-    found, passed = _share(wrong), _share(right)
-    sizes = [max(len(wrong), 1), max(len(right), 1)]
-    drawn = np.random.default_rng(seed).binomial(sizes, [found.mean, passed.mean], (RESAMPLES, 2)) / sizes
-    low, high = np.quantile([harmonic(a, b) for a, b in drawn.tolist()], [0.025, 0.975]).tolist()
-    f1 = Interval(harmonic(found.mean, passed.mean), low, high)
-    return OfSteps(found, passed, f1, share_of(called, len(labels)), calibration(steps, known))
+def of_steps(reading: Reading, labels: Sequence[Sequence[float | None]]) -> OfSteps:
+    """Of solutions, whose steps have those labels."""
+    truth, labelled = torch.zeros_like(reading.values), torch.zeros_like(reading.ends)
+    for row, given in enumerate(labels):
+        for step, label in enumerate(given):
+            if label is not None:
+                truth[row, step], labelled[row, step] = label, True
+    said, wanted = first_errors(reading.probabilities, reading.ends), first_errors(truth, labelled)
+    known = labelled_up_to(reading.ends, labelled, wanted)
+    agreed, erring = (said == wanted)[known], (wanted >= 0)[known]
+    wrong, right = int(erring.sum()), int((~erring).sum())
+    found, passed = _share(agreed[erring]), _share(agreed[~erring])
+    both = bool(wrong and right)
+    hits = ((reading.probabilities >= 0.5) == (truth >= 0.5)) & labelled
+    called, spread = float(hits.sum() / labelled.sum()), ratio_error(hits.sum(1), labelled.sum(1))
+    return OfSteps(
+        wrong=wrong,
+        right=right,
+        wrong_found=found,
+        right_passed=passed,
+        f1=harmonic_of(found, passed) if both else UNKNOWN,
+        f1_error=harmonic_error(found.mean, passed.mean, wrong, right) if both else float("nan"),
+        steps=int(labelled.sum()),
+        loss=float(F.binary_cross_entropy_with_logits(reading.values[labelled], truth[labelled])),
+        accuracy=share_of(called, len(labels)),
+        accuracy_error=spread,
+        calibration=calibration(reading.probabilities[labelled], truth[labelled]),
+    )
 
 
-def _share(which: Sequence[bool]) -> Interval:
-    return share_of(sum(which) / len(which), len(which)) if which else Interval(0.0, 0.0, 1.0)
+def _share(which: Tensor) -> Interval:
+    return share(which) if len(which) else UNKNOWN

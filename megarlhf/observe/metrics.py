@@ -155,7 +155,7 @@ _REWARD = {
     "reward/pair_accuracy": Metric("fraction", "[chosen > rejected], ties 1/2", "mean over pairs"),
     "reward/accuracy": Metric("fraction", "[(score > 0) = correct]", "mean over labelled responses"),
     "reward/step_loss": Metric("nats", "as reward/pointwise_loss, at the steps' ends", "mean over labelled steps"),
-    "reward/step_accuracy": Metric("fraction", "[(score > 0) = (label > 1/2)]", "mean over labelled steps"),
+    "reward/step_accuracy": Metric("fraction", "[(score >= 0) = (label >= 1/2)]", "mean over labelled steps"),
     "reward/auc": Metric("fraction", "P(score of a right response > of a wrong one), ties 1/2", "held-out responses"),
     "reward/auc_stderr": Metric("fraction", "standard error of reward/auc (Hanley, McNeil 1982)", "held-out responses"),
     "reward/margin_mean": Metric("reward", "chosen - rejected", "mean over pairs"),
@@ -176,7 +176,9 @@ _REWARD = {
         "fraction", "standard error of reward/heldout_step_accuracy (Cochran 1977, 2.46)", "rows are independent"
     ),
     "reward/heldout_step_calibration_error": Metric(
-        "fraction", "as reward/heldout_calibration_error, right where the label is above 1/2", _HELDOUT_STEPS
+        "fraction",
+        "sum over bins of (steps in it / steps) * |mean label - mean sigmoid(score)|; 10 bins of equal width, 0 to 1",
+        _HELDOUT_STEPS,
     ),
     "reward/heldout_wrong_solutions": Metric("rows", "with a wrong step, and labels up to it", "held-out rows"),
     "reward/heldout_correct_solutions": Metric("rows", "whose steps are all labelled, and none wrong", "held-out rows"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 BINS = 10
@@ -11,7 +12,7 @@ BINS = 10
 
 
 class Calibration(NamedTuple):
-    """What came of events of which it was said how probable they are, bin by bin: [BINS] each, 0 where a bin is empty.
+    """What came of events of which it was said how probable they are, bin by bin: [bins] each, 0 where a bin is empty.
 
     Fractions of one.
     """
@@ -29,13 +30,13 @@ class Calibration(NamedTuple):
         return float((self.weight * (self.found - self.said).abs()).sum())
 
 
-def calibration(probabilities: Tensor, came: Tensor) -> Calibration:
+def calibration(probabilities: Tensor, came: Tensor, weight: Tensor | None = None, *, bins: int = BINS) -> Calibration:
     """Of N events.
 
-        bin b holds the probabilities from b / BINS up to (b + 1) / BINS, the last of them 1 too
+        bin b holds the probabilities from b / bins up to (b + 1) / bins, the last of them 1 too
 
     Shapes:   probabilities [N] in 0..1, of any float dtype; came [N], 1 where it came true, 0 where it did not, or what
-              is known of that between them. Computed in fp64.
+              is known of that between them; weight [N], what events weigh, 1 where None. Computed in fp64.
     Raises:   ValueError if shapes differ or there are none.
     Source:   Guo et al. 2017 (arXiv 1706.04599), eq. 3, for the probability of one class.
     """
@@ -43,10 +44,10 @@ def calibration(probabilities: Tensor, came: Tensor) -> Calibration:
         got = f"{list(probabilities.shape)} probabilities, {list(came.shape)} outcomes"
         raise ValueError(f"{got}; they must be as many, and at least one.")
     said, found = probabilities.double(), came.double()
-    bins = (said * BINS).long().clamp(max=BINS - 1)
-    count, sum_said, sum_found = (said.new_zeros(BINS) for _ in range(3))
-    count.index_add_(0, bins, said.new_ones(len(said)))
-    sum_said.index_add_(0, bins, said)
-    sum_found.index_add_(0, bins, found)
-    filled = count.clamp(min=1)
-    return Calibration(count / len(said), sum_said / filled, sum_found / filled)
+    of = torch.ones_like(said) if weight is None else weight.double()
+    bin_of = (said * bins).long().clamp(max=bins - 1)
+    count, sum_said, sum_found = (
+        said.new_zeros(bins).index_add_(0, bin_of, values) for values in (of, of * said, of * found)
+    )
+    filled = torch.where(count > 0, count, 1.0)
+    return Calibration(count / of.sum(), sum_said / filled, sum_found / filled)

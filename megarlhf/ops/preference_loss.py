@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megarlhf.ops.calibration import BINS, calibration
+
 
 def bradley_terry_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, weight: Tensor
@@ -26,25 +28,19 @@ def bradley_terry_loss(
     return (-weight * F.logsigmoid(gap)).sum(), metrics
 
 
-BINS = 10
-"""Of equal width, from a confidence of 1/2 to 1: each is 0.05 wide."""
-
-
-def calibration_error(gap: Tensor, weight: Tensor) -> Tensor:
+def calibration_error(gap: Tensor, weight: Tensor) -> float:
     """How far the confidence in which response is better is from how often that is right: its expected error.
 
-        confidence = sigmoid(|gap|), from 1/2 to 1       right = [gap > 0], ties 1/2       in BINS bins b of confidence
+        confidence = sigmoid(|gap|), from 1/2 to 1       right = [gap > 0], ties 1/2       in BINS bins b, 0.05 wide
         error = sum over b of (weight in b / weight) * |mean of right in b - mean of confidence in b|
 
-    Shapes:   gap (chosen - rejected), weight [P]. Returns a scalar.
+    Shapes:   gap (chosen - rejected), weight [P]. Returns a number.
     Units:    gap in nats, as the logarithm of the odds that Bradley and Terry give; the error is a fraction.
     Source:   Guo et al. 2017 (arXiv 1706.04599), eq. 3, for two classes, whose confidence is at least 1/2.
     """
     _check_equal(gap=gap, weight=weight)
-    confidence, right = gap.abs().sigmoid(), 0.5 + 0.5 * gap.sign()
-    bin_of = (2 * BINS * (confidence - 0.5)).long().clamp(max=BINS - 1)
-    excess = gap.new_zeros(BINS).index_add(0, bin_of, weight * (right - confidence))
-    return excess.abs().sum() / weight.sum()
+    # From 1/2 to 1, which is half of the bins.
+    return calibration(gap.abs().sigmoid(), 0.5 + 0.5 * gap.sign(), weight, bins=2 * BINS).error
 
 
 def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, row: Tensor, sequences: int, *, beta: float) -> Tensor:

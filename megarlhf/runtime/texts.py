@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from megarlhf.data.arithmetic import STEP_SEPARATOR
+from megarlhf.data.judged_steps import StepData
 from megarlhf.data.rows import BUILT_IN, DataConfig, is_generated
 from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import ConfigError
@@ -77,6 +78,13 @@ def chosen_separator(separator: str | None, usual: str, model: Model) -> str:
     """What parts steps: as set, or else as the model was taught, or as the built-in task has it, or `usual`."""
     taught = model.description.step_separator or (STEP_SEPARATOR if model.description.task == BUILT_IN else None)
     return separator or taught or usual
+
+
+def with_separator(data: Data, model: Model) -> Data:
+    """`data`; judged steps with what `chosen_separator` finds to join them."""
+    if not isinstance(data, StepData):
+        return data
+    return data.model_copy(update={"separator": chosen_separator(data.separator, data.joint, model)})
 
 
 def check_one_day(tokenizer: Tokenizer, mesh: Mesh) -> None:

@@ -39,7 +39,7 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.roles import print_dropped
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
-from megarlhf.runtime.texts import check_apart, chosen_data, chosen_heldout, chosen_separator
+from megarlhf.runtime.texts import check_apart, chosen_data, chosen_heldout, with_separator
 
 MEASURED = 1024
 """Training responses of a kind that stand in for held-out ones."""
@@ -169,9 +169,7 @@ def read_inputs(cfg: JudgedConfig) -> JudgedInputs:
 
 def _chosen(name: str, rows: DataConfig, start_from: Model) -> DataConfig:
     data = chosen_heldout(rows, name, start_from) if "heldout" in name else chosen_data(rows, name, start_from)
-    if not isinstance(data, StepData):
-        return data
-    return data.model_copy(update={"separator": chosen_separator(data.separator, data.joint, start_from)})
+    return with_separator(data, start_from)
 
 
 def _load(name: str, rows: DataConfig, tokenizer: Tokenizer) -> JudgedSet:

@@ -23,7 +23,7 @@ from megarlhf.batch.base import cat
 from megarlhf.batch.supervised import Couples, JudgedSteps, SteppedCouples
 from megarlhf.checkpoint.model_directory import Card
 from megarlhf.config.base import FreeToChange
-from megarlhf.data.judged_steps import StepData
+from megarlhf.data.judged_steps import WRONG_BELOW, StepData
 from megarlhf.data.rows import DataConfig
 from megarlhf.errors import ConfigError
 from megarlhf.models.readings import SequenceScores, StepScores
@@ -146,10 +146,12 @@ def step_loss(role: TrainableRole, cfg: ProcessRewardConfig) -> Loss[SteppedCoup
         scores = role.reading(role.model, states, rows)
         last = states.position == rows.lengths[states.row] - 1
         total, metrics = outcome_loss(scores[last], rows, cfg)
-        of_steps, seen = pointwise_loss(scores, states.of(rows.step_labels), states.of(rows.step_weight))
+        labels, weight = states.of(rows.step_labels), states.of(rows.step_weight)
+        of_steps, _ = pointwise_loss(scores, labels, weight)
+        agree = (scores.detach() >= 0) == (labels >= WRONG_BELOW)  # as first errors are counted, where a half is right
         # The weights carry step_weight; the metrics are reported without it.
         metrics["reward/step_loss"] = of_steps.detach() / cfg.step_weight
-        metrics["reward/step_accuracy"] = seen["accuracy"] / cfg.step_weight
+        metrics["reward/step_accuracy"] = (weight * agree).sum() / cfg.step_weight
         return LossSums(total + of_steps, len(rows), metrics, len(rows))
 
     return loss

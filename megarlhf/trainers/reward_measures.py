@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import scipy.stats
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from megarlhf.batch.supervised import LabelledResponses
 from megarlhf.data.judged_steps import StepSet
 from megarlhf.data.preferences import PreferenceSet
-from megarlhf.eval.intervals import auc_error, effective, harmonic_error, ratio_error
-from megarlhf.models.readings import SequenceScores, StepScores
+from megarlhf.eval.intervals import auc_error, effective
+from megarlhf.eval.reward_model import of_steps, read
+from megarlhf.models.readings import SequenceScores
 from megarlhf.models.role import Role
 from megarlhf.observe.metrics import Metrics
-from megarlhf.ops.first_error import first_errors, harmonic, labelled_up_to
 from megarlhf.ops.preference_loss import bradley_terry_loss, calibration_error
 from megarlhf.runs.measuring import PART_ROWS
 
@@ -37,7 +35,7 @@ def measure_pairs(role: Role, pairs: PreferenceSet) -> Metrics:
         "reward/heldout_pairwise_loss": float(loss) / whole,
         "reward/heldout_pair_accuracy": float(seen["accuracy"]) / whole,
         "reward/heldout_margin_mean": float(seen["score_gap"]) / whole,
-        "reward/heldout_calibration_error": float(calibration_error(scores[0::2] - scores[1::2], weight)),
+        "reward/heldout_calibration_error": calibration_error(scores[0::2] - scores[1::2], weight),
     }
 
 
@@ -73,51 +71,25 @@ OF_STEPS = (
 def measure_steps(role: Role, steps: StepSet) -> Metrics:
     """Loss, accuracy and calibration over labelled steps, and how often the first error is found, by raw scores.
 
+    The latter is left out where no solution has an error that is known, or all have.
     Ranks:    collective; equal on every rank. Source of the latter: ProcessBench (arXiv 2412.06559).
     """
-    parts = [steps.batch(part) for part in torch.arange(len(steps)).split(PART_ROWS)]
-    scores = [role.read(part, StepScores()).cpu().double() for part in parts]
-    known = [(part.step_weight[:, 1:] > 0, part.step_labels[:, 1:].double()) for part in parts]
-    # Over the labelled steps alone, and then over rows.
-    logits = torch.cat([score[mask] for score, (mask, _) in zip(scores, known, strict=True)])
-    labels = torch.cat([label[mask] for mask, label in known])
-    right = [((score > 0) == (label > 0.5)) & mask for score, (mask, label) in zip(scores, known, strict=True)]
-    hits, counts = torch.cat([each.sum(1) for each in right]), torch.cat([mask.sum(1) for mask, _ in known])
+    of = of_steps(read(role, steps.tokens, steps.ends), steps.labels)
     metrics = {
-        "reward/heldout_labelled_steps": float(len(labels)),
-        "reward/heldout_step_loss": float(F.binary_cross_entropy_with_logits(logits, labels)),
-        "reward/heldout_step_accuracy": float(hits.sum()) / len(labels),
-        "reward/heldout_step_accuracy_stderr": ratio_error(hits, counts),
-        "reward/heldout_step_calibration_error": float(
-            calibration_error(torch.where(labels > 0.5, logits, -logits), torch.ones_like(logits))
-        ),
+        "reward/heldout_labelled_steps": float(of.steps),
+        "reward/heldout_step_loss": of.loss,
+        "reward/heldout_step_accuracy": of.accuracy.mean,
+        "reward/heldout_step_accuracy_stderr": of.accuracy_error,
+        "reward/heldout_step_calibration_error": of.calibration.error,
+        "reward/heldout_wrong_solutions": float(of.wrong),
+        "reward/heldout_correct_solutions": float(of.right),
     }
-    found = torch.cat(
-        [first_errors(score.sigmoid(), part.step_ends[:, 1:]) for score, part in zip(scores, parts, strict=True)]
-    )
-    wanted = [first_errors(label, mask) for mask, label in known]
-    whole = [
-        labelled_up_to(part.step_ends[:, 1:], mask, first)
-        for part, (mask, _), first in zip(parts, known, wanted, strict=True)
-    ]
-    return {**metrics, **_first_errors(found, torch.cat(wanted), torch.cat(whole))}
-
-
-def _first_errors(found: Tensor, wanted: Tensor, known: Tensor) -> Metrics:
-    """Of the solutions whose first error is known; nothing where all of them are wrong, or none is."""
-    found, wanted = found[known], wanted[known]
-    wrong = wanted >= 0
-    metrics = {
-        "reward/heldout_wrong_solutions": float(wrong.sum()),
-        "reward/heldout_correct_solutions": float((~wrong).sum()),
-    }
-    if not bool(wrong.any()) or bool(wrong.all()):
+    if not of.wrong or not of.right:
         return metrics
-    error, correct = (float((found == wanted)[of].double().mean()) for of in (wrong, ~wrong))
     return {
         **metrics,
-        "reward/heldout_error_accuracy": error,
-        "reward/heldout_correct_accuracy": correct,
-        "reward/heldout_first_error_f1": harmonic(error, correct),
-        "reward/heldout_first_error_f1_stderr": harmonic_error(error, correct, int(wrong.sum()), int((~wrong).sum())),
+        "reward/heldout_error_accuracy": of.wrong_found.mean,
+        "reward/heldout_correct_accuracy": of.right_passed.mean,
+        "reward/heldout_first_error_f1": of.f1.mean,
+        "reward/heldout_first_error_f1_stderr": of.f1_error,
     }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import LlamaForSequenceClassification
 
 from megarlhf import cli
@@ -16,8 +19,9 @@ from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.commands import evaluate_reward
 from megarlhf.commands.evaluate_reward import EvalRewardConfig
 from megarlhf.data.arithmetic import STEP_SEPARATOR, ArithmeticConfig, labelled_rows, step_rows, words
+from megarlhf.data.judged_steps import StepData
 from megarlhf.data.tokenizer import build_tiny_tokenizer
-from megarlhf.eval.reward_model import Reading, of_judged, of_pairs, of_steps, read
+from megarlhf.eval.reward_model import OfSteps, Reading, of_judged, of_pairs, of_steps, read
 from megarlhf.models.readings import StepScores
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
@@ -68,13 +72,63 @@ def test_first_errors_by_hand() -> None:
     p = torch.tensor([[0.9, 0.2, 0.9], [0.3, 0.1, 0.0], [0.9, 0.9, 0.0], [0.8, 0.7, 0.6], [0.9, 0.4, 0.9]])
     ends = torch.tensor([[True] * 3, [True, True, False], [True, True, False], [True] * 3, [True] * 3])
     labels = [[1, 0, None], [1, 0], [1, 0], [1, 1, 1], [1, 1, 1]]
-    found = of_steps(Reading(p.double().logit(), ends), labels, [1, 1, 1, -1, -1], seed=1)
+    found = of_steps(Reading(p.double().logit(), ends), labels)
+    assert (found.wrong, found.right, found.steps) == (3, 2, 12)
     assert found.wrong_found.mean == pytest.approx(1 / 3)
     assert found.right_passed.mean == pytest.approx(1 / 2)
     assert found.f1.mean == pytest.approx(2 / 5)
     assert found.f1.low < 0.4 < found.f1.high
     # 12 labelled steps, of which the first of the second, the second of the third and one of the last are miscalled.
     assert found.accuracy.mean == pytest.approx(9 / 12)
+
+
+def of(p: Sequence[Sequence[float]], labels: Sequence[Sequence[float | None]]) -> OfSteps:
+    values = torch.tensor(p, dtype=torch.float64)
+    return of_steps(Reading(values.logit(), torch.ones_like(values, dtype=torch.bool)), labels)
+
+
+def test_a_solution_counts_where_its_first_error_is_known() -> None:
+    """Of a right beginning nobody knows whether the solution is right; nor, before a wrong step, of one unlabelled."""
+    known = of([[0.9, 0.2], [0.9, 0.8]], [[1, 0], [1, 1]])
+    more = of(
+        [[0.9, 0.2], [0.9, 0.8], [0.9, 0.2], [0.2, 0.2], [0.2, 0.9]], [[1, 0], [1, 1], [1, None], [None, 0], [0, None]]
+    )
+    assert (known.wrong, known.right, known.steps, known.f1.mean) == (1, 1, 4, 1.0)
+    assert (more.wrong, more.right, more.steps) == (2, 1, 7)
+    assert (more.wrong_found.mean, more.right_passed.mean, more.f1.mean, more.accuracy.mean) == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_what_is_always_found_is_not_certain() -> None:
+    """Ten of ten say less than all of thousands do: of F1 as of the shares, about 0.8 and 0.85 at the least."""
+    few = of([[0.9, 0.2], [0.9, 0.8]] * 10, [[1, 0], [1, 1]] * 10)
+    assert few.wrong_found.low == pytest.approx(10 / (10 + 1.96**2), abs=1e-3)
+    one = 2 * few.wrong_found.low / (few.wrong_found.low + 1)
+    assert few.f1 == pytest.approx((1.0, 1 - 2**0.5 * (1 - one), 1.0))
+    assert few.accuracy.low < 0.9
+    many = of([[0.9, 0.2], [0.9, 0.8]] * 1000, [[1, 0], [1, 1]] * 1000)
+    assert many.f1.low > 0.99
+
+
+def test_the_interval_of_f1_is_two_standard_errors_where_there_are_many() -> None:
+    found = of([[0.9, 0.2]] * 300 + [[0.9, 0.8]] * 400 + [[0.2, 0.2]] * 200, [[1, 0]] * 400 + [[1, 1]] * 500)
+    assert (found.wrong, found.right, found.wrong_found.mean, found.right_passed.mean) == (400, 500, 0.75, 0.6)
+    assert found.f1.mean == pytest.approx(2 * 0.75 * 0.6 / 1.35)
+    assert (found.f1.high - found.f1.low) / 2 == pytest.approx(1.96 * found.f1_error, rel=0.01)
+
+
+def test_without_wrong_solutions_or_without_right_ones_there_is_no_f1() -> None:
+    """Not one of 0: nothing was missed."""
+    right, wrong = of([[0.9, 0.8]], [[1, 1]]), of([[0.9, 0.2]], [[1, 0]])
+    assert (right.right_passed.mean, wrong.wrong_found.mean) == (1.0, 1.0)
+    for nothing in (right.wrong_found, right.f1, wrong.right_passed, wrong.f1):
+        assert all(math.isnan(value) for value in nothing)
+
+
+def test_a_half_is_right_wherever_steps_are_called_right_or_wrong() -> None:
+    """As where the first error is: of a label, and of a probability."""
+    halves = of([[0.5, 0.9], [0.9, 0.4]], [[1, 0.5], [0.5, 0]])
+    assert (halves.wrong, halves.right, halves.f1.mean, halves.accuracy.mean) == (1, 1, 1.0, 1.0)
+    assert of([[0.4, 0.9], [0.9, 0.5]], [[1, 0.5], [0.5, 0]]).accuracy.mean == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +209,29 @@ def test_a_model_of_steps_is_measured_by_every_way_and_any_other_by_its_last(jud
     assert alone["pairs"]["last"]["accuracy"] == pytest.approx(found["pairs"]["last"]["accuracy"])
     assert alone["labelled"]["last"]["auc"] == pytest.approx(found["labelled"]["last"]["auc"])
     assert alone["steps"] is None
+
+
+def chosen(folder: Path, **settings: Any) -> str:
+    """What joins the judged steps that are measured on."""
+    inputs = evaluate_reward.prepare(EvalRewardConfig.model_validate({"model": str(folder), **settings}))
+    data = inputs.data["steps"]
+    assert isinstance(data, StepData)
+    assert inputs.steps is not None
+    return data.joint
+
+
+def test_judged_steps_are_joined_as_the_model_was_taught_unless_a_setting_says_otherwise(
+    judge: Path, tmp_path: Path
+) -> None:
+    """Else it is asked at tokens that ended no step when it learnt."""
+    source = tmp_path / "steps.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in step_rows(ArithmeticConfig(rows=3), "train")))
+    steps = {"source": str(source)}
+    assert chosen(judge, steps=steps) == STEP_SEPARATOR
+    assert chosen(judge, steps=steps, separator=" + ") == " + "
+    assert chosen(judge, steps={**steps, "separator": " - "}, separator=" + ") == " - "
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        EvalRewardConfig.model_validate({"model": str(judge), "separator": ""})
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,16 @@ def test_soft_outcomes_count_by_their_share() -> None:
     assert calibration(torch.tensor([0.4, 0.4]), torch.tensor([0.3, 0.5])).error == pytest.approx(0.0, abs=1e-7)
 
 
+def test_an_event_of_weight_two_counts_as_two_and_one_of_half_as_half() -> None:
+    said, came = torch.tensor([0.1, 0.45, 0.15, 0.9]), torch.tensor([0.0, 1.0, 1.0, 1.0])
+    twice = calibration(torch.cat([said, said[1:2]]), torch.cat([came, came[1:2]]), bins=20)
+    for scale in (1.0, 0.1):
+        weighed = calibration(said, came, scale * torch.tensor([1.0, 2.0, 1.0, 1.0]), bins=20)
+        for one, other in zip(weighed, twice, strict=True):
+            torch.testing.assert_close(one, other)
+    assert len(twice.weight) == 20
+
+
 def test_nothing_has_no_calibration() -> None:
     with pytest.raises(ValueError, match="at least one"):
         calibration(torch.zeros(0), torch.zeros(0))

@@ -20,7 +20,7 @@ from megarlhf.data.steps import PARAGRAPH
 from megarlhf.errors import ConfigError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import SequenceScores, StepScores
-from megarlhf.ops.preference_loss import calibration_error
+from megarlhf.ops.calibration import calibration
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
 from megarlhf.runs.measuring import PART_ROWS
@@ -94,7 +94,7 @@ def by_hand(model: Any, kinds: tuple[str, ...]) -> dict[str, float]:
                 label = judged.step_labels[index, position]
                 p = torch.sigmoid(said[position])
                 losses.append(-(label * p.log() + (1 - label) * (1 - p).log()))
-                hits.append(float((p > 0.5) == (label > 0.5)))
+                hits.append(float((p >= 0.5) == (label >= 0.5)))
     total = WEIGHTS["step_weight"] * torch.stack(losses).mean()
     found = {
         "reward/step_loss": float(torch.stack(losses).detach().mean()),
@@ -188,7 +188,7 @@ HELD = [
     {"prompt": "c", "steps": ["d", "e"], "labels": [None, 0]},  # it is not known whether the first is wrong
     {"prompt": "d", "steps": ["fg"], "labels": [0]},
     {"prompt": "e", "steps": ["h", "i"], "labels": [1, None]},  # nor whether there is an error
-    {"prompt": "f", "steps": ["h", "i", "h"], "labels": [0.9, 0.8, 0.6]},
+    {"prompt": "f", "steps": ["h", "i", "h"], "labels": [0.9, 0.8, 0.5]},
     {"prompt": "g", "steps": ["x", "y"], "labels": [0, None]},
 ]
 
@@ -226,10 +226,8 @@ def test_what_is_measured_is_what_a_loop_says(layout: ParallelLayout, tmp_path: 
     expected = {
         "reward/heldout_labelled_steps": 12.0,
         "reward/heldout_step_loss": float(F.binary_cross_entropy(scores.sigmoid(), labels)),
-        "reward/heldout_step_accuracy": sum((s > 0) == (label > 0.5) for s, label in pairs) / 12,
-        "reward/heldout_step_calibration_error": float(
-            calibration_error(torch.where(labels > 0.5, scores, -scores), torch.ones(12).double())
-        ),
+        "reward/heldout_step_accuracy": sum((s >= 0) == (label >= 0.5) for s, label in pairs) / 12,
+        "reward/heldout_step_calibration_error": float(calibration(scores.sigmoid(), labels).error),
         "reward/heldout_wrong_solutions": 3.0,
         "reward/heldout_correct_solutions": 2.0,
         "reward/heldout_error_accuracy": e,
