@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from megarlhf.data.arithmetic import STEP_SEPARATOR, ArithmeticConfig, step_rows, words
-from megarlhf.data.steps import PARAGRAPH, given_ends, step_ends
+from megarlhf.data.steps import PARAGRAPH, given_ends, step_ends, tokens_at, tokens_at_ref
 from megarlhf.data.tokenizer import Tokenizer, build_tiny_tokenizer
 from tests.helpers.bytes_tokenizer import of_bytes
 from tests.helpers.llama3 import llama3, needed
@@ -50,6 +50,33 @@ def test_each_step_ends_with_the_token_that_begins_its_separator(tokenizer, sepa
         assert not known.decode(ids[:end]).startswith(through + separator[0])
     if not any(separator in step for step in steps):
         assert step_ends(ids, separator, known) == ends
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("steps", STEPS.values(), ids=list(STEPS))
+def test_every_character_is_in_the_token_that_the_slow_twin_finds(tokenizer, steps):
+    """Of the text, and of one that was cut, within a letter too."""
+    known = tokenizer()
+    ids = known.encode_response(PARAGRAPH.join(steps))
+    for cut in (ids, ids[:-2], ids[:-3]):
+        places = range(len(known.decode(cut)))
+        assert tokens_at(cut, places, known) == tokens_at_ref(cut, places, known)
+
+
+@needed
+def test_many_steps_take_no_more_decoding_than_few():
+    """Each token once, and the whole text once: not every step's beginning again and again."""
+    known, asked = of_llama3(), []
+
+    class Counting:
+        def decode(self, ids):
+            asked.append(len(ids))
+            return known.decode(ids)
+
+    steps = [f"Step {number}: so it is {number}." for number in range(40)]
+    ids = known.encode_response(PARAGRAPH.join(steps))
+    assert len(given_ends(ids, steps, PARAGRAPH, Counting())) == 40
+    assert sum(asked) <= 2 * len(ids)
 
 
 @needed
