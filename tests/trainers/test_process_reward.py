@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from megarlhf.batch.supervised import JudgedSteps, LabelledResponses, PreferencePairs
 from megarlhf.checkpoint.model_directory import describe_model
+from megarlhf.commands import evaluate_reward
+from megarlhf.commands.evaluate_reward import EvalRewardConfig
 from megarlhf.config import load_config
 from megarlhf.data.arithmetic import ArithmeticConfig, labelled_rows
 from megarlhf.data.judged_steps import StepData, load_steps
@@ -325,3 +328,18 @@ def test_settings_that_do_not_go_together_are_refused(
     cfg = load_config(ProcessRewardConfig, None, [*base, *words])
     with pytest.raises(ConfigError, match=message):
         process_reward.prepare(cfg)
+
+
+def test_the_command_that_is_named_next_measures_the_model(tmp_path: Path) -> None:
+    """With a file in place of FILE nothing else is needed; `score` wants an output, and reads the last step alone."""
+    score_model(tmp_path / "run" / "model", seed=6, vocab_size=272)
+    BYTES.save(tmp_path / "run" / "model")
+    cfg = configured(run_dir=tmp_path / "run", pairs=None, labelled=None)
+    assert process_reward.TRAINER.following is not None
+    (command,) = process_reward.TRAINER.following(cfg)
+    program, *words = shlex.split(command.replace("FILE", written(tmp_path / "rows.jsonl", *HELD)))
+    assert (program, words[:2]) == ("megarlhf", ["eval", "reward"])
+    settings = load_config(EvalRewardConfig, None, words[2:])
+    inputs = evaluate_reward.prepare(settings)
+    assert inputs.steps is not None
+    assert len(inputs.steps) == len(HELD)
