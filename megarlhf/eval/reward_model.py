@@ -185,6 +185,43 @@ def _best_of(worth: Tensor, right: Tensor, prompts: Sequence[Any]) -> dict[int, 
 
 
 @dataclass(frozen=True)
+class Truth:
+    """What is known of the steps of some solutions."""
+
+    labels: Tensor
+    """[N, S] fp64: of each step, 0 where there is none."""
+    labelled: Tensor
+    """[N, S] bool: which steps have one."""
+    first: Tensor
+    """[N] int64: the first step whose label is below 1/2; -1 where none is."""
+    sure: Tensor
+    """[N] bool: whether it is known to be the first, since each step up to it has a label, or each where it is -1."""
+
+    @classmethod
+    def of(cls, given: Sequence[Sequence[float | None]]) -> Truth:
+        """Of solutions, whose steps have those labels."""
+        labels = torch.zeros(len(given), max(map(len, given)), dtype=torch.float64)
+        labelled, there = (torch.zeros(labels.shape, dtype=torch.bool) for _ in range(2))
+        for row, each in enumerate(given):
+            there[row, : len(each)] = True
+            for step, label in enumerate(each):
+                if label is not None:
+                    labels[row, step], labelled[row, step] = label, True
+        first = first_errors(labels, labelled)
+        return cls(labels, labelled, first, labelled_up_to(there, labelled, first))
+
+    @property
+    def wrong(self) -> int:
+        """Solutions whose first error is known."""
+        return int((self.first >= 0)[self.sure].sum())
+
+    @property
+    def right(self) -> int:
+        """Solutions of which it is known that they have none."""
+        return int((self.first < 0)[self.sure].sum())
+
+
+@dataclass(frozen=True)
 class OfSteps:
     """How well steps are told apart, and the first wrong one of solutions is found, as ProcessBench counts.
 
@@ -217,19 +254,15 @@ class OfSteps:
 
 def of_steps(reading: Reading, labels: Sequence[Sequence[float | None]]) -> OfSteps:
     """Of solutions, whose steps have those labels."""
-    truth, labelled = torch.zeros_like(reading.values), torch.zeros_like(reading.ends)
-    for row, given in enumerate(labels):
-        for step, label in enumerate(given):
-            if label is not None:
-                truth[row, step], labelled[row, step] = label, True
-    said, wanted = first_errors(reading.probabilities, reading.ends), first_errors(truth, labelled)
-    known = labelled_up_to(reading.ends, labelled, wanted)
-    agreed, erring = (said == wanted)[known], (wanted >= 0)[known]
-    wrong, right = int(erring.sum()), int((~erring).sum())
+    truth = Truth.of(labels)
+    agreed = (first_errors(reading.probabilities, reading.ends) == truth.first)[truth.sure]
+    erring = (truth.first >= 0)[truth.sure]
+    wrong, right = truth.wrong, truth.right
     found, passed = _share(agreed[erring]), _share(agreed[~erring])
     both = bool(wrong and right)
-    hits = ((reading.probabilities >= 0.5) == (truth >= 0.5)) & labelled
-    called, spread = float(hits.sum() / labelled.sum()), ratio_error(hits.sum(1), labelled.sum(1))
+    hits = ((reading.probabilities >= 0.5) == (truth.labels >= 0.5)) & truth.labelled
+    called, spread = float(hits.sum() / truth.labelled.sum()), ratio_error(hits.sum(1), truth.labelled.sum(1))
+    logits, known = reading.values[truth.labelled], truth.labels[truth.labelled]
     return OfSteps(
         wrong=wrong,
         right=right,
@@ -237,11 +270,11 @@ def of_steps(reading: Reading, labels: Sequence[Sequence[float | None]]) -> OfSt
         right_passed=passed,
         f1=harmonic_of(found, passed) if both else UNKNOWN,
         f1_error=harmonic_error(found.mean, passed.mean, wrong, right) if both else float("nan"),
-        steps=int(labelled.sum()),
-        loss=float(F.binary_cross_entropy_with_logits(reading.values[labelled], truth[labelled])),
+        steps=len(known),
+        loss=float(F.binary_cross_entropy_with_logits(logits, known)),
         accuracy=share_of(called, len(labels)),
         accuracy_error=spread,
-        calibration=calibration(reading.probabilities[labelled], truth[labelled]),
+        calibration=calibration(logits.sigmoid(), known),
     )
 
 

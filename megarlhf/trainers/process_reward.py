@@ -26,6 +26,7 @@ from megarlhf.config.base import FreeToChange
 from megarlhf.data.judged_steps import WRONG_BELOW, StepData
 from megarlhf.data.rows import DataConfig
 from megarlhf.errors import ConfigError
+from megarlhf.eval.reward_model import Truth
 from megarlhf.models.readings import SequenceScores, StepScores
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.observe.metrics import Metrics
@@ -46,7 +47,7 @@ from megarlhf.trainers.couples import (
     take,
 )
 from megarlhf.trainers.judged import JudgedConfig, JudgedInputs, read_inputs
-from megarlhf.trainers.reward_measures import OF_STEPS, measure_steps
+from megarlhf.trainers.reward_measures import OF_FIRST_ERRORS, OF_STEPS, measure_steps
 from megarlhf.trainers.summary import as_estimate, as_share, plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
@@ -95,6 +96,14 @@ def prepare(cfg: ProcessRewardConfig) -> JudgedInputs:
     held = "set heldout_steps.source, heldout_pairs.source, or heldout.source for judged responses"
     check_measuring(cfg, logged(cfg) | {"reward/step_loss", "reward/step_accuracy"}, _measured(cfg), held)
     inputs = read_inputs(cfg)
+    if inputs.heldout_steps is not None and cfg.keep_best.removeprefix("-") in OF_FIRST_ERRORS:
+        truth = Truth.of(inputs.heldout_steps.labels)
+        if not truth.wrong or not truth.right:
+            raise ConfigError(
+                f"keep_best={cfg.keep_best} is not measured: of the solutions of heldout_steps whose first error is "
+                f"known {truth.wrong} have one and {truth.right} have none; hold out both kinds, or choose another "
+                "metric."
+            )
     joints = {name: data.joint for name, data in inputs.data.items() if isinstance(data, StepData)}
     if len(set(joints.values())) > 1:
         said = " and ".join(f"{name}.separator={joint!r}" for name, joint in joints.items())

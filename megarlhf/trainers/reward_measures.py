@@ -60,10 +60,12 @@ def measure_scores(role: Role, responses: LabelledResponses, *, heldout: bool) -
     return {**metrics, "reward/centre": metrics["reward/score_mean"]}
 
 
+OF_FIRST_ERRORS = ("reward/heldout_error_accuracy", "reward/heldout_correct_accuracy", "reward/heldout_first_error_f1")
+"""What `measure_steps` finds where there are solutions with an error that is known, and such without one."""
 OF_STEPS = (
     *("reward/heldout_labelled_steps", "reward/heldout_step_loss", "reward/heldout_step_accuracy"),
-    *("reward/heldout_step_calibration_error", "reward/heldout_error_accuracy", "reward/heldout_correct_accuracy"),
-    *("reward/heldout_first_error_f1", "reward/heldout_wrong_solutions", "reward/heldout_correct_solutions"),
+    *("reward/heldout_step_calibration_error", "reward/heldout_wrong_solutions", "reward/heldout_correct_solutions"),
+    *OF_FIRST_ERRORS,
 )
 """What `measure_steps` finds, beside standard errors."""
 

@@ -317,6 +317,18 @@ def test_one_model_of_steps_and_outcomes_is_no_worse_than_one_of_each(tmp_path: 
             r"steps are joined differently: steps.separator='. ' and heldout_steps.separator=' '; set both alike",
         ),
         (("eval_every=2",), "eval_every=2: nothing is held out to measure; set heldout_steps.source"),
+        (
+            (
+                *(
+                    "heldout_steps.arithmetic.rows=8",
+                    "heldout_steps.template=plain",
+                    "keep_best=-reward/heldout_first_error_f1",
+                ),
+                *("heldout_steps.arithmetic.mixture={right: 1, drop_last_step: 0, wrong_operation: 0, guess: 0}",),
+                *("eval_every=2", "save_every=2"),
+            ),
+            "first error is known 0 have one and 8 have none; hold out both kinds",
+        ),
         (("micro_batch=3",), "steps_batch / 2 [+] pairs_batch [+] labelled_batch / 2"),
     ],
 )
