@@ -161,7 +161,7 @@ SIGNATURES = {
     ),
     "GenerateConfig": (
         "seed layout compute micro_batch offload date timeout_s *model tokenizer prompt prompts sampling rollout "
-        "group_size output"
+        "n output pool"
     ),
     "LabelledData": (
         "source subset split columns template max_tokens control_tokens overlong bad_rows arithmetic programs "

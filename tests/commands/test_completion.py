@@ -67,7 +67,7 @@ def test_the_script_has_every_setting_and_every_choice(shell: str, written: dict
         ("ppo:tensorboard", ["true", "false"]),
         ("ppo:run_dir", ["FILES"]),
         ("sft:model", ["FILES"]),
-        ("grpo:judges.mine.kind", ["model", "rule", "function", "remote", "code_tests"]),
+        ("grpo:judges.mine.kind", ["model", "rule", "function", "remote", "code_tests", "process"]),
         ("ppo:kl_coef", []),
         ("eval pool:output", ["FILES"]),
     ):
