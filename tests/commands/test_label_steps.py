@@ -148,6 +148,6 @@ def test_what_cannot_be_labelled_is_refused_before_a_model_is_built(
     Path("rows.jsonl").write_text(json.dumps({**row, **changed}) + "\n")
     words = [] if changed else [change]
     given = ["model=tiny-xs", "tokenizer=arithmetic", "solutions.source=rows.jsonl", "output=out.jsonl"]
-    assert cli.main(["label_steps", *given, "separator=. ", "verifier=gsm8k", *words]) == 2
+    assert cli.main(["label_steps", *given, 'separator=". "', "verifier=gsm8k", *words]) == 2
     assert message in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
