@@ -58,7 +58,7 @@ class Beginnings:
     def prompts(self) -> Prompts:
         """To go on from: by its id each has random numbers of its own, whatever solutions are labelled beside it."""
         tokens, lengths = pad_right([each.tokens for each in self.of], self.solutions.pad_id)
-        ids = torch.tensor([_name(each.tokens) for each in self.of], dtype=torch.int64)
+        ids = torch.tensor([_name(each) for each in self.of], dtype=torch.int64)
         return Prompts(tokens, lengths, ids, tuple(each.answer for each in self.of))
 
     def whole(self, completed: Rollout, count: int) -> Rollout:
@@ -88,9 +88,9 @@ def beginnings(solution: Solution) -> list[Beginning]:
     return [Beginning(tokens, solution.answer) for tokens in solution.beginnings()]
 
 
-def _name(tokens: Sequence[int]) -> int:
-    """A number for a text, the same on every machine, so that it is gone on with by the same random numbers."""
-    digest = hashlib.sha256(np.asarray(tokens, dtype="<i8").tobytes()).digest()
+def _name(beginning: Beginning) -> int:
+    """A number for it, the same on every machine, so that it is gone on with by the same random numbers."""
+    digest = hashlib.sha256(np.asarray(beginning.tokens, dtype="<i8").tobytes() + beginning.answer.encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

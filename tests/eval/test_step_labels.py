@@ -11,7 +11,9 @@ import torch
 from megarlhf.batch.supervised import TokenBatch
 from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.commands.label_steps import LabelStepsConfig, prepare
+from megarlhf.data.row import Row
 from megarlhf.data.rows import pad_right
+from megarlhf.data.solutions import Solution, SolutionSet
 from megarlhf.eval.step_labels import Beginning, Beginnings, complete, shares
 from megarlhf.judges.texts import Opinion, Reader, Response
 from megarlhf.models.readings import LabelLogprobs
@@ -66,6 +68,15 @@ def drawn(output: Path) -> tuple[list[float], list[list[float]]]:
     last = torch.arange(1, tokens.shape[1]) == (lengths - 1)[:, None]
     logprobs = policy.score(TokenBatch(tokens, lengths, last)).sum(1)
     return logprobs.view(-1, len(ids)).exp().sum(1).tolist(), labels
+
+
+def test_what_is_drawn_depends_on_no_other_solution() -> None:
+    """Two problems that read alike and have two answers: each has random numbers of its own, in any company."""
+    rows = [Row("rows.jsonl", number, {}) for number in (1, 2)]
+    both = [Solution([1, 2], [3, 4, 5], [0, 2], ["3", "4 5"], answer) for answer in ("8", "9")]
+    ids = Beginnings.among(SolutionSet(both, rows, 0, dropped=0), [0, 1]).prompts.ids.tolist()
+    assert len(set(ids)) == 2
+    assert Beginnings.among(SolutionSet(both[1:], rows[1:], 0, dropped=0), [0]).prompts.ids.tolist() == [ids[1]]
 
 
 def test_labels_follow_the_probability_of_being_right(tmp_path: Path) -> None:
