@@ -7,7 +7,6 @@ judge alone that has judged them all.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from megarlhf.errors import ConfigError
 from megarlhf.eval.pool import SCORES, Pool, open_pool, score_file
 from megarlhf.eval.pool_scores import ADDED
 from megarlhf.judges import JudgeSettings
+from megarlhf.judges.checks import check_name
 from megarlhf.judges.function import FunctionConfig
-from megarlhf.judges.judge import NAME, Judge, Verdict
+from megarlhf.judges.judge import Judge, Verdict
 from megarlhf.judges.panel import Court, build_panel
 from megarlhf.judges.process_model import ProcessJudgeConfig
 from megarlhf.judges.reward_model import ScalarModelConfig
@@ -80,11 +80,7 @@ def prepare(cfg: PoolJudgesConfig) -> JudgeInputs:
     if not cfg.judges:
         raise ConfigError("no judge; name one, as in judges.answer.kind=rule judges.answer.rule=maths.")
     for name in cfg.judges:
-        if not re.fullmatch(NAME, name):
-            raise ConfigError(
-                f"judges.{name}: a judge's name is of small letters, digits and _, and begins with a letter; choose "
-                "another."
-            )
+        check_name(name)
     pool = open_pool(cfg.pool)
     check_directory(cfg.pool / SCORES, "pool")
     source, doubts = str(cfg.pool), []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megarlhf.errors import ConfigError
 from megarlhf.judges import JudgeSettings
@@ -24,13 +24,16 @@ def check_judges(judges: Mapping[str, JudgeSettings], reward_init: str) -> None:
     if reward_init and "reward" in judges:
         raise ConfigError("reward.init and judges.reward are two judges of one name; give one of the two.")
     for name in judges:
-        if name in _ROLES or not re.fullmatch(NAME, name):
-            raise ConfigError(
-                f"judges.{name}: a judge's name is of small letters, digits and _, begins with a letter, and is "
-                f"none of {', '.join(_ROLES)}; choose another."
-            )
+        check_name(name, _ROLES)
     if not reward_init and not any(judge.weight for judge in judges.values()):
         raise ConfigError("every judge has weight 0, so that all scores are 0; give one of them another weight.")
+
+
+def check_name(name: str, taken: Sequence[str] = ()) -> None:
+    """Raise ConfigError where a judge may not be called so; taken: names that mean something else there."""
+    if name in taken or not re.fullmatch(NAME, name):
+        form = f", begins with a letter, and is none of {', '.join(taken)}" if taken else ", and begins with a letter"
+        raise ConfigError(f"judges.{name}: a judge's name is of small letters, digits and _{form}; choose another.")
 
 
 def check_step_rewards(judges: Mapping[str, JudgeSettings], shaping: ShapingConfig, *, learnt: bool) -> None:
