@@ -19,7 +19,7 @@ from pydantic import Field
 from megarlhf.batch.rollouts import Rollout
 from megarlhf.checkpoint.model_directory import ModelDescription
 from megarlhf.commands.pool_files import PoolFiles, day_of, rounds_of
-from megarlhf.commands.row_file import DAY, RowFile, finite, output_file, who_reads
+from megarlhf.commands.row_file import RowFile, finite, output_file, who_draws, who_reads
 from megarlhf.data.prompts import PromptSet, load_prompts
 from megarlhf.data.row import Row
 from megarlhf.data.rows import DataConfig
@@ -144,16 +144,11 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
 
 def _decisive(cfg: GenerateConfig, data: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The settings that decide what is drawn, by name. The layout is none: it changes rounding at most."""
-    sampling = {f"sampling.{name}": value for name, value in cfg.sampling.model_dump(mode="json").items()}
     return {
         **who_reads(cfg.model, cfg.tokenizer),
         "prompts.template": data.rendering,
         "prompts.control_tokens": data.control_tokens,
-        **sampling,
-        "seed": cfg.seed,
-        "compute.dtype": cfg.compute.dtype,
-        "compute.fp8": cfg.compute.fp8,
-        **({} if tokenizer.date is None else {DAY: str(tokenizer.date)}),
+        **who_draws(cfg, cfg.sampling, tokenizer),
     }
 
 

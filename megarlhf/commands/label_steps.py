@@ -15,12 +15,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.commands.row_file import DAY, Done, RowFile, output_file, who_reads
-from megarlhf.data.arithmetic import STEP_SEPARATOR
+from megarlhf.commands.row_file import Done, RowFile, output_file, who_draws, who_reads
 from megarlhf.data.prompts import check_answered
-from megarlhf.data.rows import BUILT_IN, DataConfig
+from megarlhf.data.rows import DataConfig
 from megarlhf.data.solutions import SolutionSet, load_solutions
-from megarlhf.data.steps import PARAGRAPH
+from megarlhf.data.steps import usual_separator
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.eval.step_labels import Beginnings, complete, shares
@@ -109,8 +108,7 @@ def prepare(cfg: LabelStepsConfig) -> LabelStepsInputs:
     tokenizer = resolve_tokenizer(cfg.tokenizer, speaker, cfg.date or output.day())
     check_tokenizer(tokenizer, model.spec, "model")
     data = chosen_data(cfg.solutions, "solutions", speaker)
-    usual = STEP_SEPARATOR if data.source == BUILT_IN else PARAGRAPH
-    separator = chosen_separator(cfg.separator, usual, speaker)
+    separator = chosen_separator(cfg.separator, usual_separator({data.source}), speaker)
     verifier = chosen_verifier(cfg.verifier, data.source)
     if verifier is None:
         raise ConfigError(
@@ -120,9 +118,7 @@ def prepare(cfg: LabelStepsConfig) -> LabelStepsInputs:
         )
     solutions = load_solutions(data, separator, tokenizer)
     for row in solutions.rows:
-        for name in ADDED:
-            if name in row.columns:
-                raise row.fault(name, "the output adds a field of this name; rename or remove this one")
+        row.check_free(ADDED)
     if verifier not in UNANSWERED:
         check_answered(solutions.prompts, data.source, "no answer to check against")
     doubts = check_verified(solutions.prompts, verifier, data.source)
@@ -140,14 +136,10 @@ def _decisive(
         **who_reads(cfg.model, cfg.tokenizer),
         "solutions.template": data.rendering,
         "solutions.control_tokens": data.control_tokens,
-        **{f"sampling.{name}": value for name, value in cfg.sampling.model_dump(mode="json").items()},
         "separator": separator,
         "completions": cfg.completions,
         "verifier": verifier,
-        "seed": cfg.seed,
-        "compute.dtype": cfg.compute.dtype,
-        "compute.fp8": cfg.compute.fp8,
-        **({} if tokenizer.date is None else {DAY: str(tokenizer.date)}),
+        **who_draws(cfg, cfg.sampling, tokenizer),
     }
 
 

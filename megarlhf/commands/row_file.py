@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from megarlhf.data.row import Row
+from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.observe.files import opened, write_whole, writing
+from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.runtime.outputs import check_parent, check_room
+from megarlhf.runtime.settings import RanksConfig
 
 CONTENT = ("*.safetensors", "*.distcp", "*.pt", ".metadata", "*.json", "*.jinja", "*.model")
 """Files of a model's or a tokenizer's directory that decide what it says."""
@@ -34,6 +37,20 @@ BLOCKS, BLOCK = 64, 1 << 16
 def who_reads(model: str, tokenizer: str) -> dict[str, Any]:
     """The settings that decide what a model and its tokenizer make of a row: their directories, and what is in them."""
     return {**place_of("model", model), **place_of("tokenizer", tokenizer)}
+
+
+def who_draws(cfg: RanksConfig, sampling: SamplingConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The settings that decide how responses are drawn. The layout is none: it changes rounding at most."""
+    return {
+        **{f"sampling.{name}": value for name, value in sampling.model_dump(mode="json").items()},
+        **numbers_of(cfg),
+        **({} if tokenizer.date is None else {DAY: str(tokenizer.date)}),
+    }
+
+
+def numbers_of(cfg: RanksConfig) -> dict[str, Any]:
+    """The settings that decide which numbers a model makes, beside its weights."""
+    return {"seed": cfg.seed, "compute.dtype": cfg.compute.dtype, "compute.fp8": cfg.compute.fp8}
 
 
 def place_of(setting: str, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from megarlhf.checkpoint.model_directory import ModelDescription
-from megarlhf.commands.row_file import DAY, RowFile, finite, output_file, who_reads
+from megarlhf.commands.row_file import DAY, RowFile, finite, numbers_of, output_file, who_reads
 from megarlhf.config import Config
 from megarlhf.data.score_rows import ScoreSet, load_score_rows
 from megarlhf.data.tokenizer import ControlTokens, Template, Tokenizer
@@ -97,9 +97,7 @@ class ScoreConfig(RanksConfig):
             "prompts.template": self.prompts.template or own or "chat",
             "prompts.control_tokens": self.prompts.control_tokens,
             "sampling.temperature": self.sampling.temperature,
-            "seed": self.seed,
-            "compute.dtype": self.compute.dtype,
-            "compute.fp8": self.compute.fp8,
+            **numbers_of(self),
         }
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch.supervised import JudgedSteps
-from megarlhf.data.arithmetic import STEP_SEPARATOR, step_rows
+from megarlhf.data.arithmetic import step_rows
 from megarlhf.data.columns import Columns
 from megarlhf.data.row import Row
-from megarlhf.data.rows import BUILT_IN, HERE, DataConfig, Origin, pad_right, read_rows, within_limit
+from megarlhf.data.rows import HERE, DataConfig, Origin, TokenSet, pad_right, read_rows, within_limit
 from megarlhf.data.step_shapes import step_shapes
-from megarlhf.data.steps import PARAGRAPH, check_own_ends, stepped
+from megarlhf.data.steps import check_own_ends, stepped, usual_separator
 from megarlhf.data.tokenizer import Tokenizer
 
 WRONG_BELOW = 0.5
@@ -52,11 +52,11 @@ class StepData(DataConfig):
     def joint(self) -> str:
         """What joins the steps."""
         sources = {part.source for part in self.mix.values()} or {self.source}
-        return self.separator or (STEP_SEPARATOR if sources == {BUILT_IN} else PARAGRAPH)
+        return self.separator or usual_separator(sources)
 
 
 @dataclass(frozen=True)
-class StepSet:
+class StepSet(TokenSet):
     """Tokenised responses, each with its prompt and EOS, where their steps end, and what those are worth."""
 
     tokens: Sequence[Sequence[int]]
@@ -68,19 +68,6 @@ class StepSet:
     dropped: int
     """Rows left out because they were over the limit."""
     origin: Origin = HERE
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(map(len, self.tokens))
-
-    @property
-    def count(self) -> int:
-        """Tokens of all sequences."""
-        return sum(map(len, self.tokens))
 
     @property
     def example(self) -> dict[str, Sequence[int]]:

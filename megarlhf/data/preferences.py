@@ -20,7 +20,7 @@ from megarlhf.batch.supervised import LabelledResponses, PreferencePairs
 from megarlhf.data.arithmetic import labelled_rows, preference_rows
 from megarlhf.data.columns import Columns
 from megarlhf.data.row import Row
-from megarlhf.data.rows import HERE, DataConfig, Origin, pad_right, read_rows, within_limit
+from megarlhf.data.rows import HERE, DataConfig, Origin, TokenSet, pad_right, read_rows, within_limit
 from megarlhf.data.shapes import JUDGED, PAIRS
 from megarlhf.data.tokenizer import Template, Tokenizer
 
@@ -81,7 +81,7 @@ class PreferenceSet:
 
 
 @dataclass(frozen=True)
-class LabelledSet:
+class LabelledSet(TokenSet):
     """Tokenised responses, each with its prompt and EOS, and how correct they are."""
 
     prompt_lengths: Sequence[int]
@@ -92,19 +92,6 @@ class LabelledSet:
     dropped: int
     """Rows left out because they were over the limit."""
     origin: Origin = HERE
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(map(len, self.tokens))
-
-    @property
-    def count(self) -> int:
-        """Tokens of all sequences."""
-        return sum(map(len, self.tokens))
 
     @property
     def example(self) -> dict[str, Sequence[int]]:

@@ -16,7 +16,7 @@ from megarlhf.data.arithmetic import prompt_rows
 from megarlhf.data.columns import Columns
 from megarlhf.data.reasoning_gym import is_task
 from megarlhf.data.row import Row
-from megarlhf.data.rows import HERE, DataConfig, Origin, pad_right, read_rows, within_limit
+from megarlhf.data.rows import HERE, DataConfig, Origin, TokenSet, pad_right, read_rows, within_limit
 from megarlhf.data.shapes import PROMPTS, as_text
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError, DataError
@@ -25,7 +25,7 @@ COLUMNS = Columns("prompts", ("prompt", "answer"), PROMPTS)
 
 
 @dataclass(frozen=True)
-class PromptSet:
+class PromptSet(TokenSet):
     """Tokenised prompts of a data set."""
 
     tokens: Sequence[Sequence[int]]
@@ -39,19 +39,6 @@ class PromptSet:
     columns: Sequence[Mapping[str, Any]]
     """The rows as the data has them, `prompt` among them: text, or a conversation."""
     origin: Origin = HERE
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(map(len, self.tokens))
-
-    @property
-    def count(self) -> int:
-        """Tokens of all prompts."""
-        return sum(map(len, self.tokens))
 
     @property
     def example(self) -> dict[str, Sequence[int]]:

@@ -44,6 +44,12 @@ class Row:
         remedy = f"; {hint}" if hint else f", it needs {needed} there"
         return self.fault(column, f"missing; the row has {sorted(self.columns)}{remedy}")
 
+    def check_free(self, names: Sequence[str]) -> None:
+        """Raise DataError where the row has a column by one of these names, which an output adds."""
+        for name in names:
+            if name in self.columns:
+                raise self.fault(name, "the output adds a field of this name; rename or remove this one")
+
     def text(self, column: str) -> str:
         """The column as text that is not blank.
 

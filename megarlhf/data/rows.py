@@ -324,6 +324,25 @@ def shares(rows: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, i
     return {name: max(rows[name], round(weights[name] * longest)) for name in rows}
 
 
+class TokenSet:
+    """Rows that are a sequence of tokens each."""
+
+    tokens: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.tokens))
+
+    @property
+    def count(self) -> int:
+        """Tokens of all rows."""
+        return sum(map(len, self.tokens))
+
+
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token rows as one tensor, as wide as the longest, and their lengths.
 

@@ -52,9 +52,7 @@ class ScoreSet:
         Raises:   DataError naming file, row and column of the first bad row.
         """
         for row in self.rows:
-            for name in added:
-                if name in row.columns:
-                    raise row.fault(name, "the output adds a field of this name; rename or remove this one")
+            row.check_free(added)
             ((read, _),), ids = self._encoded(row)
             if not 0 < read < len(ids):
                 counts = f"it has {read} and {len(ids) - read}"

@@ -9,15 +9,22 @@ token, EOS or where it was cut.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate, pairwise
 
 from megarlhf.batch.rollouts import Rollout
+from megarlhf.data.arithmetic import STEP_SEPARATOR
 from megarlhf.data.row import Row
+from megarlhf.data.rows import BUILT_IN
 from megarlhf.data.tokenizer import Tokenizer
 
 PARAGRAPH = "\n\n"
 """What parts steps in most public data."""
+
+
+def usual_separator(sources: Collection[str]) -> str:
+    """What parts the steps of rows from these sources, where nobody says otherwise."""
+    return STEP_SEPARATOR if set(sources) == {BUILT_IN} else PARAGRAPH
 
 
 def step_ends(ids: Sequence[int], separator: str, tokenizer: Tokenizer) -> list[int]:
@@ -34,7 +41,7 @@ def step_ends(ids: Sequence[int], separator: str, tokenizer: Tokenizer) -> list[
     ends = [start + len(step) for start, step in zip(starts, closed, strict=False) if step.strip()]
     if not last.strip():
         ends = ends[:-1]
-    return _distinct([*tokens_at(ids, ends, tokenizer), len(ids) - 1])
+    return list(dict.fromkeys([*tokens_at(ids, ends, tokenizer), len(ids) - 1]))
 
 
 def ends_in(rollout: Rollout, separator: str, tokenizer: Tokenizer) -> list[list[int]]:
@@ -105,7 +112,3 @@ def tokens_at_ref(ids: Sequence[int], places: Sequence[int], tokenizer: Tokenize
             + bisect_left(range(first + 1, len(ids)), True, key=lambda n: tokenizer.decode(ids[:n]).startswith(wanted))
         )
     return found
-
-
-def _distinct(ends: Sequence[int]) -> list[int]:
-    return list(dict.fromkeys(ends))
