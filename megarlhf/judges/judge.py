@@ -39,6 +39,8 @@ class Verdict:
     """Whether each response could not be judged as meant; of a judge that cannot fail so, nothing."""
     steps: Sequence[Sequence[float]] = ()
     """What each step of each response is worth, in order; of a judge of whole responses, nothing."""
+    earned: Sequence[Sequence[float]] = ()
+    """What each step earned, where steps earn; elsewhere what it is worth."""
 
     @property
     def scores(self) -> Tensor:
@@ -53,6 +55,7 @@ class Verdict:
             [self.correct[row] for row in chosen] if self.correct else (),
             [self.failed[row] for row in chosen] if self.failed else (),
             [self.steps[row] for row in chosen] if self.steps else (),
+            [self.earned[row] for row in chosen] if self.earned else (),
         )
 
 
@@ -68,6 +71,7 @@ def joined_verdicts(parts: Sequence[Verdict]) -> Verdict:
         [right for part in parts for right in part.correct],
         [failed for part in parts for failed in part.failed],
         [steps for part in parts for steps in part.steps],
+        [earned for part in parts for earned in part.earned],
     )
 
 

@@ -109,9 +109,9 @@ class ProcessJudge:
         values, at = self.role.score(SteppedResponses(rollout.tokens, rollout.lengths, ends)), ends[:, 1:]
         if self.cfg.value == "probability":
             values = torch.where(at, values.sigmoid(), 0.0)
-        said = values.cpu()
-        steps = [[float(said[row, end - 1]) for end in own] for row, own in enumerate(found)]
-        return Verdict(self._earned(values, at, rollout), steps=steps)
+        scores = self._earned(values, at, rollout)
+        earned = _by_step(scores if self.cfg.by_step else values, found)
+        return Verdict(scores, steps=_by_step(values, found), earned=earned)
 
     def _earned(self, values: Tensor, ends: Tensor, rollout: Rollout) -> Tensor:
         """[B, T], of what steps are worth where they end."""
@@ -137,6 +137,12 @@ def rewarding_steps(judges: Mapping[str, JudgeConfig]) -> dict[str, ProcessJudge
     """Those of the judges that count and reward other tokens than the last, by name."""
     found = {name: judge for name, judge in judges.items() if isinstance(judge, ProcessJudgeConfig)}
     return {name: judge for name, judge in found.items() if judge.weight and judge.by_step}
+
+
+def _by_step(values: Tensor, ends: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Of [B, T], whose index t is about token t + 1: those of the last tokens of each row's steps."""
+    values = values.cpu()
+    return [[float(values[row, end - 1]) for end in own] for row, own in enumerate(ends)]
 
 
 def _marked(places: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:

@@ -309,16 +309,19 @@ _JUDGING = Metric("s", "wall time in which the judge was waited for", "rank 0")
 
 FIRST_STEPS = 4
 """So many have a share of their own."""
+_EARNED = "r what a step earned, by sum or soft_min; by other rewards, what it is worth"
 _SHARE = "over the steps of all rollouts learnt from"
 OF_STEPS = {
     "per_response": Metric("steps", "steps of a response", _LEARNT),
     "tokens": Metric("tokens", "response tokens / steps", "each summed over the rollouts learnt from"),
     **{
-        f"share_{at + 1}": Metric("fraction", f"sum of |value| of steps {at + 1} / sum of |value| of all steps", _SHARE)
+        f"share_{at + 1}": Metric(
+            "fraction", f"sum of |r| of steps {at + 1} / sum of |r| of all steps, {_EARNED}", _SHARE
+        )
         for at in range(FIRST_STEPS)
     },
     "share_later": Metric(
-        "fraction", f"sum of |value| of the steps after {FIRST_STEPS} / sum of |value| of all steps", _SHARE
+        "fraction", f"sum of |r| of the steps after {FIRST_STEPS} / sum of |r| of all steps, {_EARNED}", _SHARE
     ),
 }
 """Of each judge of steps, as steps/NAME_per_response."""

@@ -69,7 +69,7 @@ def length_metrics(rollout: Rollout) -> Metrics:
 
 
 def step_metrics(judgement: Judgement, rollout: Rollout) -> Metrics:
-    """Of each judge of steps: how many and how long they are, and at which of them its scores stand.
+    """Of each judge of steps: how many and how long they are, and which of them earn.
 
     A policy that is rewarded by steps may make more of them, or fewer and longer ones, rather than better ones.
     """
@@ -77,7 +77,7 @@ def step_metrics(judgement: Judgement, rollout: Rollout) -> Metrics:
     for name, verdict in judgement.verdicts.items():
         if not verdict.steps:
             continue
-        sizes = [[abs(value) for value in steps] for steps in verdict.steps]
+        sizes = [[abs(value) for value in earned] for earned in verdict.earned]
         count, total = sum(map(len, sizes)), sum(map(sum, sizes))
         shares = {f"share_{at + 1}": sum(each[at] for each in sizes if len(each) > at) for at in range(FIRST_STEPS)}
         shares["share_later"] = sum(sum(each[FIRST_STEPS:]) for each in sizes)

@@ -155,6 +155,8 @@ def test_what_is_earned_by_hand(folder: str) -> None:
             got = said[f"by_{how}"].token_scores[row]
             assert got[ends].tolist() == pytest.approx(earned, rel=1e-4, abs=1e-7), how
             assert got.sum().item() == pytest.approx(sum(earned), rel=1e-4)
+            own = earned if how in ("sum", "soft_min") else values
+            assert said[f"by_{how}"].earned[row] == pytest.approx(own, rel=1e-4, abs=1e-7), how
 
 
 def test_no_product_of_numbers_below_0() -> None:
@@ -167,10 +169,14 @@ def test_no_product_of_numbers_below_0() -> None:
 
 
 def test_verdicts_are_joined_and_chosen_with_their_steps() -> None:
-    first, second = (Verdict(torch.ones(2, 3) * at, steps=[[at], [at, 2.0]]) for at in (0.5, 0.7))
+    first, second = (
+        Verdict(torch.ones(2, 3) * at, steps=[[at], [at, 2.0]], earned=[[-at], [1.0, -at]]) for at in (0.5, 0.7)
+    )
     both = joined_verdicts([first, second])
     assert both.steps == [[0.5], [0.5, 2.0], [0.7], [0.7, 2.0]]
+    assert both.earned == [[-0.5], [1.0, -0.5], [-0.7], [1.0, -0.7]]
     assert both.rows([3, 0]).steps == [[0.7, 2.0], [0.5]]
+    assert both.rows([3, 0]).earned == [[1.0, -0.7], [-0.5]]
 
 
 def learnt_from(name: str, where: str, folder: str) -> dict[str, Tensor]:

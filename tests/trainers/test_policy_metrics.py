@@ -37,7 +37,7 @@ def test_the_distance_to_the_reference_by_hand(estimator: Estimator, paid: float
 
 
 def test_steps_are_counted_and_their_scores_placed() -> None:
-    """By hand: five steps and one, of 12 and 4 tokens; sizes 1, 2, 3, 4, 5 and 5, of 20 in all."""
+    """By hand: five steps and one, of 12 and 4 tokens; earned 1, 2, 3, 4, 5 and 5 in size, of 20 in all."""
     rollout = Rollout(
         tokens=torch.ones(2, 15, dtype=torch.int64),
         prompt_lengths=torch.tensor([3, 2]),
@@ -48,7 +48,8 @@ def test_steps_are_counted_and_their_scores_placed() -> None:
         answers=("", ""),
     )
     nothing = torch.zeros(2, 14)
-    steps = Verdict(nothing, steps=[[-1.0, 2.0, 3.0, -4.0, 5.0], [5.0]])
+    earned = [[-1.0, 2.0, 3.0, -4.0, 5.0], [5.0]]
+    steps = Verdict(nothing, steps=[[9.0] * 5, [9.0]], earned=earned)
     judgement = Judgement(nothing, {"steps": steps, "rule": Verdict(nothing)}, (None, None), {})
     found = step_metrics(judgement, rollout)
     check(found)
@@ -63,7 +64,9 @@ def test_steps_are_counted_and_their_scores_placed() -> None:
             "steps/steps_share_later": 0.25,
         }
     )
-    worthless = Judgement(nothing, {"a": Verdict(nothing, steps=[[0.0], [0.0]])}, (None, None), {})
+    worthless = Judgement(
+        nothing, {"a": Verdict(nothing, steps=[[0.0], [0.0]], earned=[[0.0], [0.0]])}, (None, None), {}
+    )
     assert step_metrics(worthless, rollout)["steps/a_share_1"] == 0.0
 
 
