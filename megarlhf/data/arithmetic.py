@@ -203,12 +203,14 @@ def solution_rows(config: ArithmeticConfig, split: Split) -> list[dict]:
 
 def step_rows(config: ArithmeticConfig, split: Split) -> list[dict]:
     """Rows {prompt, steps, labels}: one demonstration of each problem, 1 for a step after which it is right so far."""
-    rows = []
-    for problem, said in _demonstrated(config, split, 1):
-        steps, right = said[0].split(STEP_SEPARATOR), problem.solution().split(STEP_SEPARATOR)
-        labels = [float(steps[: count + 1] == right[: count + 1]) for count in range(len(steps))]
-        rows.append({"prompt": problem.text, "steps": steps, "labels": labels})
-    return rows
+    return [judged_steps(problem, said[0]) for problem, said in _demonstrated(config, split, 1)]
+
+
+def judged_steps(problem: Problem, response: str) -> dict:
+    """The row {prompt, steps, labels} of a response to `problem`, 1 for a step after which it is right so far."""
+    steps, right = response.split(STEP_SEPARATOR), problem.solution().split(STEP_SEPARATOR)
+    labels = [float(steps[: count + 1] == right[: count + 1]) for count in range(len(steps))]
+    return {"prompt": problem.text, "steps": steps, "labels": labels}
 
 
 def preference_rows(config: ArithmeticConfig, split: Split) -> list[dict]:

@@ -15,8 +15,9 @@ from megarlhf.data.prompts import PromptSet, answer_of
 from megarlhf.data.row import Row
 from megarlhf.data.rows import HERE, DataConfig, Origin, read_rows, within_limit
 from megarlhf.data.shapes import Shape
-from megarlhf.data.steps import check_own_ends, stepped
+from megarlhf.data.steps import check_own_ends, parted, stepped
 from megarlhf.data.tokenizer import Tokenizer
+from megarlhf.errors import DataError
 
 SHAPES = (
     Shape("prompt, steps", ("prompt", "steps"), own=True),
@@ -94,7 +95,8 @@ class SolutionSet:
 def load_solutions(config: DataConfig, separator: str, tokenizer: Tokenizer) -> SolutionSet:
     """Read, check and tokenise solutions.
 
-    Raises:   DataError for a missing or empty source, a bad row (file, row, column), or rows over the limit.
+    Raises:   DataError for a missing or empty source, a bad row (file, row, column), rows over the limit, or a
+              separator that parts no response.
     """
     tokenizer = tokenizer.taking(config.control_tokens)
 
@@ -107,6 +109,12 @@ def load_solutions(config: DataConfig, separator: str, tokenizer: Tokenizer) -> 
     loaded = read_rows(config, solution_rows, COLUMNS, read)
     kept = within_limit(config, loaded, [len(each.prompt) + len(each.response) for each in loaded.values])
     solutions = [loaded.values[index] for index in kept.indices]
+    given = any(loaded.rows[index].columns.get("steps") is not None for index in kept.indices)
+    if not given and max(len(each.steps) for each in solutions) == 1:
+        raise DataError(
+            f"separator={separator!r} is in none of the {len(solutions):,} responses of {config.named}, so that each "
+            f"would be one step; say what parts their steps: on a command line separator='\". \"' for sentences."
+        )
     rows = [
         replace(loaded.rows[index], columns={**loaded.rows[index].columns, "steps": list(loaded.values[index].steps)})
         for index in kept.indices
@@ -118,7 +126,7 @@ def steps_of(row: Row, separator: str) -> list[str]:
     """The column steps, or response in pieces. Raises DataError where a step is no text, or blank, or there is none."""
     if row.columns.get("steps") is not None:
         return row.texts("steps")
-    pieces = [piece for piece in row.text("response").split(separator) if piece.strip()]
+    pieces = parted(row.text("response"), separator)
     if not pieces:
         raise row.fault("response", f"nothing but {separator!r}, which parts steps; write a step or remove the row")
     return pieces

@@ -53,10 +53,17 @@ def ends_in(rollout: Rollout, separator: str, tokenizer: Tokenizer) -> list[list
 def stepped(row: Row, steps: Sequence[str], separator: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids of a row's steps joined by the separator, EOS in, and the last token of each step in them.
 
-    Raises:   DataError naming file, row and column where the tokenizer changes the text: ends are counted in its
-              characters.
+    Raises:   DataError naming file, row and column where the row has its response too, and that is another text; or
+              where the tokenizer changes the text: ends are counted in its characters.
     """
-    text = separator.join(steps)
+    text, whole = separator.join(steps), row.columns.get("response")
+    apart = row.kind.said("steps") != row.kind.said("response")  # steps that a form marks inside of its response
+    if apart and isinstance(whole, str) and whole != text and parted(whole, separator) != list(steps):
+        raise row.fault(
+            "steps",
+            f"joined by separator={separator!r} they are not the row's response {whole!r:.60}, and that is what a "
+            "model would read later; set the separator that the steps were parted by, or remove the column response",
+        )
     ids = row.encoded("steps", lambda: tokenizer.encode_response(text))
     if tokenizer.decode(ids) != text:
         raise row.fault(
@@ -65,6 +72,11 @@ def stepped(row: Row, steps: Sequence[str], separator: str, tokenizer: Tokenizer
             "that it knows, remove white space, or remove the row",
         )
     return ids, given_ends(ids, steps, separator, tokenizer)
+
+
+def parted(response: str, separator: str) -> list[str]:
+    """The steps of a response; a piece of white space alone is none."""
+    return [piece for piece in response.split(separator) if piece.strip()]
 
 
 def check_own_ends(

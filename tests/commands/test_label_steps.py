@@ -15,8 +15,10 @@ from megarlhf import cli
 from megarlhf.batch.rollouts import Prompts
 from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.commands import label_steps
-from megarlhf.commands.label_steps import LabelStepsConfig
+from megarlhf.commands.label_steps import LabelStepsConfig, prepare
+from megarlhf.data.rows import DataConfig
 from megarlhf.data.texts import response_texts
+from megarlhf.errors import DataError
 from megarlhf.eval.step_labels import Beginning, Beginnings
 from megarlhf.judges.verifiers import verify
 from megarlhf.models.readings import LabelLogprobs
@@ -120,6 +122,19 @@ def test_steps_that_are_given_are_taken_as_they_are(tmp_path: Path) -> None:
         ParallelLayout(), tmp_path / "one.jsonl", solutions={"source": str(source), "template": "plain"}, separator=". "
     )
     assert "cost: no solution has more than one step" in said
+
+
+def test_a_separator_that_parts_nothing_is_refused(tmp_path: Path) -> None:
+    """Every solution would be one step, and what was labelled an outcome; the remedy that is named works."""
+    row = {"prompt": "Tom has 5 apples.", "answer": "8", "response": "5 + 3 = 8. The answer is 8."}
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    cfg = {**GIVEN, "output": tmp_path / "out.jsonl"}
+    solutions = DataConfig(source=str(source), template="plain")
+    with pytest.raises(DataError, match=r"'\\n\\n' is in none of the 1 responses of .*rows.jsonl.*separator='\"\. \"'"):
+        prepare(LabelStepsConfig.model_validate({**cfg, "solutions": solutions}))
+    parted = LabelStepsConfig.model_validate({**cfg, "solutions": solutions, "separator": ". "})
+    assert prepare(parted).solutions.solutions[0].steps == ["5 + 3 = 8", "The answer is 8."]
 
 
 REFUSED = {

@@ -345,6 +345,19 @@ def test_a_text_that_the_tokenizer_changes_is_refused(tmp_path: Path) -> None:
     assert len(load_steps(config, known).ends[0]) == 2
 
 
+def test_steps_that_joined_are_not_the_response_are_refused(tmp_path: Path) -> None:
+    """A model that learnt with a separator of no response would take each response for one step."""
+    row = {"prompt": "Tom has 5 apples.", "steps": ["5 + 3 = 8", "The answer is 8."], "labels": [1, 1]}
+    known = build_tiny_tokenizer(words())
+    for response in ("5 + 3 = 8. The answer is 8.", "5 + 3 = 8. . The answer is 8."):
+        source = written(tmp_path / "rows.jsonl", {**row, "response": response})
+        assert len(load_steps(StepData(source=source, template="plain", separator=". "), known)) == 1
+        with pytest.raises(
+            DataError, match=r"row 1, column 'steps': joined by separator='\\n\\n' they are not the row's"
+        ):
+            load_steps(StepData(source=source, template="plain"), known)
+
+
 def test_a_form_is_chosen_by_its_columns(tmp_path: Path) -> None:
     """Two that fit are refused, and the library's own comes first."""
     both = {**BENCH, "input": f"{STEP} ки"}
