@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarlhf.data.arithmetic import (
+    STEP_SEPARATOR,
     ArithmeticConfig,
     Mistake,
     Problem,
@@ -56,6 +58,7 @@ pool, and the responses to each in it."""
 SIZES = (1, 4, 16, 64)
 """Of so many the best is chosen."""
 WORDS = re.compile(r"\w+|[^\w\s]")
+SEPARATOR = shlex.quote(f'"{STEP_SEPARATOR}"')
 SAMPLING = "sampling.max_new_tokens=48 sampling.temperature=1"
 REWARD = "epochs=4 micro_batch=16 optim.lr=1e-3 optim.schedule=cosine optim.warmup_steps=20 optim.eps=1e-8"
 PPO = (
@@ -87,8 +90,8 @@ def main() -> int:
         make_data(directory, seed)
         for made, command in commands(seed, args.ranks):
             if not (directory / made).exists():
-                words = command.split()
-                print(f"\nseed {seed}: megarlhf {' '.join(words)}", flush=True)
+                words = shlex.split(command)
+                print(f"\nseed {seed}: megarlhf {shlex.join(words)}", flush=True)
                 subprocess.run([sys.executable, "-m", "megarlhf.cli", *words], cwd=directory, check=True)
         found.append(measured(directory))
     for table in tables(found):
@@ -107,10 +110,11 @@ def commands(seed: int, ranks: int) -> Iterator[tuple[str, str]]:
         epochs=2 global_batch=64 micro_batch=32 optim.lr=2e-3 optim.min_lr=1e-4 optim.schedule=cosine
         optim.warmup_steps=30 optim.eps=1e-8 {common}"""
     label = f"""label_steps model=sft solutions.source=taught.jsonl verifier=arithmetic output=steps.jsonl
-        {SAMPLING} {common}"""
+        separator={SEPARATOR} {SAMPLING} {common}"""
     outcome = f"""reward run_dir=outcome model=sft labelled.source=taught.jsonl labelled_batch=64
         normalise=standardise {REWARD} {common}"""
-    process = f"process_reward run_dir=process model=sft steps.source=steps.jsonl steps_batch=64 {REWARD} {common}"
+    process = f"""process_reward run_dir=process model=sft steps.source=steps.jsonl steps.separator={SEPARATOR}
+        steps_batch=64 {REWARD} {common}"""
     judges = """judges.outcome.kind=model judges.outcome.init=outcome
         judges.process.kind=process judges.process.init=process"""
     yield "sft/model", sft

@@ -9,15 +9,22 @@ import json
 
 from megarlhf.commands.convert import ConvertConfig
 from megarlhf.commands.evaluate import EvalConfig
+from megarlhf.commands.evaluate_pool import EvalPoolConfig
+from megarlhf.commands.evaluate_reward import EvalRewardConfig
 from megarlhf.commands.generate import GenerateConfig
+from megarlhf.commands.judge import PoolJudgesConfig
+from megarlhf.commands.label_steps import LabelStepsConfig
+from megarlhf.commands.rows import RowsConfig
 from megarlhf.commands.score import ScoreConfig
 from megarlhf.commands.table import COMMANDS, Command, program
 from megarlhf.config import Config, load_config
+from megarlhf.data.judged_steps import StepData
 from megarlhf.data.preferences import LabelledData
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.sft import SftData
 from megarlhf.errors import DONE, STOPPED, MegarlhfError, RunFinished, RunStopped, TrainingError, complain
 from megarlhf.judges.function import FunctionConfig
+from megarlhf.judges.process_model import ProcessJudgeConfig
 from megarlhf.judges.rules import RuleConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.parallel.layout import ParallelLayout
@@ -27,6 +34,7 @@ from megarlhf.trainers.dpo import DPOConfig
 from megarlhf.trainers.grpo import GRPOConfig
 from megarlhf.trainers.policy_config import FrozenConfig, LearnerConfig
 from megarlhf.trainers.ppo import PPOConfig
+from megarlhf.trainers.process_reward import ProcessRewardConfig
 from megarlhf.trainers.reward import RewardConfig
 from megarlhf.trainers.sft import SftConfig
 
@@ -35,22 +43,30 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "EvalConfig",
+    "EvalPoolConfig",
+    "EvalRewardConfig",
     "FrozenConfig",
     "FunctionConfig",
     "GRPOConfig",
     "GenerateConfig",
+    "LabelStepsConfig",
     "LabelledData",
     "LearnerConfig",
     "MegarlhfError",
     "OptimConfig",
     "PPOConfig",
     "ParallelLayout",
+    "PoolJudgesConfig",
+    "ProcessJudgeConfig",
+    "ProcessRewardConfig",
     "RewardConfig",
+    "RowsConfig",
     "RuleConfig",
     "SamplingConfig",
     "ScoreConfig",
     "SftConfig",
     "SftData",
+    "StepData",
     "load_config",
     "run",
 ]

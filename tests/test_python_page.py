@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import shlex
@@ -52,13 +53,15 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_every_stage_leaves_what_the_page_says(ran: tuple[Path, str]) -> None:
     folder, said = ran
-    for run in ("sft", "reward", "ppo", "grpo", "dpo", "again", "two"):
+    for run in ("sft", "reward", "ppo", "grpo", "dpo", "process", "again", "two"):
         assert (folder / "runs" / run / "model" / "model.json").is_file(), run
     assert said.splitlines()[0] == "runs/sft/model"
     for file, rows in (("judged.jsonl", 32), ("said.jsonl", 16), ("scored.jsonl", 16)):
         assert len((folder / file).read_text().splitlines()) == rows
     assert (folder / "ppo-hf" / "model.safetensors").is_file()
     assert "verify: largest gap" in said
+    assert json.loads((folder / "worth.json").read_text())["steps"]["f1"].keys() >= {"mean", "low", "high"}
+    assert {point["way"] for point in json.loads((folder / "best.json").read_text())["points"]} >= {"steps (min)"}
 
 
 def test_the_command_line_that_is_kept_makes_the_same_settings(
@@ -74,7 +77,7 @@ def test_the_command_line_that_is_kept_makes_the_same_settings(
 
 
 def test_a_stage_takes_about_ten_lines() -> None:
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 12
     lines = [sum(bool(line) for line in block.splitlines()) for block in BLOCKS]
     assert max(lines) <= 14  # with a function of one's own
     assert sum(lines) / len(lines) <= 10
@@ -149,6 +152,10 @@ SIGNATURES = {
         "seed layout compute micro_batch offload date timeout_s model reward tokenizer prompts sampling rollout "
         "verifier code_tests output"
     ),
+    "EvalPoolConfig": "*pool *gold proxy output seed",
+    "EvalRewardConfig": (
+        "seed layout compute micro_batch offload date timeout_s *model tokenizer pairs labelled steps separator output"
+    ),
     "FrozenConfig": "init",
     "FunctionConfig": "weight *kind *function",
     "GRPOConfig": (
@@ -162,6 +169,10 @@ SIGNATURES = {
     "GenerateConfig": (
         "seed layout compute micro_batch offload date timeout_s *model tokenizer prompt prompts sampling rollout "
         "n output pool"
+    ),
+    "LabelStepsConfig": (
+        "seed layout compute micro_batch offload date timeout_s *model tokenizer solutions separator completions "
+        "sampling rollout verifier *output"
     ),
     "LabelledData": (
         "source subset split columns template max_tokens control_tokens overlong bad_rows arithmetic programs "
@@ -178,11 +189,19 @@ SIGNATURES = {
         "exact_kl_every critic ppo_epochs value_warmup_iterations gamma gae_lambda value_clip_range"
     ),
     "ParallelLayout": "tensor pipeline data sequence_parallel virtual_pipeline",
+    "PoolJudgesConfig": "seed layout compute micro_batch offload date timeout_s *pool judges",
+    "ProcessJudgeConfig": "weight *init *kind separator value reward",
+    "ProcessRewardConfig": (
+        "seed layout compute micro_batch offload date timeout_s *run_dir resume save_every keep_last keep_every "
+        "keep_best save_before max_skipped_steps tensorboard wandb model tokenizer pairs labelled heldout "
+        "pointwise_weight pairs_batch labelled_batch normalise optim epochs steps heldout_steps steps_batch step_weight"
+    ),
     "RewardConfig": (
         "seed layout compute micro_batch offload date timeout_s *run_dir resume save_every keep_last keep_every "
         "keep_best save_before max_skipped_steps tensorboard wandb model tokenizer pairs labelled heldout "
         "pointwise_weight pairs_batch labelled_batch normalise optim epochs"
     ),
+    "RowsConfig": "*pool *kind *by steps *output prompts responses most margin seed",
     "RuleConfig": "weight right wrong *kind *rule ignore_case pattern least most unit",
     "SamplingConfig": "temperature top_k top_p max_new_tokens",
     "ScoreConfig": (
@@ -195,6 +214,10 @@ SIGNATURES = {
     "SftData": (
         "source subset split columns template max_tokens control_tokens overlong bad_rows arithmetic programs "
         "reasoning_gym supervise"
+    ),
+    "StepData": (
+        "source subset split columns template max_tokens control_tokens overlong bad_rows arithmetic programs "
+        "reasoning_gym separator labels threshold until neutral"
     ),
     "load_config": "(cls: 'type[C]', path: 'Path | None', overrides: 'Sequence[str]') -> 'C'",
     "run": "(cfg: 'Config') -> 'None'",
