@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarlhf.data.arithmetic import (
+    LARGEST_NUMBER,
     STEP_SEPARATOR,
     ArithmeticConfig,
     Mistake,
@@ -72,7 +73,7 @@ SAMPLING = "sampling.max_new_tokens=48 sampling.temperature=1"
 REWARD = "epochs=4 micro_batch=16 optim.lr=2e-3 optim.schedule=cosine optim.warmup_steps=20 optim.eps=1e-8"
 PPO = (
     "actor.init=sft actor.optim.lr=2e-4 actor.optim.schedule=constant critic.optim.lr=1e-3 "
-    "critic.optim.schedule=constant iterations=30 rollout_batch=256 global_batch=128 micro_batch=64 ppo_epochs=2 "
+    "critic.optim.schedule=constant iterations=20 rollout_batch=256 global_batch=128 micro_batch=64 ppo_epochs=2 "
     "value_warmup_iterations=2 verifier=arithmetic"
 )
 STEPS = "critic.init=process judges.steps.kind=process judges.steps.init=process"
@@ -117,7 +118,11 @@ def main() -> int:
     for table in tables(found):
         Console().print(table)
     if args.json:
-        of = {"seeds": dict(zip(args.seeds, found, strict=True)), "machine": machine(torch.device("cpu"))}
+        of = {
+            "ranks": args.ranks,
+            "seeds": dict(zip(args.seeds, found, strict=True)),
+            "machine": machine(torch.device("cpu")),
+        }
         args.json.write_text(json.dumps({**of, "versions": versions()}, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -186,7 +191,8 @@ def make_data(directory: Path, seed: int) -> None:
         judged = [{**judged_steps(problem, demonstrated(problem, rng)), "prompt": prompt} for prompt, problem in asked]
         write(directory / f"{task}_steps.jsonl", judged)
     texts = [text for row in learnt for text in (row["prompt"], row["response"])]
-    build_tiny_tokenizer(sorted({word for text in texts for word in WORDS.findall(text)})).save(directory / "tokenizer")
+    said = {word for text in texts for word in WORDS.findall(text)} | set(map(str, range(LARGEST_NUMBER + 1)))
+    build_tiny_tokenizer(sorted(said)).save(directory / "tokenizer")
     write(directory / "demonstrations.jsonl", learnt)
 
 

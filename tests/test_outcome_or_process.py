@@ -124,7 +124,7 @@ def test_the_whole_chain_runs_and_goes_on(
     for name, value in {
         **small,
         "PPO": example.PPO.replace(
-            "iterations=30 rollout_batch=256 global_batch=128", "iterations=2 rollout_batch=64 global_batch=64"
+            "iterations=20 rollout_batch=256 global_batch=128", "iterations=2 rollout_batch=64 global_batch=64"
         ),
     }.items():
         monkeypatch.setattr(example, name, value)
