@@ -162,6 +162,14 @@ def read_inputs(cfg: JudgedConfig) -> JudgedInputs:
     for name, batch in cfg.batches.items():
         check_rows(f"{name}_batch", batch, name, len(sets[name]))
         steps = max(steps, round(cfg.epochs * len(sets[name]) / batch))
+    held = sets.get("heldout")
+    if isinstance(held, LabelledSet) and cfg.keep_best.removeprefix("-") == "reward/auc":
+        right = sum(correct > 0.5 for correct in held.correct)
+        if right in (0, len(held)):
+            raise ConfigError(
+                f"keep_best={cfg.keep_best} is not measured: {right} of the {len(held)} responses of heldout are right; hold "
+                "out both kinds, or choose another metric."
+            )
     cfg.optim.check(steps, "optim")
     cfg.check_more(steps, f"epochs={cfg.epochs:g}")
     return JudgedInputs(model, tokenizer, data, sets, _shared(sets), steps)

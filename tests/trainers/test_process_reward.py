@@ -329,6 +329,14 @@ def test_one_model_of_steps_and_outcomes_is_no_worse_than_one_of_each(tmp_path: 
             ),
             "first error is known 0 have one and 8 have none; hold out both kinds",
         ),
+        (
+            (
+                *("heldout.arithmetic.rows=8", "heldout.template=plain", "keep_best=reward/auc", "eval_every=2"),
+                *("heldout.arithmetic.mixture={right: 1, drop_last_step: 0, wrong_operation: 0, guess: 0}",),
+                "save_every=2",
+            ),
+            "keep_best=reward/auc is not measured: 8 of the 8 responses of heldout are right; hold out both kinds",
+        ),
         (("micro_batch=3",), "steps_batch / 2 [+] pairs_batch [+] labelled_batch / 2"),
     ],
 )
