@@ -167,8 +167,8 @@ def read_inputs(cfg: JudgedConfig) -> JudgedInputs:
         right = sum(correct > 0.5 for correct in held.correct)
         if right in (0, len(held)):
             raise ConfigError(
-                f"keep_best={cfg.keep_best} is not measured: {right} of the {len(held)} responses of heldout are right; hold "
-                "out both kinds, or choose another metric."
+                f"keep_best={cfg.keep_best} is not measured: of the {len(held)} responses of heldout {right} are "
+                "right; hold out both kinds, or choose another metric."
             )
     cfg.optim.check(steps, "optim")
     cfg.check_more(steps, f"epochs={cfg.epochs:g}")

@@ -335,7 +335,7 @@ def test_one_model_of_steps_and_outcomes_is_no_worse_than_one_of_each(tmp_path: 
                 *("heldout.arithmetic.mixture={right: 1, drop_last_step: 0, wrong_operation: 0, guess: 0}",),
                 "save_every=2",
             ),
-            "keep_best=reward/auc is not measured: 8 of the 8 responses of heldout are right; hold out both kinds",
+            "keep_best=reward/auc is not measured: of the 8 responses of heldout 8 are right; hold out both",
         ),
         (("micro_batch=3",), "steps_batch / 2 [+] pairs_batch [+] labelled_batch / 2"),
     ],
