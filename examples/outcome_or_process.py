@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -57,7 +57,7 @@ DEMONSTRATIONS = {"level_2": 9600, "level_3": 9600, "chain_sum": 4800}
 TAUGHT, HELDOUT, POOLED, SAMPLES = 2000, 500, 200, 64
 """Problems that reward models learn from; held-out ones of each task, which policies answer; those of them that have a
 pool, and the responses to each in it."""
-SIZES = (1, 4, 16, 64)
+SIZES = (1, 4, 8, 16, 64)
 """Of so many the best is chosen."""
 WAYS = {
     "pass@n": "the verifier",
@@ -115,8 +115,8 @@ def main() -> int:
                     )
                     return code
         found.append(measured(directory))
-    for table in tables(found):
-        Console().print(table)
+    for part in parts(found):
+        Console().print(table(part))
     if args.json:
         of = {
             "ranks": args.ranks,
@@ -255,29 +255,30 @@ def accuracy(path: Path) -> float:
     return statistics.fmean(row["correct"] for row in rows if row["decoding"] == "sampled")
 
 
-def tables(found: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """Means over seeds, with Student's interval of 95 % where there are several."""
+class Part(NamedTuple):
+    """A table: what it is of, its columns, and its rows."""
 
-    def row(first: str, second: str, of: Sequence[Any]) -> list[str]:
-        return [first, second, *(said([each[key] for each in of]) for key in of[0])]
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
-    yield table(
-        "reward models",
-        ["task", "model", *found[0]["level_2"]["outcome"]],
-        [row(TASKS[t], m, [each[t][m] for each in found]) for t in TASKS for m in ("outcome", "process")],
-    )
-    yield table(
-        "best of n",
-        ["task", "chosen by", *(f"n = {size}" for size in SIZES)],
-        [
-            row(TASKS[t], called, [each[t]["best of n"][way] for each in found])
-            for t in TASKS
-            for way, called in WAYS.items()
-        ],
-    )
-    yield table(
-        "accuracy", ["task", "", *POLICIES], [row(TASKS[t], "", [each[t]["accuracy"] for each in found]) for t in TASKS]
-    )
+
+def parts(found: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """In percent: means over seeds, with Student's interval of 95 % where there are several."""
+
+    def row(task: str, what: str, of: Sequence[Mapping[Any, float]]) -> list[str]:
+        return [TASKS[task], what, *(said([each[key] for each in of]) for key in of[0])]
+
+    models = [row(t, m, [each[t][m] for each in found]) for t in TASKS for m in ("outcome", "process")]
+    best = [
+        row(t, called, [each[t]["best of n"][way] for each in found]) for t in TASKS for way, called in WAYS.items()
+    ]
+    policies = [row(t, "sampled", [each[t]["accuracy"] for each in found]) for t in TASKS]
+    return [
+        Part("reward models", ["task", "model", *found[0]["level_2"]["outcome"]], models),
+        Part("right, the best of n", ["task", "chosen by", *(f"n = {size}" for size in SIZES)], best),
+        Part("right, of policies", ["task", "", *POLICIES], policies),
+    ]
 
 
 def said(values: Sequence[float]) -> str:
@@ -286,12 +287,12 @@ def said(values: Sequence[float]) -> str:
     return f"{100 * of.mean:.1f} ±{100 * (of.high - of.mean):.1f}" if of else f"{100 * values[0]:.1f}"
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def table(part: Part) -> Table:
     """To print."""
-    made = Table(title=title, title_justify="left")
-    for at, column in enumerate(columns):
+    made = Table(title=part.title, title_justify="left")
+    for at, column in enumerate(part.columns):
         made.add_column(column, justify="left" if at < 2 else "right")
-    for row in rows:
+    for row in part.rows:
         made.add_row(*row)
     return made
 
