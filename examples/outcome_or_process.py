@@ -143,11 +143,11 @@ def commands(seed: int, ranks: int) -> Iterator[tuple[str, str]]:
         steps_batch=64 {REWARD} {common}"""
     judges = """judges.outcome.kind=model judges.outcome.init=outcome
         judges.process.kind=process judges.process.init=process"""
-    yield "sft/model", sft
+    yield trained("sft"), sft
     yield from pool("taught", f"{learnt} prompts.arithmetic.rows={TAUGHT}", 8, common)
     yield "steps.jsonl", label
-    yield "outcome/model", outcome
-    yield "process/model", process
+    yield trained("outcome"), outcome
+    yield trained("process"), process
     for task in TASKS:
         yield from pool(task, f"prompts.source={task}_pooled.jsonl", SAMPLES, common)
         best = f"{task}_best.json"
@@ -159,7 +159,7 @@ def commands(seed: int, ranks: int) -> Iterator[tuple[str, str]]:
             yield of, f"eval reward model={model} {sets} output={of} {common}"
     for policy, rewarded in POLICIES.items():
         if rewarded:
-            yield f"{policy}/model", f"ppo run_dir={policy} {rewarded} {learnt} {PPO} {SAMPLING} {common}"
+            yield trained(policy), f"ppo run_dir={policy} {rewarded} {learnt} {PPO} {SAMPLING} {common}"
         for task in TASKS:
             of = f"{policy}_{task}.jsonl"
             asked = f"prompts.source={task}_heldout.jsonl verifier=arithmetic"
@@ -172,6 +172,11 @@ def pool(name: str, prompts: str, n: int, common: str) -> Iterator[tuple[str, st
     yield rows, f"generate model=sft {prompts} n={n} pool={name} {SAMPLING} {common}"
     yield rows, f"judge pool={name} judges.right.kind=rule judges.right.rule=arithmetic"
     yield rows, f"rows pool={name} kind=labelled by=right responses=8 output={rows}"
+
+
+def trained(run_dir: str) -> str:
+    """What a run that has ended leaves."""
+    return f"{run_dir}/model"
 
 
 def make_data(directory: Path, seed: int) -> None:
