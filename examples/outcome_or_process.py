@@ -17,7 +17,6 @@ import argparse
 import json
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +43,7 @@ from megarlhf.data.arithmetic import (
 from megarlhf.data.reasoning_gym import ReasoningGymConfig, task_rows
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import ConfigError
-from megarlhf.eval.intervals import mean
+from megarlhf.eval.intervals import mean, paired_difference
 from megarlhf.observe.provenance import machine, versions
 
 TASKS = {"level_2": "level 2 (taught)", "level_3": "level 3", "chain_sum": "chain_sum"}
@@ -94,7 +93,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, help="data ranks of every command")
     parser.add_argument("--json", type=Path, help="file to write everything measured to")
     args = parser.parse_args()
-    found = []
+    found: dict[int, dict[str, Any]] = {}
     for seed in args.seeds:
         directory = args.directory / f"seed_{seed}"
         try:
@@ -114,13 +113,13 @@ def main() -> int:
                         f"that ended with code {code}; once it is mended, the same start goes on here", file=sys.stderr
                     )
                     return code
-        found.append(measured(directory))
+        found[seed] = measured(directory)
     for part in parts(found):
-        Console().print(table(part))
+        Console(width=None if sys.stdout.isatty() else 120).print(table(part))
     if args.json:
         of = {
             "ranks": args.ranks,
-            "seeds": dict(zip(args.seeds, found, strict=True)),
+            "seeds": found,
             "machine": machine(torch.device("cpu")),
         }
         args.json.write_text(json.dumps({**of, "versions": versions()}, indent=1) + "\n", encoding="utf-8")
@@ -245,7 +244,9 @@ def measured(directory: Path) -> dict[str, Any]:
             way: {point["n"]: point["mean"] for point in points if point["way"] == way and point["n"] in SIZES}
             for way in WAYS
         }
-        of["accuracy"] = {policy: accuracy(directory / f"{policy}_{task}.jsonl") for policy in POLICIES}
+        right = {policy: sampled(directory / f"{policy}_{task}.jsonl") for policy in POLICIES}
+        of["accuracy"] = {policy: float(each.mean()) for policy, each in right.items()}
+        of["soft_min over outcome"] = paired_difference(right["ppo_outcome"], right["ppo_soft_min"])._asdict()
     return found
 
 
@@ -254,10 +255,10 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def accuracy(path: Path) -> float:
-    """The share of sampled responses that are right."""
+def sampled(path: Path) -> torch.Tensor:
+    """Whether the sampled response to each problem is right, 1 or 0."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return statistics.fmean(row["correct"] for row in rows if row["decoding"] == "sampled")
+    return torch.tensor([float(row["correct"]) for row in rows if row["decoding"] == "sampled"])
 
 
 class Part(NamedTuple):
@@ -268,8 +269,9 @@ class Part(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def parts(found: Sequence[Mapping[str, Any]]) -> list[Part]:
+def parts(seeds: Mapping[Any, Mapping[str, Any]]) -> list[Part]:
     """In percent: means over seeds, with Student's interval of 95 % where there are several."""
+    found = list(seeds.values())
 
     def row(task: str, what: str, of: Sequence[Mapping[Any, float]]) -> list[str]:
         return [TASKS[task], what, *(said([each[key] for each in of]) for key in of[0])]
@@ -279,10 +281,16 @@ def parts(found: Sequence[Mapping[str, Any]]) -> list[Part]:
         row(t, called, [each[t]["best of n"][way] for each in found]) for t in TASKS for way, called in WAYS.items()
     ]
     policies = [row(t, "sampled", [each[t]["accuracy"] for each in found]) for t in TASKS]
+    gains = [[TASKS[t], "sampled", *(plus(each[t]["soft_min over outcome"]) for each in found)] for t in TASKS]
     return [
         Part("reward models", ["task", "model", *found[0]["level_2"]["outcome"]], models),
         Part("right, the best of n", ["task", "chosen by", *(f"n = {size}" for size in SIZES)], best),
         Part("right, of policies", ["task", "", *POLICIES], policies),
+        Part(
+            "gained by ppo_soft_min over ppo_outcome, seed by seed",
+            ["task", "", *(f"seed {seed}" for seed in seeds)],
+            gains,
+        ),
     ]
 
 
@@ -290,6 +298,11 @@ def said(values: Sequence[float]) -> str:
     """The mean, and how far it is known."""
     of = mean(torch.tensor(values)) if len(values) > 1 else None
     return f"{100 * of.mean:.1f} ±{100 * (of.high - of.mean):.1f}" if of else f"{100 * values[0]:.1f}"
+
+
+def plus(of: Mapping[str, float]) -> str:
+    """A difference over the same problems, with its interval."""
+    return f"{100 * of['mean']:+.1f} [{100 * of['low']:.1f}, {100 * of['high']:.1f}]"
 
 
 def table(part: Part) -> Table:

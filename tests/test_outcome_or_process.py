@@ -22,6 +22,9 @@ from megarlhf.data.arithmetic import is_correct
 from megarlhf.data.reasoning_gym import ReasoningGymConfig, task_rows
 from tests.helpers.by_hand import load_by_hand
 
+ROOT = Path(__file__).resolve().parents[1]
+NAMED = ("| level 2 (taught) |", "| level 3 |", "| chain_sum |")
+"""How rows of the tables begin."""
 without_gym = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="needs reasoning-gym: pip install megarlhf[tasks]"
 )
@@ -95,9 +98,9 @@ def written(directory: Path, example: Any, found: float) -> Path:
 
 def test_tables_have_means_and_intervals_over_seeds(example: Any, tmp_path: Path) -> None:
     """By hand: 0.5 and 0.7 are 0.6, and their interval t(0.975, 1) sqrt(0.02) / sqrt(2) = 12.706 * 0.1 either way."""
-    found = [example.measured(written(tmp_path / str(value), example, value)) for value in (0.5, 0.7)]
-    assert set(found[0]["level_2"]["best of n"]["outcome"]) == set(example.SIZES)
-    assert found[0]["level_3"]["accuracy"] == dict.fromkeys(example.POLICIES, 0.25)
+    found = {at: example.measured(written(tmp_path / str(at), example, value)) for at, value in ((3, 0.5), (5, 0.7))}
+    assert set(found[3]["level_2"]["best of n"]["outcome"]) == set(example.SIZES)
+    assert found[3]["level_3"]["accuracy"] == dict.fromkeys(example.POLICIES, 0.25)
     console = Console(width=200, file=StringIO())
     with console.capture() as said:
         for part in example.parts(found):
@@ -105,6 +108,20 @@ def test_tables_have_means_and_intervals_over_seeds(example: Any, tmp_path: Path
     cells = said.get()
     assert cells.count("60.0 ±127.1") == 3 * 2 * 3 + 3 * 5 * len(example.SIZES)
     assert cells.count("25.0 ±0.0") == 3 * 4
+    assert cells.count("+0.0 [0.0, 0.0]") == 3 * 2
+
+
+def test_the_documents_have_what_was_measured(example: Any) -> None:
+    """Every row of the page, and those of them that README has; the sizes are those of the script."""
+    measured = json.loads((ROOT / "benchmarks" / "outcome_or_process_cpu.json").read_text())
+    rows = {f"| {' | '.join(row)} |" for part in example.parts(measured["seeds"]) for row in part.rows}
+    page, readme = (
+        {line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if line.startswith(tuple(NAMED))}
+        for name in ("docs/process_rewards.md", "README.md")
+    )
+    assert page == rows
+    assert readme
+    assert readme <= rows
 
 
 @without_gym
