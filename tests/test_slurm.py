@@ -1,0 +1,124 @@
+"""examples/launch on a real Slurm: a controller and two nodes on this machine, the scripts as they are shipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.slurm import NODES, Cluster, cluster, missing, wait_for
+from tests.test_cli_runs import ROOT, megarlhf
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(bool(missing()), reason=missing() or "there"),
+]
+SCRIPTS = {"srun": ("--ntasks-per-node=1",), "torchrun": ()}
+"""Of each, what starts one rank a node."""
+SFT = (
+    *("sft", "model=tiny-xs", "tokenizer=arithmetic", "data.source=arithmetic", "data.template=plain", "layout.data=2"),
+    *("data.arithmetic.rows=512", "global_batch=8", "micro_batch=4", "epochs=2", "optim.lr=1e-3", "save_every=10"),
+)
+STEPS = 128
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The same run on ranks that the command starts itself."""
+    folder: Path = tmp_path_factory.mktemp("whole")
+    done = megarlhf(*SFT, "run_dir=run", directory=folder)
+    assert done.returncode == 0, done.stderr
+    return course(folder)
+
+
+def course(folder: Path) -> list[dict[str, float]]:
+    """Every loss, gradient norm and rate of every step; of its last step the norm is of all that was learnt before."""
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name.startswith(("step", "sft/"))} for row in rows]
+
+
+def submit(slurm: Cluster, kind: str, folder: Path, *options: str) -> str:
+    words = ("--nodes=2", "--gpus-per-node=1", *SCRIPTS[kind], *options)
+    return slurm.submit(*words, str(ROOT / "examples" / "launch" / f"slurm_{kind}.sh"), *SFT, "run_dir=run", cwd=folder)
+
+
+def steps(folder: Path) -> int:
+    file = folder / "run" / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def said(folder: Path) -> str:
+    """What the job's and the ranks' logs have."""
+    logs = sorted([*folder.glob("megarlhf_*.log"), *folder.glob("logs/**/*.log"), *folder.glob("logs/**/std*")])
+    return "\n".join(f"== {log}\n{log.read_text()}" for log in logs if log.is_file())
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_run_that_is_stopped_and_queued_again_ends_as_one_that_never_was(
+    kind: str, slurm: Cluster, tmp_path: Path, never_stopped: list[dict[str, float]]
+) -> None:
+    job = submit(slurm, kind, tmp_path)
+    wait_for(lambda: steps(tmp_path) > 5, "the first steps", 120)
+    slurm.run("scancel", "--signal=USR1", job)
+    wait_for(lambda: slurm.job(job).get("Restarts") == "1", f"the job to be queued again:\n{said(tmp_path)}", 120)
+    assert slurm.ended(job, 300)["JobState"] == "COMPLETED", said(tmp_path)
+    assert steps(tmp_path) == STEPS
+    assert course(tmp_path) == never_stopped
+    starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    log = (tmp_path / f"megarlhf_{job}.log").read_text()
+    assert f"rank 0 on {NODES[0]}:{20000 + int(job) % 10000}" in log
+    assert ", start 1: " in log
+    assert ", start 2: " in log
+    ranks = {"srun": "rank_*.log", "torchrun": "**/std*"}[kind]
+    assert len([file for file in (tmp_path / "logs" / job).glob(ranks) if file.is_file()]) >= 2
+
+
+def test_before_the_limit_a_run_saves_and_goes_on(
+    slurm: Cluster, tmp_path: Path, never_stopped: list[dict[str, float]]
+) -> None:
+    """The least limit that Slurm has is a minute."""
+    job = submit(slurm, "srun", tmp_path, "--time=1", "--signal=USR1@50")
+    assert slurm.ended(job, 900)["JobState"] == "COMPLETED", said(tmp_path)
+    assert int(slurm.job(job)["Restarts"]) >= 1
+    assert course(tmp_path) == never_stopped
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(kind: str, slurm: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm, kind, tmp_path)
+    wait_for(lambda: steps(tmp_path) > 12, "the first steps", 120)
+    slurm.run("scancel", job)
+    assert slurm.ended(job, 120)["JobState"] == "CANCELLED"
+    wait_for(lambda: "stopped by SIGTERM after step" in said(tmp_path), f"the ranks to save:\n{said(tmp_path)}")
+    assert slurm.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_job_whose_node_dies_goes_on_when_there_is_one(
+    kind: str, slurm: Cluster, tmp_path: Path, never_stopped: list[dict[str, float]]
+) -> None:
+    job = submit(slurm, kind, tmp_path)
+    wait_for(lambda: steps(tmp_path) > 12, "the first steps", 120)
+    slurm.kill_node(NODES[1])
+    wait_for(lambda: slurm.job(job).get("JobState") == "PENDING", f"the job to wait:\n{said(tmp_path)}", 240)
+    slurm.start_node(NODES[1])
+    assert slurm.ended(job, 400)["JobState"] == "COMPLETED", said(tmp_path)
+    assert course(tmp_path) == never_stopped
+
+
+def test_a_script_without_a_command_says_how_it_is_used(slurm: Cluster, tmp_path: Path) -> None:
+    for kind in SCRIPTS:
+        job = slurm.submit("--gpus-per-node=1", str(ROOT / "examples" / "launch" / f"slurm_{kind}.sh"), cwd=tmp_path)
+        assert slurm.ended(job, 60)["ExitCode"] == "2:0"
+        log = (tmp_path / f"megarlhf_{job}.log").read_text()
+        assert log.strip() == f"usage: sbatch [--nodes=N] slurm_{kind}.sh COMMAND --config FILE [name=value ...]"
