@@ -23,7 +23,7 @@ set -euo pipefail
 for name in "${!PMI_@}" "${!PMIX_@}" "${!OMPI_@}"; do unset "$name"; done
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
-ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
+ranks=${RANKS_PER_NODE:-${SLURM_GPUS_PER_NODE##*:}} # of h100:8 the number
 
 # CONTAINER_IMAGE=/images/megarlhf.sqsh CONTAINER_MOUNTS=/data:/data sbatch ... runs in an image, by Pyxis.
 container=()
@@ -32,10 +32,10 @@ if [ -n "${CONTAINER_IMAGE:-}" ]; then
     --container-mounts="$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}")
 fi
 
-logs=${LOGS:-logs}/$SLURM_JOB_ID
+export logs=${LOGS:-logs}/$SLURM_JOB_ID
 mkdir -p "$logs"
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks on each of $SLURM_JOB_NODELIST," \
-  "rank 0 on $MASTER_ADDR:$MASTER_PORT, logs in $logs"
+  "rank 0 on $MASTER_ADDR:$MASTER_PORT, logs in $logs/rank_N.log"
 
 # megarlhf.parallel.torchrun is torchrun that hands signals to its ranks and ends with their exit code. What says which
 # node this is comes from the task: SLURM_NODEID is 0 in this script.
@@ -43,8 +43,8 @@ echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $ranks ranks 
 code=0
 srun --mpi=none --wait=120 --open-mode=append --output="$logs/node_%n.log" "${container[@]}" \
   "${PYTHON:-python}" -m megarlhf.parallel.torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" \
-  --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --log-dir="$logs" --redirects=3 --tee=3 \
-  -m megarlhf.cli "$@" || code=$?
+  --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --no-python \
+  bash -c 'exec "${PYTHON:-python}" -m megarlhf.cli "$@" >> "$logs/rank_$RANK.log" 2>&1' rank "$@" || code=$?
 if [ "$code" -eq 75 ]; then
   echo "stopped after a saved step; queued again"
   scontrol requeue "$SLURM_JOB_ID"

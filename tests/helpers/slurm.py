@@ -174,8 +174,9 @@ def cluster(directory: Path) -> Iterator[Cluster]:
         HOSTS.write_text(before)
 
 
-def wait_for(there: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait_for(there: Callable[[], object], what: str | Callable[[], str], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not there():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        late = time.monotonic() > deadline
+        assert not late, f"waited {seconds:.0f} s for {what if isinstance(what, str) else what()}"
         time.sleep(0.5)
