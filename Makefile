@@ -1,7 +1,7 @@
-# make demo | test | test-slow | check | clean. Each target prepares .venv by itself; nothing but Python 3.11+ and make is needed.
+# make demo | test | test-slow | test-slurm | check | clean. Each target prepares .venv by itself; nothing but Python 3.11+ and make is needed.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check resolve clean
+.PHONY: help demo test test-slow test-slurm check resolve clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +20,7 @@ help:
 	@echo "make demo   train a tiny Llama 3 with PPO on this machine, then open runs/demo/report.html"
 	@echo "make test   run the tests (CPU)"
 	@echo "make test-slow  run the long tests: kills, fuzzing, the example chain"
+	@echo "make test-slurm  run the launch scripts on a Slurm that this starts, and installs where it may"
 	@echo "make check  format, lint, types, import layers, spelling"
 	@echo "make resolve  ask PyPI whether every set of packages still resolves; installs nothing"
 	@echo "make clean  remove .venv, caches and runs/"
@@ -39,6 +40,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+
+# Debian's packages, where this machine lets us install them; without them the tests are skipped, and say so.
+test-slurm: $(STAMP)
+	@PATH="$$PATH:/usr/sbin" command -v slurmctld slurmd munged > /dev/null || { apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends slurm-wlm munge; } > /dev/null 2>&1 || true
+	$(BIN)/python -m pytest -q -rs -m slurm
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
