@@ -48,5 +48,9 @@ srun --mpi=none --wait=120 --open-mode=append --output="$logs/node_%n.log" "${co
 if [ "$code" -eq 75 ]; then
   echo "stopped after a saved step; queued again"
   scontrol requeue "$SLURM_JOB_ID"
+elif [ "$code" -ne 0 ] && ! timeout 60 srun --mpi=none --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true; then
+  # The ranks of the other nodes end long before Slurm sees that one is gone, and it would call that a job that failed.
+  echo "a node does not answer; Slurm queues the job again once it has noticed (SlurmdTimeout)"
+  sleep 900
 fi
 exit "$code"
