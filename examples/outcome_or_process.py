@@ -1,8 +1,8 @@
 """Outcome or process? Reward models of both kinds, of the same solutions: told apart, choosing, and as PPO's reward.
 
-    python examples/outcome_or_process.py                       three seeds, about an hour on two cores
-    python examples/outcome_or_process.py --seeds 1             one of them
-    python examples/outcome_or_process.py --json results.json   ... and write everything measured, with what it ran on
+    python examples/outcome_or_process.py                       # three seeds, an hour and more on two cores
+    python examples/outcome_or_process.py --seeds 1             # one of them
+    python examples/outcome_or_process.py --json results.json   # ... and write everything measured, with what it ran on
 
 One policy learns three tasks from demonstrations of mixed quality: arithmetic of level 2, arithmetic of level 3
 (longer, up to 40, with multiplication), and chain_sum of reasoning-gym in its own words (`pip install -e '.[tasks]'`).
