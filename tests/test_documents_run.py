@@ -61,8 +61,7 @@ class Shown(NamedTuple):
     @property
     def words(self) -> list[str]:
         """Without comments, what a shell does with it, and dots that stand for more."""
-        line = self.line.partition("||")[0].removeprefix("srun ")
-        return shlex.split(line, comments=True)
+        return shlex.split(self.line, comments=True)
 
 
 def shown() -> list[Shown]:
@@ -70,7 +69,7 @@ def shown() -> list[Shown]:
     for document in DOCUMENTS:
         typed = blocks((ROOT / document).read_text(encoding="utf-8"))
         lines = [line for block in typed for line in block.replace("\\\n", " ").splitlines()]
-        found += [Shown(document, line) for line in lines if re.match(r"(srun )?megarlhf \w|python tools/", line)]
+        found += [Shown(document, line) for line in lines if re.match(r"megarlhf \w|python tools/", line)]
     return found
 
 
