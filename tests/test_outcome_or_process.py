@@ -132,16 +132,16 @@ def test_the_whole_chain_runs_and_goes_on(
 ) -> None:
     """With few rows; what is there is not made again."""
     small = {
-        "DEMONSTRATIONS": dict.fromkeys(example.TASKS, 64),
-        "TAUGHT": 16,
+        "DEMONSTRATIONS": dict.fromkeys(example.TASKS, 640),
+        "TAUGHT": 64,
         "HELDOUT": 16,
-        "POOLED": 8,
+        "POOLED": 16,
         "SAMPLES": 64,
     }
     for name, value in {
         **small,
         "PPO": example.PPO.replace(
-            "iterations=20 rollout_batch=256 global_batch=128", "iterations=2 rollout_batch=64 global_batch=64"
+            "iterations=20 rollout_batch=256 global_batch=128", "iterations=3 rollout_batch=64 global_batch=64"
         ),
     }.items():
         monkeypatch.setattr(example, name, value)
