@@ -41,7 +41,7 @@ def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, fl
 
 
 def course(folder: Path) -> list[dict[str, float]]:
-    """Every loss, gradient norm and rate of every step; of its last step the norm is of all that was learnt before."""
+    """Every loss, gradient norm and rate of every step: those of a step are of all that was learnt before it."""
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name.startswith(("step", "sft/"))} for row in rows]
 
@@ -51,6 +51,13 @@ def submit(slurm: Cluster, kind: str, folder: Path, *changes: str, options: Sequ
     script = str(ROOT / "examples" / "launch" / f"slurm_{kind}.sh")
     asked = ("--nodes=2", "--gpus-per-node=1", *SCRIPTS[kind], *options)
     return slurm.submit(*asked, script, *SFT, "run_dir=run", *changes, cwd=folder)
+
+
+def running(slurm: Cluster, kind: str, folder: Path, done: int) -> str:
+    """A job that has done so many steps."""
+    job = submit(slurm, kind, folder)
+    wait_for(lambda: steps(folder) > done, lambda: f"the first steps:\n{said(folder)}", 120)
+    return job
 
 
 def steps(folder: Path) -> int:
@@ -68,8 +75,7 @@ def said(folder: Path) -> str:
 def test_a_run_that_is_stopped_and_queued_again_ends_as_one_that_never_was(
     kind: str, slurm: Cluster, tmp_path: Path, never_stopped: list[dict[str, float]]
 ) -> None:
-    job = submit(slurm, kind, tmp_path)
-    wait_for(lambda: steps(tmp_path) > 5, lambda: f"the first steps:\n{said(tmp_path)}", 120)
+    job = running(slurm, kind, tmp_path, 5)
     slurm.run("scancel", "--signal=USR1", job)
     wait_for(
         lambda: slurm.job(job).get("Restarts") == "1", lambda: f"the job to be queued again:\n{said(tmp_path)}", 120
@@ -97,8 +103,7 @@ def test_before_the_limit_a_run_saves_and_is_queued_again(slurm: Cluster, tmp_pa
 
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(kind: str, slurm: Cluster, tmp_path: Path) -> None:
-    job = submit(slurm, kind, tmp_path)
-    wait_for(lambda: steps(tmp_path) > 12, lambda: f"the first steps:\n{said(tmp_path)}", 120)
+    job = running(slurm, kind, tmp_path, 12)
     slurm.run("scancel", job)
     assert slurm.ended(job, 120)["JobState"] == "CANCELLED"
     wait_for(lambda: "stopped by SIGTERM after step" in said(tmp_path), lambda: f"the ranks to save:\n{said(tmp_path)}")
@@ -109,8 +114,7 @@ def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(kind: str, slurm:
 def test_a_job_whose_node_dies_goes_on_when_there_is_one(
     kind: str, slurm: Cluster, tmp_path: Path, never_stopped: list[dict[str, float]]
 ) -> None:
-    job = submit(slurm, kind, tmp_path)
-    wait_for(lambda: steps(tmp_path) > 12, lambda: f"the first steps:\n{said(tmp_path)}", 120)
+    job = running(slurm, kind, tmp_path, 12)
     slurm.kill_node(NODES[1])
     wait_for(lambda: slurm.job(job).get("JobState") == "PENDING", lambda: f"the job to wait:\n{said(tmp_path)}", 240)
     slurm.start_node(NODES[1])

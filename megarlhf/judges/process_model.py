@@ -109,9 +109,8 @@ class ProcessJudge:
         values, at = self.role.score(SteppedResponses(rollout.tokens, rollout.lengths, ends)), ends[:, 1:]
         if self.cfg.value == "probability":
             values = torch.where(at, values.sigmoid(), 0.0)
-        scores = self._earned(values, at, rollout)
-        earned = _by_step(scores if self.cfg.by_step else values, found)
-        return Verdict(scores, steps=_by_step(values, found), earned=earned)
+        scores, steps = self._earned(values, at, rollout), _by_step(values, found)
+        return Verdict(scores, steps=steps, earned=_by_step(scores, found) if self.cfg.by_step else steps)
 
     def _earned(self, values: Tensor, ends: Tensor, rollout: Rollout) -> Tensor:
         """[B, T], of what steps are worth where they end."""
