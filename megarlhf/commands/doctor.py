@@ -55,6 +55,7 @@ from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel import launch
 from megarlhf.parallel.alone import alone, is_first
 from megarlhf.parallel.collectives import barrier, broadcast_object
+from megarlhf.parallel.environment import in_force
 from megarlhf.parallel.mesh import Mesh, local_device, start, stop
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
 from megarlhf.runtime.models_named import taken, with_models
@@ -156,13 +157,15 @@ def _run(trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs, said: 
 
 
 def environment(cfg: PolicyConfig) -> Table:
-    """Versions, this rank's device, and what each part of the run resolves to, and why."""
+    """Versions, this rank's device, what each part of the run resolves to, and environment variables; and why."""
     device = local_device()
     table = Table(title="environment", title_justify="left", show_header=False)
     for name, value in {**versions(), **{name: str(value) for name, value in machine(device).items()}}.items():
         table.add_row(name, value)
     for choice in (*resolve(cfg.compute, device).choices, cfg.policy_loss_choice):
         table.add_row(choice.part, f"{choice.implementation} ({choice.reason})")
+    for variable in in_force(cfg.layout):
+        table.add_row(variable.name, f"{variable.value} ({variable.reason})")
     return table
 
 

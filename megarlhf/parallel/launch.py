@@ -19,6 +19,7 @@ import torch
 
 from megarlhf.errors import FAILED, INTERRUPTED, LayoutError, MegarlhfError, RunFinished, RunStopped, complain
 from megarlhf.parallel import local_ranks
+from megarlhf.parallel.environment import settle
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.local_ranks import COURTESY_S, FAILURES, LAUNCHER, exit_code, is_echo
 from megarlhf.parallel.processes import end_helpers, end_with_parent
@@ -49,6 +50,7 @@ def run(
     if LAUNCHER in os.environ:
         end_with_parent(int(os.environ[LAUNCHER]))
     layout.check()
+    settle(layout)
     _adopt_slurm()
     if "RANK" in os.environ:
         layout.check_world(int(os.environ["WORLD_SIZE"]))

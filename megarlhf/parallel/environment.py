@@ -1,0 +1,63 @@
+"""Environment variables that CUDA, NCCL and torch read once: set here, before they do, and nowhere else.
+
+What the user has set stays. None of them changes a result, and none has been measured by this project yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
+from megarlhf.parallel.layout import ParallelLayout
+
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""By its older name, which torch reads first, and the only one that Megatron-Core looks at."""
+ALLOCATOR_TOO = "PYTORCH_ALLOC_CONF"
+
+
+class Variable(NamedTuple):
+    """An environment variable, the value that a run wants, and why."""
+
+    name: str
+    value: str
+    reason: str
+
+
+def wanted(layout: ParallelLayout) -> tuple[Variable, ...]:
+    """What a run in this layout wants of a machine with GPUs.
+
+    Source:   Megatron-Core's warnings and assertions (tensor_parallel/layers.py, transformer/cuda_graphs.py), and the
+              recipes for Llama 3 on H100 of NVIDIA's Megatron-Bridge.
+    """
+    always = (
+        Variable(ALLOCATOR, "expandable_segments:True", "models come and go: segments of a fixed size leave gaps"),
+        Variable("NCCL_GRAPH_REGISTER", "0", "captured collectives fault in memory of expandable segments"),
+        Variable("NCCL_NVLS_ENABLE", "0", "NVLink SHARP keeps GPU memory for each group, and a run has one an axis"),
+    )
+    tensor = Variable(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start as launched: a collective before what hides it"
+    )
+    pipeline = Variable("NCCL_P2P_NET_CHUNKSIZE", "2097152", "activations go between nodes by 2 MiB, not by 128 KiB")
+    return (*always, *[tensor] * (layout.tensor > 1), *[pipeline] * (layout.pipeline > 1))
+
+
+def settle(layout: ParallelLayout, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what `layout` wants and the user did not set; ranks that this process starts have it too."""
+    for name, value, _ in wanted(layout):
+        if name != ALLOCATOR or ALLOCATOR_TOO not in environment:
+            environment.setdefault(name, value)
+
+
+def in_force(layout: ParallelLayout, environment: MutableMapping[str, str] = os.environ) -> tuple[Variable, ...]:
+    """What `layout` wants, each with the value that counts, once it is settled."""
+    return tuple(_in_force(variable, environment) for variable in wanted(layout))
+
+
+def _in_force(variable: Variable, environment: MutableMapping[str, str]) -> Variable:
+    name, value, reason = variable
+    if name == ALLOCATOR and name not in environment:
+        name = ALLOCATOR_TOO
+    if environment[name] == value:
+        return variable._replace(name=name)
+    return Variable(name, environment[name], f"yours; {value} otherwise: {reason}")
