@@ -51,6 +51,7 @@ EXTRAS = {
     ],
     "dev": [
         "llama-models>=0.3",  # Llama 3's tokenizer, and Meta's own code for its format: tests/helpers/llama3.py
+        "kubeflow-trainer-api>=2.3",  # JobSet's types, which examples/launch/jobset.yaml is read with
         "math-verify>=0.8",
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -74,10 +75,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # `megarlhf examples` copies the run files, which lie beside the package.
+    # `megarlhf examples` copies run files and launch scripts, which lie beside the package.
     packages=[*find_packages(include=["megarlhf", "megarlhf.*"]), "megarlhf.examples", "megarlhf_kernels"],
     package_dir={"megarlhf_kernels": "kernels/megarlhf_kernels", "megarlhf.examples": "examples"},
-    package_data={"megarlhf": ["py.typed", "observe/page.css", "observe/page.js"], "megarlhf.examples": ["*.yaml"]},
+    package_data={
+        "megarlhf": ["py.typed", "observe/page.css", "observe/page.js"],
+        "megarlhf.examples": ["*.yaml", "launch/*"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megarlhf = megarlhf.cli:main"]},

@@ -10,7 +10,7 @@ import pytest
 
 from megarlhf import cli
 from megarlhf.config import load_config
-from megarlhf.models.spec import preset
+from megarlhf.models.spec import ModelSpec, preset
 from megarlhf.runtime.checks import check_batch, check_room
 from megarlhf.runtime.settings import RanksConfig
 from megarlhf.trainers.policy_config import PolicyConfig
@@ -18,7 +18,10 @@ from megarlhf.trainers.ppo import PPOConfig
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))
-ON_H100 = sorted(EXAMPLES.glob("llama3_8b_*.yaml"))
+ON_H100 = sorted(EXAMPLES.glob("llama3_*.yaml"))
+SIZES = {"8b": "llama3-8b", "70b": "llama3-70b", "405b": "llama3.1-405b"}
+GPUS = {"llama3_8b": 8, "llama3_8b_16gpus": 16, "llama3_70b": 64, "llama3_405b": 512}
+"""Of the run files of a size, by what is left of their names without the algorithm."""
 GIB = 2**30
 
 
@@ -33,7 +36,9 @@ def settings(path: Path) -> tuple[str, RanksConfig]:
 
 def test_there_are_examples() -> None:
     assert {path.name for path in FILES} >= {"sft_tiny.yaml", "reward_tiny.yaml", "ppo_tiny.yaml"}
-    assert {path.stem for path in ON_H100} == {f"llama3_8b_{name}" for name in ("ppo", "grpo", "dapo")}
+    sizes = [name.replace("llama3_", "").split("_") for name in GPUS]
+    both = {"_".join(["llama3", size, algorithm, *gpus]) for size, *gpus in sizes for algorithm in ("ppo", "grpo")}
+    assert {path.stem for path in ON_H100} == both | {"llama3_8b_dapo"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -50,9 +55,8 @@ def test_example_loads_and_its_numbers_fit(path: Path) -> None:
     rolled_out = [values.get("global_batch"), values.get("rollout_batch")]
     for batch in batches.get(command, rolled_out):
         check_batch("batch", batch, cfg.layout, cfg.micro_batch)
-    for name in ("llama3-8b", "tiny-xs"):
-        if name.replace("-", "_") in path.stem or (name == "tiny-xs" and "tiny" in path.stem):
-            preset(name).check_layout(cfg.layout)
+    if "tiny" in path.stem:
+        preset("tiny-xs").check_layout(cfg.layout)
 
 
 def policy_settings(path: Path) -> PolicyConfig:
@@ -61,24 +65,41 @@ def policy_settings(path: Path) -> PolicyConfig:
     return cfg
 
 
+def specs(cfg: PolicyConfig) -> dict[str, ModelSpec]:
+    """Of each role, by the size in the name of where its model starts."""
+    return {role: preset(SIZES[re.findall(r"llama3-(\d+b)", init)[0]]) for role, init in cfg.inits.items()}
+
+
 @pytest.mark.parametrize("path", ON_H100, ids=lambda path: path.stem)
-def test_a_large_example_says_what_its_models_take_of_the_host(path: Path) -> None:
+def test_a_large_example_is_for_the_gpus_that_its_first_lines_name(path: Path) -> None:
+    cfg = policy_settings(path)
+    gpus = GPUS[re.sub("_(ppo|grpo|dapo)", "", path.stem)]
+    assert cfg.layout.world_size == gpus
+    counted = {8: "one node", 16: "two nodes of", 64: "eight nodes of", 512: "64 nodes of"}[gpus]
+    assert f"({counted}" in path.read_text(encoding="utf-8").splitlines()[0]
+    for role, spec in specs(cfg).items():
+        spec.check_layout(cfg.layout, role)
+
+
+@pytest.mark.parametrize("path", ON_H100, ids=lambda path: path.stem)
+def test_a_large_example_says_what_its_models_take_of_a_host(path: Path) -> None:
     """bf16 weights on each data rank; fp32 weights and two moments of what learns once, which data ranks share."""
-    cfg, spec = policy_settings(path), preset("llama3-8b")
+    cfg = policy_settings(path)
+    models = specs(cfg)
     cfg.check_sizes()
-    check_room(cfg.prompts.max_tokens, cfg.sampling.max_new_tokens, spec, "actor")
-    learners = 2 if isinstance(cfg, PPOConfig) else 1
-    models = len(cfg.inits)
-    weights, states = 2 * spec.parameters * cfg.layout.data, 12 * spec.parameters
+    check_room(cfg.prompts.max_tokens, cfg.sampling.max_new_tokens, models["actor"], "actor")
+    learners = ("actor", "critic") if isinstance(cfg, PPOConfig) else ("actor",)
+    weights = 2 * cfg.layout.data * sum(spec.parameters for spec in models.values())
+    states = 12 * sum(models[role].parameters for role in learners)
     comment = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
     (said,) = re.findall(r"host (?:holds )?(\d+) GiB", comment)
-    assert int(said) == pytest.approx((models * weights + learners * states) / GIB, rel=0.005)
+    assert int(said) == pytest.approx((weights + states) / GIB / (cfg.layout.world_size / 8), rel=0.005)
 
 
-@pytest.mark.parametrize("path", ON_H100, ids=lambda path: path.stem)
-def test_a_large_example_takes_no_more_of_a_gpu_than_ppo_s(path: Path) -> None:
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_an_example_of_one_node_takes_no_more_of_a_gpu_than_ppo_s(name: str) -> None:
     """Of weights, gradients and states it has as much, on the same layout; the rest is of a micro-batch's tokens."""
-    cfg, ppo = policy_settings(path), policy_settings(EXAMPLES / "llama3_8b_ppo.yaml")
+    cfg, ppo = (policy_settings(EXAMPLES / f"llama3_8b_{each}.yaml") for each in (name, "ppo"))
     assert (cfg.layout, cfg.compute, cfg.offload) == (ppo.layout, ppo.compute, ppo.offload)
     tokens = [each.micro_batch * (each.prompts.max_tokens + each.sampling.max_new_tokens) for each in (cfg, ppo)]
     assert tokens[0] <= tokens[1]

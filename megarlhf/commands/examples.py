@@ -1,4 +1,4 @@
-"""`megarlhf examples`: the run files that come with the package, listed or copied."""
+"""`megarlhf examples`: the run files and launch scripts that come with the package, listed or copied."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def main(cfg: ExamplesConfig, _: Sequence[str]) -> int:
     """`megarlhf examples`."""
     files = chosen(cfg.name)
     if cfg.output is None:
-        console().print(listed({path.name: summary(path) for path in files}))
+        console().print(listed({relative(path): summary(path) for path in files}))
         console().print("\nmegarlhf examples output=DIR copies them, with name=NAME one of them.")
         return DONE
-    for path in files:
-        target = cfg.output / path.name
+    targets = {path: cfg.output / relative(path) for path in files}
+    for path, target in targets.items():
         if target.exists() and not (target.is_file() and target.read_bytes() == path.read_bytes()):
             raise ConfigError(f"output={cfg.output}: {target} exists and differs; choose another, or remove it.")
-    for path in files:
-        target = cfg.output / path.name
+    for path, target in targets.items():
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
+            target.chmod(path.stat().st_mode)
         sys.stdout.write(printable(f"{command(path, target)}\n"))
     return DONE
 
@@ -52,12 +52,18 @@ def directory() -> Path:
     return next(place for place in (package / "examples", package.parent / "examples") if place.is_dir())
 
 
+def relative(path: Path) -> str:
+    """Of an example, where it is below all of them."""
+    return str(path.relative_to(directory()))
+
+
 def chosen(name: str) -> list[Path]:
     """All examples, or the one of that name.
 
     Raises:   ConfigError naming the nearest where there is none.
     """
-    files = {path.stem: path for path in sorted(directory().glob("*.*")) if path.suffix in (".yaml", ".py")}
+    found = [*sorted(directory().glob("*.*")), *sorted(directory().glob("launch/*.*"))]
+    files = {path.stem: path for path in found if path.suffix in (".yaml", ".py", ".sh", ".md")}
     if not name:
         return list(files.values())
     stem = Path(name).stem
@@ -73,12 +79,16 @@ def summary(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return first_sentence(ast.get_docstring(ast.parse(text)) or "")
-    (head,) = re.findall(r"\A(?:#.*\n)+", text)
+    if path.suffix == ".md":
+        return first_sentence(" ".join(text.partition("\n\n")[2].split()))
+    # A script's first line is for the kernel.
+    (head,) = re.findall(r"\A(?:#!.*\n)?((?:# .*\n)+)", text)
     return first_sentence(" ".join(line.lstrip("# ") for line in head.splitlines()[1:]))
 
 
 def command(path: Path, target: Path) -> str:
     """The command that runs a copy at `target`; for one that others name, the copy."""
-    runs = rf"^[# ]*((?:megarlhf \S+ --config|python) )examples/{re.escape(path.name)}(.*)"
+    program = r"megarlhf \S+ --config|python|sbatch \S+|kubectl apply -f|HOSTS=\"[^\"]*\""
+    runs = rf"^[# ]*((?:{program}) )examples/{re.escape(relative(path))}(.*)"
     found = re.search(runs, path.read_text(encoding="utf-8"), re.MULTILINE)
     return f"{found[1]}{target}{found[2]}" if found else str(target)

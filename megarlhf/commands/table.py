@@ -90,7 +90,7 @@ COMMANDS: dict[str, Command] = {
         "megarlhf.commands.convert:main",
     ),
     "examples": Command(
-        "list the run files that come with the package, or copy them",
+        "list the run files and launch scripts that come with the package, or copy them",
         "megarlhf.commands.examples:ExamplesConfig",
         "megarlhf.commands.examples:main",
     ),
