@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.helpers.slurm import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "launch" / "torchrun_hosts.sh"
@@ -15,27 +20,36 @@ SFT = (
 )
 
 
-def started(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def script(folder: Path, *words: str, **variables: str) -> subprocess.Popen[str]:
     ssh = folder / "ssh"
     ssh.write_text('#!/bin/bash\nshift\nexec bash -c "$*"\n')  # as ssh gives a remote shell its words
     ssh.chmod(0o755)
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PYTHON": sys.executable}
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "SLURM_"))}
-    return subprocess.run(
+    return subprocess.Popen(
         [SCRIPT, *words],
         cwd=folder,
         env={**own, **paths, "SSH": str(ssh), "RANKS_PER_NODE": "1", **variables},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
+        start_new_session=True,
     )
+
+
+def started(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    process = script(folder, *words, **variables)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def logs(folder: Path) -> str:
+    return "".join(path.read_text() for path in folder.glob("logs/*/node_*.log"))
 
 
 def test_two_hosts_are_one_run(tmp_path: Path) -> None:
     done = started(tmp_path, *SFT, HOSTS="localhost 127.0.0.1")
-    logs = "".join(path.read_text() for path in tmp_path.glob("logs/*/node_*.log"))
-    assert done.returncode == 0, done.stderr + logs
+    assert done.returncode == 0, done.stderr + logs(tmp_path)
     assert "2 hosts, rank 0 on localhost" in done.stdout
     assert (tmp_path / "run" / "model" / "model.json").is_file()
 
@@ -45,6 +59,19 @@ def test_what_fails_there_fails_here(tmp_path: Path) -> None:
     assert done.returncode == 2
     (log, _) = sorted(tmp_path.glob("logs/*/node_*.log"))
     assert "layout needs 3 ranks" in log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_where_the_script_ends_the_run_saves_on_every_host(number: signal.Signals, tmp_path: Path) -> None:
+    process = script(tmp_path, *SFT, "epochs=500", "save_every=1000", HOSTS="localhost 127.0.0.1")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size, lambda: f"the first step:\n{logs(tmp_path)}", 180)
+    process.send_signal(number)  # to the script alone: what it started is on hosts
+    process.communicate(timeout=120)
+    wait_for(lambda: "the same command goes on" in logs(tmp_path), lambda: f"a save:\n{logs(tmp_path)}", 60)
+    assert logs(tmp_path).count("stopped by SIGTERM after step") == 1
+    assert process.returncode == (75 if number == signal.SIGINT else -signal.SIGKILL)
+    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
 def test_without_hosts_it_says_how_it_is_used(tmp_path: Path) -> None:
