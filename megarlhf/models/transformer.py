@@ -12,7 +12,6 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -305,7 +304,7 @@ def _build_chunk(
 
 
 def _mark_shards(model: LlamaModel) -> None:
-    """Tell Megatron which weights are shards. It does so while it initialises them, which is left to us here.
+    """Tell Megatron which weights are shards. 0.16 does so while it initialises them, which is left to us here.
 
     A weight without the mark passes for a copy, and the gradient norm would count tensor rank 0's part alone.
     """
@@ -313,6 +312,11 @@ def _mark_shards(model: LlamaModel) -> None:
         if isinstance(module, VocabParallelEmbedding | ColumnParallelLinear) and module.weight is not None:
             # A shard of the gated layer is a part of the gate, then one of the rest: another layout cuts both.
             stride = 2 if name.endswith(".linear_fc1") else 1
-            set_tensor_model_parallel_attributes(module.weight, True, 0, stride)
+            _mark_shard(module.weight, 0, stride)
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+            _mark_shard(module.weight, 1, 1)
+
+
+def _mark_shard(weight: Any, dim: int, stride: int) -> None:
+    """As Megatron's own function for it, which refuses a weight that is marked already, as those of 0.19 are."""
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, dim, stride
