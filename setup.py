@@ -11,11 +11,12 @@ HERE = Path(__file__).resolve().parent
 # Megatron-Core declares neither einops nor psutil, and fails late and obscurely without them (a checkpoint save hangs
 # without psutil), so both are named here.
 REQUIRES = [
-    "torch>=2.10",
+    "torch>=2.9.0a0",  # images of NVIDIA carry pre-releases, which a bound without a0 refuses
     "megatron-core>=0.16.1,<0.17",
     "einops>=0.8",
     "psutil>=6",
     "numpy>=2",
+    "packaging>=24.2",
     "transformers>=5",
     "tokenizers>=0.22",
     "safetensors>=0.6",
@@ -32,8 +33,8 @@ REQUIRES = [
 ]
 
 # Transformer Engine's torch part and flash-attn are compiled against the torch and CUDA of the machine, which pip's
-# isolated builds cannot see: docs/gpu.md installs them, constraints.txt names their versions. NVIDIA Apex is used when
-# it can be imported and is never listed: the package of that name on PyPI is another project.
+# isolated builds cannot see: docs/install.md installs them, constraints.txt has their versions. NVIDIA Apex is used
+# when it can be imported and is never listed: the package of that name on PyPI is another project.
 EXTRAS = {
     "gpu": ["nvidia-ml-py>=12", "triton>=3.6"],
     "maths": ["math-verify>=0.8"],

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ("megarlhf", "kernels", "examples", "tools", "tests")
 TOP_LEVEL = {
     *("megarlhf", "kernels", "examples", "tools", "tests", "setup.py", "README.md", "pyproject.toml", "Makefile"),
+    *("Dockerfile", ".dockerignore"),
     *("CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "benchmarks", "docs", ".ci", ".gitignore"),
     *("LICENSE", "CITATION.cff", ".pre-commit-config.yaml"),
 }

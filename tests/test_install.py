@@ -94,3 +94,38 @@ def test_a_wheel_has_the_run_files_and_runs_them(installed: Path, tmp_path: Path
     run("sft", "--config", "x/sft_tiny.yaml", *sizes)
     assert (tmp_path / "runs/tiny/sft/report.html").is_file()
     assert (tmp_path / "runs/tiny/sft/model/model.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment that sees a torch as NVIDIA's images name theirs, and this one's packages besides."""
+    folder: Path = tmp_path_factory.mktemp("image")
+    venv.create(folder, with_pip=False)
+    (packages,) = (folder / "lib").glob("*/site-packages")
+    (packages / "torch-2.10.0a0+b4e4ee81d3.nv25.12.dist-info").mkdir()
+    said = "Metadata-Version: 2.1\nName: torch\nVersion: 2.10.0a0+b4e4ee81d3.nv25.12\n"
+    (packages / "torch-2.10.0a0+b4e4ee81d3.nv25.12.dist-info" / "METADATA").write_text(said)
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def test_pip_keeps_a_pre_release_of_torch_that_an_image_carries(image: Path, tmp_path: Path) -> None:
+    """No index: whatever pip wanted instead, it would not find, and would end with an error."""
+    only = tmp_path / "only" / "setup.py"
+    only.parent.mkdir()
+    only.write_text(f"from setuptools import setup\nsetup(name='wants', version='1', install_requires={REQUIRES!r})\n")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(image), "install"]
+    done = subprocess.run(
+        [*pip, "--dry-run", "--no-index", "--no-build-isolation", str(only.parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "Would install wants-1"
+
+
+def test_the_dockerfile_copies_what_there_is() -> None:
+    words = [line.split()[1:-1] for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY")]
+    for name in (name for line in words for name in line):
+        assert (ROOT / name).exists()

@@ -4,7 +4,7 @@
     python tools/bench_kernels.py --json kernels.json       ... and write everything measured
     python tools/bench_kernels.py --only linear_ppo full_kl ... of these kernels alone
 
-Peers are liger-kernel, cut-cross-entropy and quack-kernels (`pip install -e '.[bench]'`) and flash-attn (docs/gpu.md).
+Peers: liger-kernel, cut-cross-entropy, quack-kernels (`pip install -e '.[bench]'`) and flash-attn (docs/install.md).
 
 First the ceilings: a large matrix product of random numbers, and a copy, the fastest of 20. Then, for every kernel, all
 providers are compared with the definition in fp64, with random upstream gradients; one that is wrong is not timed. Then

@@ -47,6 +47,7 @@ from megarlhf.gates.deep import (
     save_load_gate,
 )
 from megarlhf.gates.gate import Gate, skip
+from megarlhf.gates.packages import packages_gate
 from megarlhf.models.compute import resolve
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole
@@ -143,9 +144,10 @@ def _run(trainer: PolicyTrainer, cfg: PolicyConfig, inputs: PolicyInputs, said: 
     console.print(environment(cfg))
     for line in said:
         console.print(Text(line), soft_wrap=True)
+    gates = [packages_gate()]
+    console.print(_verdict(gates[0]), soft_wrap=True)
     alternative = one_rank(trainer, cfg, inputs) if is_first() else ""
     mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
-    gates = []
     for gate in examine(trainer, cfg, inputs, broadcast_object(alternative, mesh, "world"), mesh):
         gates.append(gate)
         console.print(_verdict(gate), soft_wrap=True)

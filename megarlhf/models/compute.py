@@ -66,7 +66,7 @@ def resolve(config: ComputeConfig, device: torch.device) -> Compute:
     if config.layers == "transformer_engine" and not engine:
         raise ConfigError(
             "compute.layers=transformer_engine needs a GPU and the package transformer-engine, "
-            f"but the device is {device.type}; see docs/gpu.md, or set compute.layers=auto."
+            f"but the device is {device.type}; see docs/install.md, or set compute.layers=auto."
         )
     use_engine = engine and config.layers != "local"
     if config.fp8 != "off" and not use_engine:

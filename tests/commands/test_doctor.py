@@ -346,7 +346,7 @@ def test_the_command_needs_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     assert "torch SDPA" in done.stdout
     verdicts = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("holds", "skipped", "FAILS"))]
     assert sorted(verdicts) == ["holds"] * 9 + ["skipped"]  # a preset has no Hugging Face twin
-    assert done.stdout.splitlines()[-1] == "9 of 9 gates hold, 1 skipped"
+    assert done.stdout.splitlines()[-1] == "10 of 10 gates hold, 1 skipped"
     assert not list(tmp_path.iterdir())
 
 
