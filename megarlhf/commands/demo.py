@@ -209,7 +209,7 @@ def _stage(settings: RunConfig, trainer: Trainer[Any, Any, Any], argv: Sequence[
     with sole_run(settings, mesh):
         before, began = _seconds(clock) if clock.exists() else 0.0, time.monotonic()
         try:
-            trainer.train(settings, inputs, argv, mesh)
+            trainer.run(settings, inputs, argv, mesh)
         except BaseException:
             if mesh.is_main:
                 with suppress(OutputError):  # why it stopped is what counts

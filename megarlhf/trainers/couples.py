@@ -25,7 +25,6 @@ from megarlhf.runs.measuring import Measuring
 from megarlhf.runs.opening import open_run
 from megarlhf.runtime.about import leave_about
 from megarlhf.runtime.roles import print_choices, print_memory_plan, print_remark
-from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.judged import JudgedConfig, JudgedInputs, responses_to_measure, say_start
 from megarlhf.trainers.reward_measures import OF_PAIRS, measure_pairs, measure_scores
 from megarlhf.trainers.summary import as_estimate, as_share
@@ -130,7 +129,6 @@ def take(
     course: Course[RowsT], pupil: Pupil, cfg: JudgedConfig, inputs: JudgedInputs, argv: Sequence[str], mesh: Mesh
 ) -> Metrics:
     """Train, measure, normalise and save. Collective; returns the last metrics."""
-    check_one_day(inputs.tokenizer, mesh)
     responses = responses_to_measure(inputs)
     role = pupil.role
     print_choices(role.settings.compute.choices, mesh)

@@ -54,7 +54,7 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.roles import away, frozen, learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
-from megarlhf.runtime.texts import check_apart, check_one_day, chosen_data, chosen_heldout
+from megarlhf.runtime.texts import check_apart, chosen_data, chosen_heldout
 from megarlhf.trainers.summary import as_share, plainly
 from megarlhf.trainers.trainer import Learner, Trainer
 
@@ -157,10 +157,8 @@ def prepare(cfg: DPOConfig) -> DPOInputs:
     return DPOInputs(policy, reference, tokenizer, data, pairs, heldout, shared, steps)
 
 
-def train(cfg: DPOConfig, inputs: DPOInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
+def train(cfg: DPOConfig, inputs: DPOInputs, cast: DPOModels, argv: Sequence[str], mesh: Mesh) -> Metrics:
     """Train, measure and save the policy to `cfg.model_dir`. Collective; returns the last metrics."""
-    check_one_day(inputs.tokenizer, mesh)
-    cast = models(cfg, inputs, mesh)
     policy, reference = cast.policy, cast.reference
     print_choices(policy.settings.compute.choices, mesh)
     print_memory_plan([policy, reference], mesh)

@@ -51,7 +51,6 @@ from megarlhf.runtime.roles import (
     print_remark,
 )
 from megarlhf.runtime.said import DataSet, ends, remarks, say, say_data
-from megarlhf.runtime.texts import check_one_day
 from megarlhf.trainers.heldout import measure_policy
 from megarlhf.trainers.kl_coefficient import KLCoefficient
 from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, prepare
@@ -176,9 +175,7 @@ def policy_trainer(
     if not issubclass(learners["actor"].rows, PolicyRows):
         raise ValueError(f"the actor learns from {learners['actor'].rows.__name__}; gates need it to be PolicyRows.")
 
-    def train(cfg: Cfg, inputs: PolicyInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
-        check_one_day(inputs.tokenizer, mesh)
-        cast = models(cfg, inputs, mesh)
+    def train(cfg: Cfg, inputs: PolicyInputs, cast: CastT, argv: Sequence[str], _: Mesh) -> Metrics:
         lesson = Lesson(learners["actor"].rows, learners["actor"].loss(cast.actor, cfg))
         return _train(cast, partial(iteration, cast), lesson, cfg, inputs, argv)
 

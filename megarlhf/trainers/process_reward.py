@@ -177,9 +177,8 @@ def measure_heldout(role: Role, cfg: ProcessRewardConfig, inputs: JudgedInputs) 
     return {**of_steps, **measure_outcomes(role, cfg, inputs)}
 
 
-def train(cfg: ProcessRewardConfig, inputs: JudgedInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
+def train(cfg: ProcessRewardConfig, inputs: JudgedInputs, pupil: Pupil, argv: Sequence[str], mesh: Mesh) -> Metrics:
     """Train, measure and save. Collective; returns the last metrics."""
-    pupil = models(cfg, inputs, mesh)
     steps = cast(StepData, inputs.data["steps"])
     course = Course(
         title="process reward model",

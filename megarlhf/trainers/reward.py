@@ -73,9 +73,8 @@ def prepare(cfg: RewardConfig) -> JudgedInputs:
     return read_inputs(cfg)
 
 
-def train(cfg: RewardConfig, inputs: JudgedInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
+def train(cfg: RewardConfig, inputs: JudgedInputs, pupil: Pupil, argv: Sequence[str], mesh: Mesh) -> Metrics:
     """Train, measure, normalise and save. Collective; returns the last metrics."""
-    pupil = models(cfg, inputs, mesh)
     course = Course(
         title="reward model",
         batch=lambda drawn: couple(drawn.get("pairs"), drawn.get("labelled"), cfg.pointwise_weight),

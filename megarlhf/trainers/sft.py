@@ -43,7 +43,7 @@ from megarlhf.runtime.checks import (
 )
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
-from megarlhf.runtime.texts import check_apart, check_one_day, chosen_data, chosen_heldout
+from megarlhf.runtime.texts import check_apart, chosen_data, chosen_heldout
 from megarlhf.trainers.summary import as_estimate, plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
@@ -120,10 +120,8 @@ def prepare(cfg: SftConfig) -> SftInputs:
     return SftInputs(model, tokenizer, data, rows, heldout, shared, steps)
 
 
-def train(cfg: SftConfig, inputs: SftInputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
+def train(cfg: SftConfig, inputs: SftInputs, pupil: Pupil, argv: Sequence[str], mesh: Mesh) -> Metrics:
     """Train and save the model to `cfg.model_dir`. Collective; returns the last step's metrics."""
-    check_one_day(inputs.tokenizer, mesh)
-    pupil = models(cfg, inputs, mesh)
     role = pupil.role
     print_choices(role.settings.compute.choices, mesh)
     print_memory_plan([role], mesh)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from megarlhf.batch.base import RowsT
+from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.run_files import METRICS
@@ -20,10 +21,22 @@ from megarlhf.runs.opening import sole_run
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runs.stopping import stopping_at_start
 from megarlhf.runtime.command import on_ranks
+from megarlhf.runtime.texts import check_one_day
 
 Cfg = TypeVar("Cfg", bound=RunConfig)
 Cfg_contra = TypeVar("Cfg_contra", bound=RunConfig, contravariant=True)
-Inputs = TypeVar("Inputs")
+
+
+class Tokenized(Protocol):
+    """What was read and checked before a run, as tokens."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of all texts."""
+        ...
+
+
+Inputs = TypeVar("Inputs", bound=Tokenized)
 
 
 class Models(Protocol):
@@ -85,12 +98,18 @@ class Trainer(Generic[Cfg, Inputs, Models_co]):
     """Builds them, their weights loaded. Collective."""
     learners: Mapping[str, Learner[Cfg, Any]]
     """By the name of the role that learns."""
-    train: Callable[[Cfg, Inputs, Sequence[str], Mesh], Metrics]
-    """Runs all steps and saves the model to `cfg.model_dir`, given the command line. Collective; the last metrics."""
+    train: Callable[[Cfg, Inputs, Any, Sequence[str], Mesh], Metrics]
+    """Runs all steps of the models and saves what `cfg.model_dir` is for, given the command line. Collective; the last
+    metrics."""
     summary: Callable[[Cfg, Metrics], Sequence[str]]
     """What is said at the end of the last metrics, with their intervals (trainers/summary.py)."""
     following: Callable[[Cfg], Sequence[str]]
     """Commands that one may go on with."""
+
+    def run(self, cfg: Cfg, inputs: Inputs, argv: Sequence[str], mesh: Mesh) -> Metrics:
+        """Build the models and train them. Collective; the last metrics."""
+        check_one_day(inputs.tokenizer, mesh)
+        return self.train(cfg, inputs, self.models(cfg, inputs, mesh), argv, mesh)
 
     def main(self, cfg: Cfg, argv: Sequence[str]) -> int:
         """Train on the ranks of `cfg.layout` and return the exit code."""
@@ -98,7 +117,7 @@ class Trainer(Generic[Cfg, Inputs, Models_co]):
         def work(cfg: Cfg, inputs: Inputs, mesh: Mesh) -> None:
             began = time.monotonic()
             with sole_run(cfg, mesh), leaving_a_page(cfg.run_dir, mesh):
-                metrics = self.train(cfg, inputs, argv, mesh)
+                metrics = self.run(cfg, inputs, argv, mesh)
                 conclude(cfg.run_dir, time.monotonic() - began, self.summary(cfg, metrics), self.following(cfg), mesh)
 
         with stopping_at_start():

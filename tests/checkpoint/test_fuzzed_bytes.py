@@ -144,7 +144,7 @@ def make(folder: Path) -> None:
     to_megatron(folder / "single", folder / "converted", QUIET)
     to_hf(folder / "converted", folder / "exported", Options(progress=False, max_shard_bytes=200_000))
     cfg = settings_of(folder)
-    sft.train(cfg, sft.prepare(cfg), [], start(ONE, seed=1))
+    sft.TRAINER.run(cfg, sft.prepare(cfg), [], start(ONE, seed=1))
     shutil.move(cfg.model_dir, folder / "trained")
     shutil.move(cfg.run_dir, folder / "run")
 

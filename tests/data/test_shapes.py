@@ -311,7 +311,7 @@ def _two_steps(directory: str) -> dict[str, list[float]]:
         overrides += ["labelled_batch=2"] if trainer is reward.TRAINER else []
         cfg = load_config(trainer.config, None, overrides)
         inputs: Any = trainer.prepare(cfg)
-        metrics = trainer.train(cfg, inputs, [], mesh)
+        metrics = trainer.run(cfg, inputs, [], mesh)
         found[name] = [inputs.steps, metrics.get("sft/loss", metrics.get("reward/loss", math.nan))]
     return found
 

@@ -227,7 +227,7 @@ def trained(name: str, where: str, folder: str, judge: dict[str, Any]) -> dict[s
     """Of the whole run: the final weights."""
     mesh, trainer = start(ParallelLayout(), seed=1), TRAINERS[name]
     cfg = config_of(name, where, folder, judge)
-    trainer.train(cfg, trainer.prepare(cfg), [], mesh)
+    trainer.run(cfg, trainer.prepare(cfg), [], mesh)
     return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
 
 

@@ -76,7 +76,7 @@ def test_batches_come_back_as_they_were(tmp_path: Path) -> None:
 def explode(cfg: SftConfig) -> str:
     """A learning rate that no model survives."""
     with pytest.raises(TrainingError) as failed:
-        sft.train(cfg, sft.prepare(cfg), ["sft"], start(cfg.layout, seed=1))
+        sft.TRAINER.run(cfg, sft.prepare(cfg), ["sft"], start(cfg.layout, seed=1))
     return str(failed.value)
 
 
@@ -126,7 +126,7 @@ def hang(cfg: SftConfig) -> str:
     mesh = start(cfg.layout, seed=1, timeout_s=cfg.timeout_s)
     with spoilt_step(3, lambda: time.sleep(3 * cfg.timeout_s)):
         try:
-            sft.train(cfg, sft.prepare(cfg), ["sft"], mesh)
+            sft.TRAINER.run(cfg, sft.prepare(cfg), ["sft"], mesh)
         except TrainingError as error:
             return str(error)
         except RuntimeError as error:
@@ -151,7 +151,7 @@ def fail(cfg: SftConfig) -> str:
     """Rank 1 raises in its third step; the other hears of it in a collective, or times out."""
     mesh = start(cfg.layout, seed=1, timeout_s=cfg.timeout_s)
     with spoilt_step(3, lambda: 1 / 0), pytest.raises((ArithmeticError, RuntimeError, TrainingError)) as failed:
-        sft.train(cfg, sft.prepare(cfg), ["sft"], mesh)
+        sft.TRAINER.run(cfg, sft.prepare(cfg), ["sft"], mesh)
     return type(failed.value).__name__
 
 
@@ -192,7 +192,7 @@ def spoil_ppo(cfg: PPOConfig) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "value_loss", spoilt)
         with pytest.raises(TrainingError) as failed:
-            ppo.TRAINER.train(cfg, inputs, ["ppo"], mesh)
+            ppo.TRAINER.run(cfg, inputs, ["ppo"], mesh)
     return str(failed.value)
 
 

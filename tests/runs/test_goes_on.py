@@ -40,7 +40,7 @@ def run_ppo(where: str, folder: str, stop: int | None, changes: dict[str, Any]) 
     mesh = start(DATA2, seed=1)
     cfg = ppo_settings(Path(where), DATA2, folder, **{"save_every": 3, "keep_last": 9, **changes})
     with stopped_after(stop) if stop else nullcontext():
-        ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), ["ppo"], mesh)
+        ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), ["ppo"], mesh)
 
 
 def test_more_iterations_equal_one_long_run_bit_for_bit(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def sft_settings(where: Path, **changes: Any) -> SftConfig:
 def run_sft(where: str, changes: dict[str, Any]) -> None:
     cfg = sft_settings(Path(where), **changes)
     inputs = sft.prepare(cfg)
-    sft.train(cfg, inputs, ["sft"], start(ParallelLayout(), seed=1))
+    sft.TRAINER.run(cfg, inputs, ["sft"], start(ParallelLayout(), seed=1))
 
 
 @pytest.fixture(scope="module")

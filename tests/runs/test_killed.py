@@ -58,7 +58,7 @@ def config(run_dir: Path, layout: ParallelLayout = LAYOUT, **changes: Any) -> Sf
 
 
 def train(cfg: SftConfig) -> None:
-    sft.train(cfg, sft.prepare(cfg), [], start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
+    sft.TRAINER.run(cfg, sft.prepare(cfg), [], start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s))
 
 
 def train_as(rank: int, port: int, cfg: SftConfig) -> None:
@@ -169,7 +169,7 @@ def stop_softly(cfg: SftConfig, number: int, after: int) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "next_token_loss", loss_with_a_signal)
         with pytest.raises(RunStopped) as stopped:
-            sft.train(cfg, sft.prepare(cfg), [], mesh)
+            sft.TRAINER.run(cfg, sft.prepare(cfg), [], mesh)
     return str(stopped.value)
 
 

@@ -106,9 +106,9 @@ def run_ppo(
     cfg = ppo_settings(Path(where), layout, folder, **changes)
     if stop is not None:
         with stopped_after(stop):
-            ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
+            ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
         return {}
-    ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
+    ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
     return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
 
 
@@ -169,7 +169,7 @@ def run_reward(command: str, stop: int | None, where: str) -> None:
     inputs = trainer.prepare(cfg)
     assert inputs.steps >= 4
     with stopped_after(stop) if stop is not None else nullcontext():
-        trainer.train(cfg, inputs, [], mesh)
+        trainer.run(cfg, inputs, [], mesh)
 
 
 @pytest.mark.parametrize("command", SCORERS)
@@ -230,7 +230,7 @@ def stop_early(where: str, folder: str) -> None:
     mesh = start(ParallelLayout(), seed=1)
     cfg = ppo_settings(Path(where), ParallelLayout(), folder)
     with stopped_after(1):
-        ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
+        ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
 
 
 def test_other_settings_and_finished_runs_are_refused(folder: str, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def go_on_slower(where: str) -> None:
             }
         )
         with stop:
-            sft.train(cfg, sft.prepare(cfg), [], mesh)
+            sft.TRAINER.run(cfg, sft.prepare(cfg), [], mesh)
 
 
 def test_a_run_goes_on_with_a_lower_learning_rate(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def train(folder: str) -> None:
             "tensorboard": False,
         }
     )
-    ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], start(cfg.layout, seed=1))
+    ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], start(cfg.layout, seed=1))
 
 
 @pytest.fixture(scope="module")

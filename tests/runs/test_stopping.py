@@ -76,7 +76,7 @@ def stop_at_the_gates(run_dir: Path) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Measuring, "begin", lambda *_: signal_myself(signal.SIGUSR1))
         with pytest.raises(RunStopped) as stopped:
-            sft.train(cfg, sft.prepare(cfg), [], start(cfg.layout, seed=cfg.seed))
+            sft.TRAINER.run(cfg, sft.prepare(cfg), [], start(cfg.layout, seed=cfg.seed))
     return str(stopped.value)
 
 

@@ -87,9 +87,9 @@ def run(name: str, layout: ParallelLayout, stop: int | None, where: str, folder:
     inputs = trainer.prepare(cfg)
     if stop is not None:
         with stopped_after(stop):
-            trainer.train(cfg, inputs, [], mesh)
+            trainer.run(cfg, inputs, [], mesh)
         return {}
-    trainer.train(cfg, inputs, [], mesh)
+    trainer.run(cfg, inputs, [], mesh)
     return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
 
 
@@ -167,7 +167,7 @@ def test_every_metric_is_finite_at_one_token_and_at_the_limit(name: str, folder:
 
 def metrics_of(name: str, folder: str, where: str, changes: dict[str, Any]) -> list[dict[str, float]]:
     cfg = config(name, folder, Path(where), ParallelLayout(), **changes)
-    TRAINERS[name].train(cfg, TRAINERS[name].prepare(cfg), [], start(cfg.layout, seed=1))
+    TRAINERS[name].run(cfg, TRAINERS[name].prepare(cfg), [], start(cfg.layout, seed=1))
     return read_metrics(Path(where)).rows
 
 

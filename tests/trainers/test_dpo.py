@@ -143,7 +143,7 @@ def run_dpo(stop: int | None, cfg: DPOConfig) -> dict[str, Tensor]:
     inputs = dpo.prepare(cfg)
     assert inputs.steps >= 3
     with stopped_after(stop) if stop is not None else nullcontext():
-        dpo.train(cfg, inputs, [], mesh)
+        dpo.TRAINER.run(cfg, inputs, [], mesh)
     return {} if stop else whole_weights(frozen(str(cfg.model_dir), LabelLogprobs(1.0), mesh))
 
 
@@ -202,7 +202,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(model: str, whole: tuple[Path, dict[s
 def another_reference(cfg: DPOConfig) -> list[dict[str, float]]:
     """A step against another model than the policy's start, and against that without offloading."""
     mesh = start(cfg.layout, seed=1)
-    dpo.train(cfg, dpo.prepare(cfg), [], mesh)
+    dpo.TRAINER.run(cfg, dpo.prepare(cfg), [], mesh)
     return logged_lines(cfg.run_dir)
 
 
@@ -219,7 +219,7 @@ def test_another_reference_is_kept_near_to(model: str, tmp_path: Path) -> None:
 def explode(cfg: DPOConfig) -> str:
     """A learning rate that no model survives."""
     with pytest.raises(TrainingError) as failed:
-        dpo.train(cfg, dpo.prepare(cfg), ["dpo"], start(cfg.layout, seed=1))
+        dpo.TRAINER.run(cfg, dpo.prepare(cfg), ["dpo"], start(cfg.layout, seed=1))
     return str(failed.value)
 
 

@@ -78,7 +78,7 @@ def trained(command: str, stops: list[int | None], cfg: Any) -> tuple[dict[str, 
     for stop in stops:
         said = io.StringIO()
         with stopped_after(stop) if stop is not None else nullcontext(), redirect_stderr(said):
-            OF[command].train(cfg, OF[command].prepare(cfg), [command], mesh)
+            OF[command].TRAINER.run(cfg, OF[command].prepare(cfg), [command], mesh)
     return weights(command, cfg, mesh), said.getvalue()
 
 
@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_may_measure_from_then_on(whole: tuple[str, Path, Any
 
 def begun(command: str, stop: int, cfg: Any) -> None:
     with stopped_after(stop), redirect_stderr(io.StringIO()):
-        OF[command].train(cfg, OF[command].prepare(cfg), [command], start(cfg.layout, seed=1))
+        OF[command].TRAINER.run(cfg, OF[command].prepare(cfg), [command], start(cfg.layout, seed=1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
@@ -325,10 +325,10 @@ def cut_short(cfg: Any) -> int:
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()):
         patch.setattr(sft, "save_model", killed)
         with pytest.raises(StoppedError):
-            sft.train(cfg, sft.prepare(cfg), ["sft"], mesh)
+            sft.TRAINER.run(cfg, sft.prepare(cfg), ["sft"], mesh)
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()):
         patch.setattr(Run, "step_ended", lambda _self, done, _metrics: taken.append(done))
-        sft.train(cfg, sft.prepare(cfg), ["sft"], mesh)
+        sft.TRAINER.run(cfg, sft.prepare(cfg), ["sft"], mesh)
     return len(taken)
 
 

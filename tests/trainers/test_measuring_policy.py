@@ -55,7 +55,7 @@ def trained(stops: list[int | None], cfg: PPOConfig) -> tuple[dict[str, Tensor],
     mesh, said = start(cfg.layout, seed=1), io.StringIO()
     for stop in stops:
         with stopped_after(stop) if stop is not None else nullcontext(), redirect_stderr(said):
-            ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), ["ppo"], mesh)
+            ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), ["ppo"], mesh)
     return whole_weights(frozen(str(cfg.model_dir), LabelLogprobs(1.0), mesh)), said.getvalue()
 
 
@@ -196,7 +196,7 @@ def silent(cfg: PPOConfig) -> str:
             return replace(panel, judges=(Silent(),), verifier=None)
 
         patch.setattr(Panel, "reading", reading)
-        ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), ["ppo"], start(cfg.layout, seed=1))
+        ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), ["ppo"], start(cfg.layout, seed=1))
     return said.getvalue()
 
 

@@ -54,9 +54,9 @@ def run(folder: str, where: str, stop: int | None) -> dict[str, torch.Tensor]:
     mesh = start(cfg.layout, seed=1)
     if stop is not None:
         with stopped_after(stop):
-            TRAINER.train(cfg, TRAINER.prepare(cfg), [], mesh)
+            TRAINER.run(cfg, TRAINER.prepare(cfg), [], mesh)
         return {}
-    TRAINER.train(cfg, TRAINER.prepare(cfg), [], mesh)
+    TRAINER.run(cfg, TRAINER.prepare(cfg), [], mesh)
     return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
 
 
@@ -105,7 +105,7 @@ def test_the_doctor_examines_it(models: str, tmp_path: Path) -> None:
     words = ("doctor", f"trainer={NAME}", *told(models, tmp_path / "run"))
     ((code, said),) = run_ranks(command, 1, *words)
     assert code == 0, said
-    assert "7 of 7 gates hold, 2 skipped" in said  # it measures no KL, and has no reference
+    assert "8 of 8 gates hold, 2 skipped" in said  # it measures no KL, and has no reference
     # Its settings are the trainer's: PPO's are none of them. A file may name it too.
     (file := tmp_path / "run.yaml").write_text(f"trainer: {NAME}\n")
     ((code, said),) = run_ranks(command, 1, "doctor", "--config", str(file), *words[2:], "kl_coef=0.1")
@@ -127,7 +127,7 @@ def spoilt(folder: str, where: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainableRole, "update", skipped)
         with pytest.raises(TrainingError) as ended:
-            TRAINER.train(cfg, inputs, [], mesh)
+            TRAINER.run(cfg, inputs, [], mesh)
     return str(ended.value)
 
 

@@ -158,7 +158,7 @@ def one_step(layout: ParallelLayout, where: str, name: str) -> dict[str, Tensor]
     shared = [*SMALL, "epochs=2", "micro_batch=2", "optim.lr=1e-3", "normalise=none", f"layout.data={layout.data}"]
     rows = [f"{name}.source={where}/{name}.jsonl", f"{name}.template=plain", f"{name}_batch=8"]
     cfg: Any = load_config(trainer.config, None, [*shared, *rows, f"run_dir={where}/{name}"])
-    trainer.train(cfg, trainer.prepare(cfg), [], mesh)
+    trainer.run(cfg, trainer.prepare(cfg), [], mesh)
     return whole_weights(frozen(str(cfg.model_dir), SequenceScores(), mesh))
 
 
@@ -256,7 +256,7 @@ def learnt(run_dir: str, *more: str) -> dict[str, float]:
     batch = ["steps_batch=64", "micro_batch=32"]
     words = [*SMALL[:-1], *task, *OPTIM, *batch, f"run_dir={run_dir}", *more]
     cfg: Any = load_config(ProcessRewardConfig, None, words)
-    return process_reward.train(cfg, process_reward.prepare(cfg), [], start(cfg.layout, seed=1))
+    return process_reward.TRAINER.run(cfg, process_reward.prepare(cfg), [], start(cfg.layout, seed=1))
 
 
 OTHERS = "{right: 0.5, drop_last_step: 0.3, wrong_operation: 0, guess: 0.2}"
@@ -292,7 +292,7 @@ def outcomes_learnt(run_dir: str) -> dict[str, float]:
     """The reward model of the same outcomes, after as many steps: its last metrics."""
     words = [*SMALL[:-1], *OPTIM, *OF_OUTCOMES, "epochs=0.6", f"run_dir={run_dir}"]
     cfg: Any = load_config(reward.RewardConfig, None, words)
-    return reward.train(cfg, reward.prepare(cfg), [], start(cfg.layout, seed=1))
+    return reward.TRAINER.run(cfg, reward.prepare(cfg), [], start(cfg.layout, seed=1))
 
 
 @pytest.mark.slow  # a minute or two

@@ -72,7 +72,7 @@ def trained(where: str) -> dict[str, Trained]:
             }
         )
         inputs = reward.prepare(cfg)
-        reward.train(cfg, inputs, [], mesh)
+        reward.TRAINER.run(cfg, inputs, [], mesh)
         described = describe_model(str(cfg.model_dir))
         judge = frozen(str(cfg.model_dir), SequenceScores(described.score_offset, described.score_scale), mesh)
         rows, right = measured(inputs)

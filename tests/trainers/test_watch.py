@@ -80,7 +80,7 @@ def run(where: str, folder: str) -> str:
     changes = {"kl_bound": 1e-9, "stop_when_over_optimised": True, "save_every": 0, "iterations": 12}
     cfg = ppo_settings(Path(where), mesh.layout, folder, **changes)
     with redirect_stderr(StringIO()) as said:
-        ppo.TRAINER.train(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
+        ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
     return said.getvalue()
 
 
