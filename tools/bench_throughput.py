@@ -1,0 +1,179 @@
+"""Throughput of a run file's iterations, with random weights and made-up prompts: by phase, in any layout.
+
+    python tools/bench_throughput.py ppo --config examples/ppo_tiny.yaml actor.init=tiny-s reward.init=tiny-s
+    torchrun --nproc-per-node 8 tools/bench_throughput.py ppo --config examples/llama3_8b_ppo.yaml \
+        actor.init=llama3-8b reward.init=llama3-8b --prompts uniform:64:512 --responses lognormal:300:0.8
+
+Settings are the run file's, with those behind it on the command line. Left out is what is no iteration: saving,
+measuring, gates, logs of samples. The models must be named: a preset is drawn at random. Every iteration is a whole one
+of the trainer's own; the first --warmup are not counted. Prompts are random words, and a response ends where
+--responses says, so that the work is the same in every layout and with all weights.
+
+A phase's tokens are what it draws, scores or learns from; the iteration's are those that were drawn. FLOP/s are the
+model's, of one GPU, and MFU is their share of its dense BF16 peak, whatever the number format: the convention is
+printed. --json writes everything, with versions, machine and settings; tools/compare_bench.py compares two such files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # Its parts are beside it in tools.throughput_bench.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from megarlhf.errors import ConfigError, MegarlhfError
+from megarlhf.observe.provenance import machine, versions
+from megarlhf.observe.work import CONVENTION
+from megarlhf.observe.writers import read_metrics
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.runtime.command import on_ranks
+from megarlhf.trainers.find import trainer_named
+from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs
+from megarlhf.trainers.trainer import Trainer
+from tools.throughput_bench.lengths import Lengths
+from tools.throughput_bench.measure import moved, phases
+from tools.throughput_bench.published import anchors_of
+from tools.throughput_bench.workload import actor_spec, ending_where_told, measured_settings, write_texts
+
+GIB = 2**30
+
+
+def bench(args: argparse.Namespace, arguments: Sequence[str], folder: Path) -> int:
+    """Run it on the ranks of its layout; the exit code."""
+    trainer = trainer_named(args.trainer)
+    if not issubclass(trainer.config, PolicyConfig):
+        raise ConfigError(f"{args.trainer} draws no rollouts; name a trainer that does, as ppo or grpo.")
+    iterations = args.warmup + args.iterations
+    cfg = measured_settings(trainer.config, args.config, args.settings, folder, iterations)
+    spec, prompts = actor_spec(cfg), Lengths(args.prompts, cfg.prompts.max_tokens)
+    responses = Lengths(args.responses or f"fixed:{cfg.sampling.max_new_tokens}", cfg.sampling.max_new_tokens)
+    count = iterations * cfg.prompts_per_iteration
+    draws = torch.rand(count, generator=torch.Generator().manual_seed(1))
+    write_texts(folder, spec.vocab_size, prompts.of(draws))
+
+    def work(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> None:
+        found = measured(trainer, cfg, inputs, mesh, responses, args)
+        if mesh.is_main:
+            report = {**about(cfg, mesh, args, arguments), **found}
+            sys.stdout.write("\n".join([*lines(report), ""]))
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    return on_ranks(cfg, arguments, trainer.prepare, work)
+
+
+def measured(
+    trainer: Trainer[Any, Any, Any],
+    cfg: PolicyConfig,
+    inputs: PolicyInputs,
+    mesh: Mesh,
+    responses: Lengths,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Every iteration of the run, then every role to the host and back. Collective; complete on rank 0."""
+    cast = ending_where_told(trainer.models(cfg, inputs, mesh), responses)
+    trainer.train(cfg, inputs, cast, ["bench_throughput"], mesh)
+    moves = [moved(role, args.iterations) for role in cast.every] if cfg.offload == "host" else []
+    rows = [row for row in read_metrics(cfg.run_dir).rows if row["step"] > args.warmup] if mesh.is_main else []
+    if not rows:
+        return {}
+    return {
+        "phases": phases(rows, mesh.layout.world_size),
+        "offload": moves,
+        "refit": [{name: value for name, value in row.items() if name.startswith("refit/")} for row in rows],
+        "peak_bytes": max(row["memory/peak_bytes"] for row in rows),
+        "published": [each._asdict() for each in anchors_of(inputs.models["actor"].description.spec.parameters)],
+    }
+
+
+def about(cfg: PolicyConfig, mesh: Mesh, args: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """What a reader needs to repeat the measurement."""
+    settings = json.loads(cfg.model_dump_json())
+    for name in ("run_dir", "tokenizer"):
+        del settings[name]  # of this moment alone
+    del settings["prompts"]["source"]
+    return {
+        "command": shlex.join(["python", "tools/bench_throughput.py", *arguments]),
+        "versions": versions(),
+        "machine": machine(mesh.device),
+        "ranks": mesh.layout.world_size,
+        "prompts": args.prompts,
+        "responses": args.responses or f"fixed:{cfg.sampling.max_new_tokens}",
+        "iterations": args.iterations,
+        "convention": CONVENTION,
+        "settings": settings,
+    }
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    head = f"{'phase':<12}{'seconds':>9}{'tokens/s':>12}{'/GPU':>10}{'TFLOP/s/GPU':>13}{'MFU %':>7}"
+    said = [f"{report['ranks']} ranks, medians of {report['iterations']} iterations", head]
+    for row in report["phases"]:
+        rates = [row.get(name) for name in ("tokens_per_s", "tokens_per_s_per_gpu")]
+        flops, mfu = row.get("flops_per_s"), row.get("mfu")
+        numbers = [f"{rate:,.0f}" if rate is not None else "-" for rate in rates]
+        said.append(
+            f"{row['phase']:<12}{row['seconds']:>9.3f}{numbers[0]:>12}{numbers[1]:>10}"
+            f"{f'{flops / 1e12:.3g}' if flops else '-':>13}{f'{100 * mfu:.1f}' if mfu else '-':>7}"
+        )
+    said += [
+        f"{each['role']}: {each['bytes'] / GIB:.3g} GiB a rank, to the host in {each['to_host_s']:.3g} s "
+        f"({each['to_host_gb_per_s']:.1f} GB/s), back in {each['to_device_s']:.3g} s "
+        f"({each['to_device_gb_per_s']:.1f} GB/s)"
+        for each in report["offload"]
+    ]
+    said += [f"peak memory of rank 0: {report['peak_bytes'] / GIB:.3g} GiB", f"FLOPs: {report['convention']}"]
+    said += [
+        f"published, not measured here: {each['parameters']} {each['what']}, {each['precision']}, {each['gpus']} H100: "
+        f"{each['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU ({each['source']})"
+        for each in report["published"]
+    ]
+    return said
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("trainer", help="whose iterations: ppo, grpo, ...")
+    parser.add_argument("settings", nargs="*", help="name=value, over the run file's")
+    parser.add_argument("--config", "-c", type=Path, help="the run file")
+    parser.add_argument(
+        "--prompts", default="uniform:16:64", help="lengths: fixed:N, uniform:A:B, lognormal:MEDIAN:SIGMA"
+    )
+    parser.add_argument("--responses", help="likewise (default: all that a response may have)")
+    parser.add_argument("--iterations", type=_count, default=5, help="that are measured (default 5)")
+    parser.add_argument("--warmup", type=_count, default=1, help="before them (default 1)")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count; give a whole number of at least 1")
+    return int(text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, and write."""
+    args = parse(arguments)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return bench(args, arguments, Path(folder))
+    except MegarlhfError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

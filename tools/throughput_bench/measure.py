@@ -1,0 +1,79 @@
+"""What a run's iterations took, from its own metrics, and what moving its models to the host and back takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megarlhf.models.role import Role
+from megarlhf.observe.work import WORKED
+from megarlhf.parallel.collectives import barrier
+
+Rows = Sequence[Mapping[str, float]]
+"""Metrics of iterations."""
+
+
+def phases(rows: Rows, gpus: int) -> list[dict[str, Any]]:
+    """Of each phase, and of the whole iteration: medians of seconds, of tokens and FLOPs a second, and of MFU.
+
+    Rates of tokens are of all `gpus`, and of one; FLOP/s and MFU are of one.
+    """
+    found: list[dict[str, Any]] = []
+    for name in ("iteration", *WORKED, "estimate"):
+        seconds = [row[f"time/{name}_s"] for row in rows if f"time/{name}_s" in row]
+        if not seconds:
+            continue
+        of_phase: dict[str, Any] = {"phase": name, "seconds": statistics.median(seconds), "all_seconds": seconds}
+        for rate in ("tokens_per_s", "flops_per_s"):
+            if values := [row[key] for row in rows if (key := f"throughput/{name}_{rate}") in row]:
+                of_phase[rate] = statistics.median(values)
+        if "tokens_per_s" in of_phase:
+            of_phase["tokens"] = [round(row[f"throughput/{name}_tokens_per_s"] * row[f"time/{name}_s"]) for row in rows]
+            of_phase["tokens_per_s_per_gpu"] = of_phase["tokens_per_s"] / gpus
+        if values := [row[f"mfu/{name}"] for row in rows if f"mfu/{name}" in row]:
+            of_phase["mfu"] = statistics.median(values)
+        found.append(of_phase)
+    whole = found[0]
+    drawn = [row["throughput/rollout_tokens_per_s"] * row["time/rollout_s"] / row["time/iteration_s"] for row in rows]
+    whole["tokens_per_s"] = statistics.median(drawn)
+    whole["tokens_per_s_per_gpu"] = whole["tokens_per_s"] / gpus
+    return found
+
+
+def moved(role: Role, repeats: int) -> dict[str, Any]:
+    """Bytes that this rank sends to the host and fetches again, and how long each way takes. Collective.
+
+    A pinned copy is what is measured on a GPU; on a CPU it is a copy in memory.
+    """
+    size = role.resident_bytes()
+    there, back = [], []
+    for _ in range(repeats):
+        with role.resident(*role.parts):
+            size = role.resident_bytes()
+            _settled(role)
+            begun = time.perf_counter()
+        _settled(role)
+        there.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        with role.resident(*role.parts):
+            _settled(role)
+            back.append(time.perf_counter() - begun)
+    host, device = statistics.median(there), statistics.median(back)
+    return {
+        "role": role.name,
+        "bytes": size,
+        "to_host_s": host,
+        "to_device_s": device,
+        "to_host_gb_per_s": size / host / 1e9,
+        "to_device_gb_per_s": size / device / 1e9,
+    }
+
+
+def _settled(role: Role) -> None:
+    if role.mesh.device.type == "cuda":
+        torch.cuda.synchronize(role.mesh.device)
+    barrier(role.mesh)
