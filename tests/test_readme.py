@@ -68,7 +68,7 @@ def test_a_setting_that_the_text_names_is_one(span: str) -> None:
 
 def test_the_tables_are_those_of_the_product() -> None:
     assert {name: TABLE.get(name) for name in COMMANDS} == {name: made.summary for name, made in COMMANDS.items()}
-    tools = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.py")}
+    tools = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.[ps][yh]")}
     assert {name for name in TABLE if name.startswith("tools/")} == tools
 
 

@@ -34,12 +34,12 @@ def measured_settings(
 
     Raises:   ConfigError where the settings are not right, or name models that are not there.
     """
-    asked = load_config(config, path, overrides)
     # PPO warms its critic up without the actor, whose steps are what is to be measured.
-    warm = ["value_warmup_iterations=0"] if isinstance(asked, PPOConfig) else []
+    warm = ["value_warmup_iterations=0"] if issubclass(config, PPOConfig) else []
     made = [f"tokenizer={folder / 'tokenizer'}", f"prompts.source={folder / 'prompts.jsonl'}", "prompts.columns={}"]
     run = [f"run_dir={folder / 'run'}", f"iterations={iterations}", "prompts.template=plain", "prompts.split=''"]
-    constant = [f"{name}.optim.{it}" for name in ("actor", *["critic"] * len(warm)) for it in ("warmup_steps=0",)]
+    learners = ("actor", "critic") if warm else ("actor",)
+    constant = [f"{name}.optim.warmup_steps=0" for name in learners]  # or there would have to be more steps
     return load_config(config, path, [*overrides, *QUIET, *warm, *made, *run, *constant])
 
 
