@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from megarlhf.parallel.layout import ParallelLayout
 
-ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-"""By its older name, which torch reads first, and the only one that Megatron-Core looks at."""
-ALLOCATOR_TOO = "PYTORCH_ALLOC_CONF"
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+OLDER_NAME = "PYTORCH_CUDA_ALLOC_CONF"
+"""Of the same variable: torch takes it first, and says of it that it is deprecated."""
 
 
 class Variable(NamedTuple):
@@ -45,7 +45,7 @@ def wanted(layout: ParallelLayout) -> tuple[Variable, ...]:
 def settle(layout: ParallelLayout, environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what `layout` wants and the user did not set; ranks that this process starts have it too."""
     for name, value, _ in wanted(layout):
-        if name != ALLOCATOR or ALLOCATOR_TOO not in environment:
+        if name != ALLOCATOR or OLDER_NAME not in environment:
             environment.setdefault(name, value)
 
 
@@ -57,7 +57,7 @@ def in_force(layout: ParallelLayout, environment: MutableMapping[str, str] = os.
 def _in_force(variable: Variable, environment: MutableMapping[str, str]) -> Variable:
     name, value, reason = variable
     if name == ALLOCATOR and name not in environment:
-        name = ALLOCATOR_TOO
+        name = OLDER_NAME
     if environment[name] == value:
         return variable._replace(name=name)
     return Variable(name, environment[name], f"yours; {value} otherwise: {reason}")

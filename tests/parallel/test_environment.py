@@ -10,7 +10,7 @@ from megarlhf.parallel.environment import Variable, in_force, settle, wanted
 from megarlhf.parallel.layout import ParallelLayout
 
 ALWAYS = {
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     "NCCL_GRAPH_REGISTER": "0",
     "NCCL_NVLS_ENABLE": "0",
 }
@@ -38,12 +38,12 @@ def test_what_the_user_set_stays_and_is_said_to_be_theirs() -> None:
     assert said["NCCL_NVLS_ENABLE"].reason.startswith("yours; 0 otherwise: NVLink SHARP")
 
 
-def test_the_allocator_s_newer_name_is_not_overruled_by_its_older_one() -> None:
-    """torch reads PYTORCH_CUDA_ALLOC_CONF first."""
-    environment = settled(ParallelLayout(), PYTORCH_ALLOC_CONF="max_split_size_mb:512")
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment
+def test_the_allocator_s_older_name_is_the_user_s_word_too() -> None:
+    """torch takes PYTORCH_CUDA_ALLOC_CONF first, and says where it is set that it is deprecated."""
+    environment = settled(ParallelLayout(), PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:512")
+    assert "PYTORCH_ALLOC_CONF" not in environment
     (said, *_) = in_force(ParallelLayout(), environment)
-    assert (said.name, said.value) == ("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    assert (said.name, said.value) == ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     assert said.reason.startswith("yours; expandable_segments:True otherwise")
 
 
