@@ -78,7 +78,7 @@ def ending_where_told(cast: Any, lengths: Lengths) -> Any:
     """The cast, with a sampler over the same weights whose responses are as long as `lengths` says."""
     given: Cast = cast
     sampler = EndsWhereTold(
-        given.sampler.role,
+        given.actor,
         eos_ids=(EOS,),
         pad_id=PAD,
         max_sequence_length=given.sampler.max_sequence_length,
