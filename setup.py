@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 # Megatron-Core declares neither einops nor psutil, and fails late and obscurely without them (a checkpoint save hangs
 # without psutil), so both are named here.
 REQUIRES = [
-    "torch>=2.9.0a0",  # images of NVIDIA carry pre-releases, which a bound without a0 refuses
+    "torch>=2.10.0a0",  # the first with torchrun's --signals_to_handle; a0: images of NVIDIA carry pre-releases
     "megatron-core>=0.16.1,<0.17",
     "einops>=0.8",
     "psutil>=6",

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in HANDED_ON:
         signal.signal(number, _hand_on)
     try:
-        run.main([f"--signals-to-handle={OWN}", *words])
+        run.main([f"--signals_to_handle={OWN}", *words])
     except ChildFailedError as failed:
         code = failed.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code

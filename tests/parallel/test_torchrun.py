@@ -69,5 +69,5 @@ def test_a_task_of_slurm_knows_its_node(monkeypatch: pytest.MonkeyPatch) -> None
     assert torchrun.main(["--node_rank=1", "x.py"]) == 0
     monkeypatch.delenv("SLURM_NODEID")
     assert torchrun.main(["x.py"]) == 0
-    own = f"--signals-to-handle={torchrun.OWN}"
+    own = f"--signals_to_handle={torchrun.OWN}"
     assert asked == [[own, "--node-rank=3", "--nnodes=4", "x.py"], [own, "--node_rank=1", "x.py"], [own, "x.py"]]
