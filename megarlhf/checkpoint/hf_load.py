@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megarlhf.checkpoint.hf_names import cut_for_rank, source_of
 from megarlhf.models.role import Role
-from megarlhf.models.transformer import LlamaModel
+from megarlhf.models.transformer import named_parameters
 
 
 class TensorSource(Protocol):
@@ -26,6 +25,7 @@ def load_tensors(role: Role, source: TensorSource, *, backbone_only: bool = Fals
 
     backbone_only: leave the head as it is, for a scalar head on a language model's body.
     """
+    role.version += 1
     tensor_group = role.mesh.group("tensor")
     with torch.no_grad():
         for name, parameter in named_parameters(role.chunks):
@@ -35,15 +35,3 @@ def load_tensors(role: Role, source: TensorSource, *, backbone_only: bool = Fals
             whole = [source.tensor(part) for part in origin.names]
             mine = cut_for_rank(whole, origin.cut, role.spec, tensor_group.rank(), tensor_group.size())
             parameter.copy_(mine)
-
-
-def named_parameters(chunks: Sequence[LlamaModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters of this rank with layers numbered over the whole model."""
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            parts = name.split(".")
-            if name.startswith("decoder.layers."):
-                # Megatron numbers layers from 1 over the whole model, and from 0 within a chunk.
-                layer: Any = chunk.decoder.layers[int(parts[2])]
-                parts[2] = str(layer.layer_number - 1)
-            yield ".".join(parts), parameter

@@ -355,6 +355,7 @@ def load_weights(role: Role, directory: Path, *, body_only: bool = False) -> Non
     if body_only:
         state = {chunk: {k: v for k, v in part.items() if "output_layer" not in k} for chunk, part in state.items()}
     loaded = load_sharded(state, directory, AGAIN)
+    role.version += 1
     with torch.no_grad():
         for index, chunk in enumerate(role.chunks):
             chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)

@@ -187,6 +187,7 @@ def _check_same_model(directory: Path, role: TrainableRole) -> None:
 
 
 def _fill(role: TrainableRole, loaded: Any) -> None:
+    role.version += 1
     with torch.no_grad():
         for index, chunk in enumerate(role.chunks):
             chunk.load_state_dict(loaded["weights"][f"chunk{index}"], strict=False)

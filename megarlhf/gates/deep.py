@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megarlhf.batch.rollouts import Prompts, Rollout
-from megarlhf.checkpoint.hf_load import named_parameters
 from megarlhf.checkpoint.hf_names import source_of
 from megarlhf.checkpoint.hf_verify import ROWS, TOKENS, hf_logits
 from megarlhf.checkpoint.model_directory import MODEL, Card, load_model, save_model
@@ -19,6 +18,7 @@ from megarlhf.gates.cheap import Lesson, fingerprint, gradients, probe_rows
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.models.spec import PRESETS
+from megarlhf.models.transformer import named_parameters
 from megarlhf.parallel.collectives import all_reduce, broadcast
 from megarlhf.parallel.gradients import main_grad
 from megarlhf.parallel.micro_batches import States

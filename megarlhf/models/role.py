@@ -55,6 +55,8 @@ class Role:
         self.settings = settings
         self.mesh = mesh
         self.chunks = build_chunks(spec, head, settings.compute, mesh)
+        self.version = 0
+        """Counts the times that weights were loaded or moved by a step: what was made of them before is out of date."""
         self._offloaders = {part: Offloader(keep_contents=part != "gradients") for part in self.parts}
 
     @property
@@ -256,6 +258,7 @@ class TrainableRole(Role):
             norm, stepped = guarded_step(self.optimizer, means.loss, self.optim.max_grad_norm)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if stepped:
+            self.version += 1
             self.schedule.step(increment=1)
         return Update(means=means, grad_norm=norm, learning_rate=learning_rate, stepped=stepped)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -301,6 +302,18 @@ def _build_chunk(
     )
     _mark_shards(model)
     return model.to(mesh.device)
+
+
+def named_parameters(chunks: Sequence[LlamaModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters of this rank with layers numbered over the whole model."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if name.startswith("decoder.layers."):
+                # Megatron numbers layers from 1 over the whole model, and from 0 within a chunk.
+                layer: Any = chunk.decoder.layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
+            yield ".".join(parts), parameter
 
 
 def _mark_shards(model: LlamaModel) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from megarlhf.batch.rollouts import Rollout
-from megarlhf.checkpoint.hf_load import named_parameters
 from megarlhf.checkpoint.hf_names import source_of
 from megarlhf.checkpoint.model_directory import describe_model, load_model
 from megarlhf.models.compute import ComputeConfig, resolve
@@ -18,7 +17,7 @@ from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, Reading
 from megarlhf.models.role import FrozenRole, Role, RoleSettings, TrainableRole
 from megarlhf.models.spec import ModelSpec
-from megarlhf.models.transformer import HeadKind
+from megarlhf.models.transformer import HeadKind, named_parameters
 from megarlhf.parallel.collectives import gather
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarlhf.batch.supervised import AnchoredPairs, PreferencePairs
-from megarlhf.checkpoint.hf_load import named_parameters
 from megarlhf.errors import TrainingError
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import TrainableRole
+from megarlhf.models.transformer import named_parameters
 from megarlhf.parallel.gradients import main_grad
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
