@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -90,6 +90,20 @@ def barrier(mesh: Mesh) -> None:
     """Wait until every rank of the mesh has come here."""
     if mesh.size("world") > 1:
         dist.barrier(group=mesh.entering("barrier", "world"))
+
+
+def exchange(
+    sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], mesh: Mesh
+) -> None:
+    """Send tensors to ranks and fill tensors with what ranks send, all at once; ranks by their numbers in the world.
+
+    What goes from one rank to another arrives in the order in which it was sent. All tensors are contiguous.
+    """
+    group = mesh.entering("exchange", "world")
+    jobs = [dist.P2POp(dist.isend, tensor, rank, group) for tensor, rank in sends]
+    jobs += [dist.P2POp(dist.irecv, tensor, rank, group) for tensor, rank in receives]
+    for work in dist.batch_isend_irecv(jobs) if jobs else ():
+        work.wait()
 
 
 def gather_rows(batch: RowsT, mesh: Mesh) -> RowsT:

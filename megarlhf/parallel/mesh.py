@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -47,6 +47,10 @@ class Mesh:
     """What this rank is doing, for the case that it fails."""
     work: Work = field(default_factory=Work, compare=False)
     """What the run has done."""
+    patience_s: float = field(default=600.0, compare=False)
+    """Seconds until a collective gives up."""
+    _others: dict[ParallelLayout, Mesh] = field(default_factory=dict, compare=False, repr=False)
+    """Of the same ranks in other layouts: groups are made once, and last as long as the process group."""
 
     @property
     def tensor_rank(self) -> int:
@@ -99,6 +103,37 @@ class Mesh:
         """Ranks along `axis`."""
         return self.group(axis).size()
 
+    def arranged(self, layout: ParallelLayout) -> Mesh:
+        """The same ranks in another layout, tensor x data alone. Megatron's global state stays that of this one.
+
+        So whatever is built on it takes its groups from here; what asks `parallel_state` hears of the other layout.
+        Ranks:    collective over the mesh, once a layout.
+        Raises:   LayoutError where the layout is of other ranks; ValueError where it has stages.
+        """
+        layout.check_world(self.layout.world_size)
+        if layout.pipeline > 1:
+            raise ValueError(f"a second mesh has no stages, but pipeline={layout.pipeline}; use tensor and data.")
+        if layout not in self._others:
+            groups = _tensor_data_groups(layout, alone=self.groups.ep, patience_s=self.patience_s)
+            self._others[layout] = replace(self, layout=layout, groups=groups, _others={})
+        return self._others[layout]
+
+
+def _tensor_data_groups(
+    layout: ParallelLayout, *, alone: dist.ProcessGroup, patience_s: float
+) -> ProcessGroupCollection:
+    """Groups of tensor x data ranks, numbered as Megatron numbers them: tensor ranks are neighbours.
+
+    alone: the group of this rank by itself, for the axes that there are none of.
+    """
+    ranks = torch.arange(layout.world_size).view(layout.data, layout.tensor)
+    patience = timedelta(seconds=patience_s)
+    tensor, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=patience)
+    data, _ = dist.new_subgroups_by_enumeration(ranks.t().tolist(), timeout=patience)
+    ours = {"tp": tensor, "mp": tensor, "tp_cp": tensor, "dp": data, "dp_cp": data}
+    # A group less for embeddings: without stages nobody else has a copy of them.
+    return ProcessGroupCollection(**ours, pp=alone, cp=alone, ep=alone, embd=None, pos_embd=None)
+
 
 def local_device() -> torch.device:
     """This rank's GPU, or the CPU where there is none.
@@ -129,14 +164,15 @@ def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mes
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    patience_s = _patience(device, timeout_s)
     if not dist.is_initialized():
-        _init_process_group(device, _patience(device, timeout_s))
+        _init_process_group(device, patience_s)
     layout.check_world(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
-        distributed_timeout_minutes=_patience(device, timeout_s) / 60,  # type: ignore[arg-type] (ends in a timedelta)
+        distributed_timeout_minutes=patience_s / 60,  # type: ignore[arg-type] (ends in a timedelta)
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     seed_model_parallel(seed)
@@ -144,7 +180,7 @@ def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mes
         # Half a million objects of imported modules would be walked at each collection; every save has several.
         gc.collect()
         gc.freeze()
-    return Mesh(layout, device, dist.get_rank(), groups, work=Work(layout.world_size))
+    return Mesh(layout, device, dist.get_rank(), groups, work=Work(layout.world_size), patience_s=patience_s)
 
 
 def _patience(device: torch.device, timeout_s: float) -> float:
