@@ -21,13 +21,12 @@ from megarlhf.parallel.micro_batches import Loss
 from megarlhf.parallel.pipeline import LossMeans
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.sampling import SamplingConfig
+from megarlhf.rollout.shards import WORDS
 from megarlhf.runtime.policy_models import PolicyModels
 
 PROMPTS, SAMPLES, TOKENS = 4, 2, 16
 """Of a gate's batch: prompts a data rank, responses a prompt (so that a prefilled prompt is forked), response tokens at
 most. Some hundred tokens show every fault of the arithmetic and cost less than one step of training."""
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers to read numbers of so many bytes as."""
 CHUNK = 2**22
 """Numbers that are fingerprinted at once; bounds the memory that it takes."""
 
