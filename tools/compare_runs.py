@@ -33,7 +33,7 @@ from megarlhf.observe.terminal import Terminal
 from megarlhf.runtime.outputs import check_parent
 
 EQUAL, DIFFERENT, BAD_INPUT = 0, 1, 2
-CLOCKED = ("time/", "throughput/", "memory/")
+CLOCKED = ("time/", "throughput/", "memory/", "refit/seconds", "refit/gb_per_s")
 """Families of metrics that are left out."""
 ABSENT = "absent"
 """Stands for the value of a metric that a step lacks, or of a setting that a run lacks."""

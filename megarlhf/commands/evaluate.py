@@ -29,7 +29,7 @@ from megarlhf.observe.files import json_line, write_whole
 from megarlhf.observe.samples import Rollout, prompt_of
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_drawn_by, check_rolls_out
 from megarlhf.runtime.about import about
 from megarlhf.runtime.checks import (
     Model,
@@ -113,6 +113,7 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
             "sampling.temperature=0: greedy responses are measured anyway, beside sampled ones; set it above 0."
         )
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
+    check_drawn_by(model.spec, cfg.layout, cfg.rollout, "model")
     reward = checked_model(cfg.reward, cfg.layout, "reward") if cfg.reward else None
     policy = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, policy, cfg.date)

@@ -33,7 +33,7 @@ from megarlhf.observe.progress import Progress
 from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_drawn_by, check_rolls_out
 from megarlhf.runtime.checks import Model, check_room, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import lock_of_file, sole_writer
@@ -111,6 +111,7 @@ def prepare(cfg: GenerateConfig) -> GenerateInputs:
         output.check_writable()
     check_rolls_out(cfg.layout, cfg.rollout, offload=cfg.offload, fp8=cfg.compute.fp8 != "off")
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
+    check_drawn_by(model.spec, cfg.layout, cfg.rollout, "model")
     speaker = Model("model", cfg.model, model)
     # An output that is gone on with after midnight has rows of one day.
     begun = output.day() if output else day_of(cfg.pool) if cfg.pool else None
@@ -233,8 +234,9 @@ def rollouts(
     Parts of which all are among the first `done` are left out; one of which some are is drawn whole: a response then
     has the same neighbours, and the same last bits, whether or not the command was interrupted.
     """
-    prompts, ranks = inputs.prompts, cfg.layout.data
+    prompts = inputs.prompts
     engine = RolloutEngine.of(policy, inputs.tokenizer, prompts.longest + cfg.sampling.max_new_tokens, cfg.rollout)
+    ranks = engine.mesh.layout.data
     for start, sample, group in inputs.order.parts:
         # As many as the ranks decode at once, and a prompt for each rank: all samples of one are drawn on one rank.
         together = max(cfg.rollout.rows * ranks // group, ranks)

@@ -31,7 +31,7 @@ from megarlhf.observe.progress import Progress, clock_time
 from megarlhf.parallel.collectives import broadcast_object, on_main
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.rollout.engine import RolloutEngine
-from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_drawn_by, check_rolls_out
 from megarlhf.runtime.checks import Model, check_room, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import lock_of_file, sole_writer
@@ -103,6 +103,7 @@ def prepare(cfg: LabelStepsConfig) -> LabelStepsInputs:
         )
     check_one_source(cfg.solutions, "solutions")
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
+    check_drawn_by(model.spec, cfg.layout, cfg.rollout, "model")
     speaker = Model("model", cfg.model, model)
     # An output that is gone on with after midnight has rows of one day.
     tokenizer = resolve_tokenizer(cfg.tokenizer, speaker, cfg.date or output.day())

@@ -285,6 +285,16 @@ _RESOURCES = {
     },
 }
 
+_REFIT = {
+    "refit/count": Metric("refits", "times that weights were moved to rollout.layout", "sum over the iteration"),
+    "refit/seconds": Metric(
+        "s", "wall time in which weights were moved to rollout.layout and compared", "sum over the iteration, rank 0"
+    ),
+    "refit/gb_per_s": Metric(
+        "GB/s", "1e-9 * bytes of weights that came from another rank / refit/seconds", "sum over ranks"
+    ),
+}
+
 _COMPUTE = {
     "compute/flops": Metric("FLOP", f"model FLOPs of all phases: {CONVENTION}", "sum over ranks, since the run began"),
     **{
@@ -341,6 +351,7 @@ GLOSSARY: dict[str, Metric] = {
     **_TRAIN,
     **_WARNING,
     **_RESOURCES,
+    **_REFIT,
     **_COMPUTE,
 }
 

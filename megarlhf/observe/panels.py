@@ -81,6 +81,8 @@ MACHINE = (
     Panel("Share of the device's peak", tuple(f"mfu/{phase}" for phase in WORKED)),
     Panel("Peak memory", ("memory/peak_bytes",)),
     Panel("Time of a step", ("time/iteration_s", *(f"time/{phase}_s" for phase in PHASES))),
+    Panel("Seconds of moving weights to rollout.layout", ("refit/seconds",)),
+    Panel("Speed of moving weights, GB/s", ("refit/gb_per_s",)),
 )
 SECTIONS = {"What is learnt": LEARNING, "How it is learnt": OPTIMISATION, "Speed and memory": MACHINE}
 """What a page draws, in this order; a panel none of whose metrics was logged is left out."""

@@ -8,10 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.inference.contexts import dynamic_context
 from megatron.core.inference.contexts.dynamic_block_allocator import BlockAllocator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 # Megatron's decorators hide from type checkers that this is a class.
 DynamicInferenceContext: Any = dynamic_context.DynamicInferenceContext
+
+
+def padded_tokens(tokens: int, tensor_ranks: int) -> int:
+    """To how many tokens a step of so many is padded at most."""
+    return DynamicInferenceContext.round_up_tokens(tokens, tensor_ranks)
 
 
 class Sample(NamedTuple):
@@ -43,12 +49,21 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
     token, which the next step reads once more: what was computed of a prefill are the logits at its end alone.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, pg_collection: ProcessGroupCollection, **options: Any) -> None:
+        super().__init__(pg_collection=pg_collection, **options)
+        self._tensor_ranks = pg_collection.tp.size()
         self.samples: Mapping[int, Sequence[Sample]] = {}
         """Of each request."""
         self.unforked: list[Sequence[Sample]] = []
         """Those of each request prefilled in this step, until they are rows."""
+
+    def round_up_tokens(self, value: int, tp_size: int | None = None) -> int:
+        """The tokens of a step, padded. Megatron would ask the layout of training for the number of tensor ranks."""
+        return super().round_up_tokens(value, self._tensor_ranks)
+
+    def round_up_requests(self, value: int, tp_size: int | None = None) -> int:
+        """The rows of a step, padded, likewise."""
+        return super().round_up_requests(value, self._tensor_ranks)
 
     def reset(self) -> None:
         """Forget every row; the memory stays."""

@@ -20,21 +20,24 @@ from torch import Tensor
 
 from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.data.tokenizer import Tokenizer
-from megarlhf.errors import ConfigError, DataError
+from megarlhf.errors import ConfigError
 from megarlhf.models.role import Role
 from megarlhf.models.transformer import LlamaModel
+from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
 from megarlhf.parallel.layout import FP8_MULTIPLE
 from megarlhf.parallel.mesh import own_scratch
-from megarlhf.rollout.context import HostContext, RolloutContext, Sample
+from megarlhf.rollout.context import HostContext, RolloutContext, Sample, padded_tokens
 from megarlhf.rollout.controller import Ledger, RolloutController
 from megarlhf.rollout.graphs import DecodeGraphs
-from megarlhf.rollout.requests import Request, requests_of
+from megarlhf.rollout.refit import RolloutCopy
+from megarlhf.rollout.requests import Request, check_room, none, requests_of
 from megarlhf.rollout.sampling import (
     USUAL,
     RolloutConfig,
     SamplingConfig,
     check_rolls_out,
+    elsewhere,
     occurrence,
     stream_ids,
     uniforms,
@@ -70,8 +73,11 @@ class RolloutEngine:
     ) -> None:
         of = role.settings
         check_rolls_out(role.mesh.layout, settings, offload=of.offload, fp8=of.compute.fp8 is not None)
-        self.role = role
-        self.mesh = role.mesh
+        other = elsewhere(role.mesh.layout, settings)
+        self._copy = None if other is None else RolloutCopy(role, other, keep=settings.keep)
+        self.role = self._copy or role
+        """That responses are drawn from: `role` itself, or its copy in another layout."""
+        self.mesh = self.role.mesh
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.max_sequence_length = max_sequence_length
@@ -89,6 +95,15 @@ class RolloutEngine:
             max_sequence_length=max_sequence_length,
             settings=settings,
         )
+
+    @property
+    def copies(self) -> tuple[Role, ...]:
+        """Models that there are for rollouts alone."""
+        return () if self._copy is None else (self._copy,)
+
+    def refits(self) -> Metrics:
+        """What weights in another layout have cost since the last call; nothing where none were moved."""
+        return {} if self._copy is None else self._copy.refits.metrics()
 
     @property
     def model(self) -> LlamaModel:
@@ -110,7 +125,7 @@ class RolloutEngine:
                   them. Each data rank draws the responses to its part of the prompts.
         Raises:   DataError when a prompt leaves no room for a response.
         """
-        _check_room(prompts, self.max_sequence_length)
+        check_room(prompts, self.max_sequence_length)
         every = prompts.repeat(group_size)
         part = own_part(len(prompts), self.mesh)
         own = slice(part.start * group_size, part.stop * group_size)
@@ -118,10 +133,10 @@ class RolloutEngine:
         streams = stream_ids(every.ids, first_sample + occurrence(every.ids))[own].to(self.mesh.device)
         with self.role.resident("weights"):
             try:
-                drawn = self._drawn(rows, streams, sampling, seed) if len(rows) else _none(rows)
+                drawn = self._drawn(rows, streams, sampling, seed) if len(rows) else none(rows)
             finally:
                 if not self.settings.keep:
-                    self.release()
+                    self._release_cache()
         rollout = gather_rows(drawn, self.mesh)
         self._count(prompts, rollout)
         return rollout
@@ -149,7 +164,12 @@ class RolloutEngine:
         return self._rollout(rows, ledger)
 
     def release(self) -> None:
-        """Give cache and graphs back; the next rollout makes them anew."""
+        """Give cache and graphs back, and weights in another layout; the next rollout makes them anew."""
+        self._release_cache()
+        for copy in self.copies:
+            copy.leave()
+
+    def _release_cache(self) -> None:
         if self._live is not None:
             self._live.release()
             self._live = None
@@ -172,7 +192,7 @@ class RolloutEngine:
             # Attention weighs what is unused by 0: what broken weights left there, no numbers, would spread.
             self._live.engine.context.memory_buffer.zero_()
             return self._live
-        self.release()
+        self._release_cache()
         multiple = self._row_multiple
         most = -(-min(wanted, self._rows_that_fit(wanted)) // multiple) * multiple
         graphs = DecodeGraphs(self.model) if self.role.settings.compute.cuda_graphs else None
@@ -249,7 +269,9 @@ class RolloutEngine:
             "max_sequence_length": width,
             "max_requests": max_requests,
             # The tokens of a step are padded to round numbers, for which there must be room too.
-            "max_tokens": RolloutContext.round_up_tokens(max(self.settings.prefill_tokens, width, max_requests)),
+            "max_tokens": padded_tokens(
+                max(self.settings.prefill_tokens, width, max_requests), self.mesh.size("tensor")
+            ),
             "buffer_size_gb": blocks * block * self._bytes_per_token / 2**30,
             "pg_collection": self.mesh.groups,
         }
@@ -371,19 +393,3 @@ def _evaluating(model: GPTModel) -> Iterator[None]:
 def _triangle(lengths: Tensor) -> int:
     """Keys that the tokens of texts so long see together."""
     return int((lengths * (lengths + 1) // 2).sum())
-
-
-def _none(prompts: Prompts) -> Rollout:
-    """No responses, to no prompts: of a data rank that has none."""
-    numbers = prompts.lengths
-    tokens = prompts.tokens[:, :1]
-    return Rollout(tokens, numbers, numbers, numbers > 0, numbers.new_zeros(0, 0).float(), numbers, ())
-
-
-def _check_room(prompts: Prompts, limit: int) -> None:
-    for row, (length, prompt) in enumerate(zip(prompts.lengths.tolist(), prompts.ids.tolist(), strict=True)):
-        if length >= limit:
-            raise DataError(
-                f"prompt row {row} (data set row {prompt}) has {length} tokens and max_sequence_length is {limit}; "
-                "drop the prompt or raise the limit."
-            )

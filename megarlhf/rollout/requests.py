@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megarlhf.batch.rollouts import Prompts
+from megarlhf.batch.rollouts import Prompts, Rollout
+from megarlhf.errors import DataError
 
 
 class Request(NamedTuple):
@@ -30,6 +31,23 @@ def requests_of(rows: Prompts, most: int) -> list[Request]:
         else:
             requests.append(Request(row, prompt, [length]))
     return requests
+
+
+def none(prompts: Prompts) -> Rollout:
+    """No responses, to no prompts: of a data rank that has none."""
+    numbers = prompts.lengths
+    tokens = prompts.tokens[:, :1]
+    return Rollout(tokens, numbers, numbers, numbers > 0, numbers.new_zeros(0, 0).float(), numbers, ())
+
+
+def check_room(prompts: Prompts, limit: int) -> None:
+    """Raise DataError where a prompt leaves no room for a response in `limit` tokens."""
+    for row, (length, prompt) in enumerate(zip(prompts.lengths.tolist(), prompts.ids.tolist(), strict=True)):
+        if length >= limit:
+            raise DataError(
+                f"prompt row {row} (data set row {prompt}) has {length} tokens and max_sequence_length is {limit}; "
+                "drop the prompt or raise the limit."
+            )
 
 
 def _begins(prompt: list[int], other: list[int]) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from megarlhf.config import Config
 from megarlhf.errors import ConfigError, LayoutError
+from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 
 
@@ -24,8 +27,21 @@ class SamplingConfig(Config):
     """Longest response, in tokens, EOS included; one that has not ended by then is cut."""
 
 
+class RolloutLayout(Config):
+    """Tensor x data parallelism of rollouts, over the ranks of `layout`."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share each weight matrix while responses are drawn; divides heads, query groups and FFN size."""
+    data: int = Field(default=1, ge=1)
+    """Copies of the model that draw, each its own responses."""
+
+
 class RolloutConfig(Config):
-    """How much is drawn at once. Changes no response but by rounding."""
+    """How much is drawn at once, and where. Changes no response but by rounding."""
+
+    layout: RolloutLayout | None = None
+    """Draw in another layout, without pipeline stages: the weights are copied there before each rollout, checked by
+    checksum, and take their share of memory until it ends. null: in the layout of training."""
 
     rows: int = Field(default=512, ge=1)
     """Responses decoded at once on one data rank; on a GPU no more than its memory holds. Others wait their turn."""
@@ -45,12 +61,27 @@ USUAL = RolloutConfig()
 """Where nobody says otherwise."""
 
 
+def elsewhere(layout: ParallelLayout, rollout: RolloutConfig) -> ParallelLayout | None:
+    """The layout that rollouts are drawn in; None where it is that of training, `layout`."""
+    if rollout.layout is None:
+        return None
+    other = ParallelLayout(tensor=rollout.layout.tensor, data=rollout.layout.data)
+    return None if other == layout else other
+
+
 def check_rolls_out(layout: ParallelLayout, rollout: RolloutConfig, *, offload: str, fp8: bool) -> None:
     """Raise LayoutError where no rollout can be drawn on `layout`, ConfigError where a cache cannot be kept."""
-    if layout.virtual_pipeline > 1:
+    other = elsewhere(layout, rollout)
+    if other is not None and other.world_size != layout.world_size:
+        raise LayoutError(
+            f"rollout.layout is of {other.world_size} ranks (tensor {other.tensor} x data {other.data}) but layout is "
+            f"of {layout.world_size}, and both are of the same; set {_nearest(layout, other.tensor)}."
+        )
+    if other is None and layout.virtual_pipeline > 1:
         raise LayoutError(
             f"layout.virtual_pipeline={layout.virtual_pipeline} cannot roll out: Megatron-Core's inference engine "
-            "wants one model chunk a rank; set layout.virtual_pipeline=1."
+            f"wants one model chunk a rank; set layout.virtual_pipeline=1, or draw elsewhere: "
+            f"{_nearest(layout, layout.tensor)}."
         )
     if rollout.keep and offload != "none":
         raise ConfigError(
@@ -62,6 +93,28 @@ def check_rolls_out(layout: ParallelLayout, rollout: RolloutConfig, *, offload: 
             "rollout.keep=true with compute.fp8: training makes other FP8 copies of the weights than those that were "
             "captured; set rollout.keep=false."
         )
+
+
+def check_drawn_by(spec: ModelSpec, layout: ParallelLayout, rollout: RolloutConfig, name: str) -> None:
+    """Raise LayoutError where the model `name` cannot be split as rollout.layout says."""
+    other = elsewhere(layout, rollout)
+    sizes = {"heads": spec.heads, "query groups": spec.kv_heads, "ffn_size": spec.ffn_size}
+    for what, size in sizes.items():
+        if other is not None and size % other.tensor:
+            raise LayoutError(
+                f"{name} {what}={size} is not divisible by rollout.layout.tensor={other.tensor}; set "
+                f"{_nearest(layout, other.tensor, sizes.values())}."
+            )
+
+
+def _nearest(layout: ParallelLayout, tensor: int, sizes: Iterable[int] = ()) -> str:
+    """The one or two layouts for rollouts on the ranks of `layout` that split all `sizes` and are nearest `tensor`."""
+    ranks = layout.world_size
+    fitting = [
+        count for count in range(1, ranks + 1) if ranks % count == 0 and all(size % count == 0 for size in sizes)
+    ]
+    nearest = sorted(sorted(fitting, key=lambda count: abs(count - tensor))[:2])
+    return " or ".join(f"rollout.layout.tensor={count} rollout.layout.data={ranks // count}" for count in nearest)
 
 
 def sample(

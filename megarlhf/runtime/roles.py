@@ -58,14 +58,14 @@ def print_choices(choices: Sequence[Choice], mesh: Mesh) -> None:
     _console(mesh).print(table)
 
 
-def print_memory_plan(roles: Sequence[Role], mesh: Mesh) -> None:
-    """Say, on rank 0, how many bytes each role's parts take on one rank."""
+def print_memory_plan(roles: Sequence[Role], mesh: Mesh, *, copies: Sequence[Role] = ()) -> None:
+    """Say, on rank 0, how many bytes each role's parts take on one rank; copies: those that are there for rollouts."""
     table = Table(title=f"memory on rank 0 ({mesh.layout.world_size} ranks)", title_justify="left")
     for column in ("role", "weights", "gradients", "optimiser state*", "host, while saving"):
         table.add_column(column, justify="left" if column == "role" else "right")
-    for role in roles:
+    for role in (*roles, *copies):
         table.add_row(role.name, *[_mebibytes(size) for size in (*role.planned_bytes(), role.staged_bytes())])
-    table.caption = "* allocated at the first step"
+    table.caption = "* allocated at the first step" + ("; the copy while responses are drawn" if copies else "")
     _console(mesh).print(table)
 
 

@@ -26,7 +26,7 @@ from megarlhf.judges.verifiers import AutoVerifier, Decider, chosen_verifier, is
 from megarlhf.models.compute import Choice
 from megarlhf.models.optim import OptimConfig
 from megarlhf.observe.metrics import GAPS, OF_STEPS, names_of
-from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_rolls_out
+from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_drawn_by, check_rolls_out
 from megarlhf.runs.measuring import check_measuring
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
@@ -378,7 +378,10 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
 def _checked(role: str, init: str, cfg: PolicyConfig) -> Model:
     setting = cfg.setting_of(role)
     needs = "language" if role in SPEAKERS else "scalar"
-    return Model(setting, init, checked_model(init, cfg.layout, setting, needs=needs))
+    found = checked_model(init, cfg.layout, setting, needs=needs)
+    if role == "actor":
+        check_drawn_by(found.spec, cfg.layout, cfg.rollout, setting)
+    return Model(setting, init, found)
 
 
 def _best_of(cfg: PolicyConfig, *, verified: bool) -> set[str]:

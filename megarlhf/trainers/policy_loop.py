@@ -222,6 +222,7 @@ def _train(
         turn = Turn(number, cfg.seed, clock, guard, more=lambda count: inputs.prompts.batch(loader.take(count)))
         done = iteration(inputs.prompts.batch(next(loader)), cfg, turn)
         metrics = {**done.metrics, **accuracy_metric(done.judgement.correct), "train/skipped_steps": guard.skipped}
+        metrics |= cast.sampler.refits()
         warnings, said = watch.look(metrics)
         print_remark("\n".join(said), mesh)
         measured = measuring.after(number + 1, ending=watch.ends())
@@ -238,6 +239,7 @@ def _train(
             prompts = gate_prompts(inputs.prompts, mesh)
             same = cfg.reference_init == cfg.actor.init and first <= cfg.first_iteration
             check_gates(cheap_gates(cast, prompts, lesson, cfg.sampling, seed=cfg.seed, reference_is_actor=same))
+            cast.sampler.refits()  # for the gates' responses: none of the first iteration's
         measuring.begin(first, writer)
 
     with open_run(cfg.pinned(inputs.tokenizer.date), argv, run) as writer:
@@ -275,7 +277,7 @@ def _title(config: type[PolicyConfig]) -> str:
 
 def _say_start(cast: Cast, cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> About:
     print_choices([*cast.actor.settings.compute.choices, cfg.policy_loss_choice], mesh)
-    print_memory_plan(cast.every, mesh)
+    print_memory_plan(cast.every, mesh, copies=cast.sampler.copies)
     sets = [DataSet("prompts", cfg.prompts, inputs.data, inputs.prompts)]
     heldout = inputs.heldout
     if heldout is not None:

@@ -30,23 +30,32 @@ EOS, PAD = 3, 0
 class Sharp:
     """Random weights with a vocabulary projection large enough for distributions far from uniform."""
 
-    def __init__(self, source: TensorSource) -> None:
+    def __init__(self, source: TensorSource, projection: str = "lm_head.weight") -> None:
         self.source = source
+        self.projection = projection
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self.source.tensor(name) * (20.0 if name == "lm_head.weight" else 1.0)
+        return self.source.tensor(name) * (20.0 if name == self.projection else 1.0)
+
+
+def random_weights(spec: ModelSpec, seed: int = 5) -> Sharp:
+    """The same in every layout."""
+    return Sharp(RandomTensors(spec, seed), "model.embed_tokens.weight" if spec.tie_embeddings else "lm_head.weight")
 
 
 def actor(
-    layout: ParallelLayout, *, temperature: float = 1.0, directory: Path | None = None, kind: type[Role] = FrozenRole
+    layout: ParallelLayout,
+    *,
+    temperature: float = 1.0,
+    directory: Path | None = None,
+    kind: type[Role] = FrozenRole,
+    spec: ModelSpec = SPEC,
 ) -> Role:
     """A model on a fresh mesh: the one in `directory`, or the same random one in every layout."""
     mesh = start(layout, seed=1)
     settings = RoleSettings(compute=resolve(ComputeConfig(), mesh.device), micro_batch=64, offload="none")
-    role = kind("actor", SPEC, "language", LabelLogprobs(temperature), settings, mesh)
-    load_tensors(
-        role, SafetensorsDirectory(directory, SPEC, "language") if directory else Sharp(RandomTensors(SPEC, 5))
-    )
+    role = kind("actor", spec, "language", LabelLogprobs(temperature), settings, mesh)
+    load_tensors(role, SafetensorsDirectory(directory, spec, "language") if directory else random_weights(spec))
     return role
 
 

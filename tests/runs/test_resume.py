@@ -41,8 +41,8 @@ from tests.trainers.test_splits import lessons
 from tests.trainers.worlds import ppo_config
 
 ITERATIONS = 4
-CLOCKED = ("time/", "throughput/", "memory/")
-"""Families of metrics that depend on the machine's day."""
+CLOCKED = ("time/", "throughput/", "memory/", "refit/seconds", "refit/gb_per_s")
+"""Metrics that depend on the machine's day."""
 
 
 class StoppedError(Exception):
@@ -97,13 +97,13 @@ def ppo_settings(run_dir: Path, layout: ParallelLayout, folder: str, **changes: 
 
 
 def run_ppo(
-    layout: ParallelLayout, stop: int | None, where: str, folder: str, *, by_step: bool = False
+    layout: ParallelLayout, stop: int | None, where: str, folder: str, *, by_step: bool = False, drawn_in: Any = None
 ) -> dict[str, torch.Tensor]:
     """Start the run, or start it again: the final weights, or none if it stops before."""
     mesh = start(layout, seed=1)
     judge = {"kind": "process", "init": f"{folder}/judge", "separator": " ", "reward": "soft_min"}
     changes: dict[str, Any] = {"reward": {"init": ""}, "judges": {"steps": judge}} if by_step else {}
-    cfg = ppo_settings(Path(where), layout, folder, **changes)
+    cfg = ppo_settings(Path(where), layout, folder, **changes, rollout={"layout": drawn_in})
     if stop is not None:
         with stopped_after(stop):
             ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
@@ -113,10 +113,13 @@ def run_ppo(
 
 
 def in_pieces(
-    parts: list[tuple[ParallelLayout, int | None]], where: Path, folder: str, *, by_step: bool = False
+    parts: list[tuple[ParallelLayout, int | None]], where: Path, folder: str, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """The same run once a part, in that layout, each but the last stopped after a step: the final weights."""
-    run = partial(run_ppo, by_step=by_step)
+    """The same run once a part, in that layout, each but the last stopped after a step: the final weights.
+
+    options: as `run_ppo` takes them.
+    """
+    run = partial(run_ppo, **options)
     return [run_ranks(run, layout.world_size, layout, stop, str(where), folder)[0] for layout, stop in parts][-1]
 
 
@@ -210,6 +213,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(layout: ParallelLayout, by_step: bool
     assert samples[0] == samples[1]
     assert any(row.get("steps/steps_per_response", 0) > 2 for row in logged(tmp_path / "whole")) == by_step
     assert len(list((tmp_path / "pieces" / "checkpoints").glob("step_*"))) == 2  # keep_last
+
+
+@pytest.mark.parametrize(
+    ("layout", "drawn_in"),
+    [
+        (ParallelLayout(pipeline=2), {"tensor": 1, "data": 2}),
+        pytest.param(ParallelLayout(data=2), {"tensor": 2, "data": 1}, marks=pytest.mark.slow),
+    ],
+    ids=["pp2", "dp2"],
+)
+def test_a_run_that_draws_in_another_layout_goes_on_bit_for_bit(
+    layout: ParallelLayout, drawn_in: dict[str, int], folder: str, tmp_path: Path
+) -> None:
+    """And learns what it learns where it draws in the layout of training, up to rounding."""
+    whole = in_pieces([(layout, None)], tmp_path / "whole", folder, drawn_in=drawn_in)
+    stops = [(layout, 1), (layout, 3), (layout, None)]
+    pieces = in_pieces(stops, tmp_path / "pieces", folder, drawn_in=drawn_in)
+    rows = logged(tmp_path / "whole")
+    assert logged(tmp_path / "pieces") == rows
+    for name, weight in whole.items():
+        assert torch.equal(pieces[name], weight), name
+    assert [row["refit/count"] for row in rows] == [1] * ITERATIONS
+    assert max(row["rollout/sampler_gap_max"] for row in rows) < 1e-5
+    usual = in_pieces([(layout, None)], tmp_path / "usual", folder)
+    assert worst(whole, run_ranks(initial, 1, f"{folder}/actor")[0]) > 1e-3  # the actor has learnt
+    assert worst(whole, usual) < 1e-5
 
 
 @pytest.mark.slow
