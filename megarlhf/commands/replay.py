@@ -35,6 +35,8 @@ ALONE = (
     "layout.sequence_parallel=false",
 )
 """A layout of one rank."""
+DRAWS_THERE = "rollout.layout=null"
+"""As a policy does on one rank."""
 
 
 class ReplayConfig(Config):
@@ -135,7 +137,8 @@ def _role(
         file = Path(directory) / run_files.CONFIG
         file.write_text(note.config, encoding="utf-8")
         try:
-            cfg = load_config(trainer.config, file, [*ALONE, f"run_dir={directory}/replay"])
+            alone = [*ALONE, *([DRAWS_THERE] if issubclass(trainer.config, PolicyConfig) else [])]
+            cfg = load_config(trainer.config, file, [*alone, f"run_dir={directory}/replay"])
         except ConfigError as error:
             cause = str(error).replace(str(file), "its config").partition("\n")[0]
             raise DataError(

@@ -75,7 +75,7 @@ def check_rolls_out(layout: ParallelLayout, rollout: RolloutConfig, *, offload: 
     if other is not None and other.world_size != layout.world_size:
         raise LayoutError(
             f"rollout.layout is of {other.world_size} ranks (tensor {other.tensor} x data {other.data}) but layout is "
-            f"of {layout.world_size}, and both are of the same; set {_nearest(layout, other.tensor)}."
+            f"of {layout.world_size}, which both train and draw; set {_nearest(layout, other.tensor)}."
         )
     if other is None and layout.virtual_pipeline > 1:
         raise LayoutError(

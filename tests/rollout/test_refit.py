@@ -285,7 +285,7 @@ def elsewhere(tensor: int, data: int) -> RolloutConfig:
 def test_another_layout_is_of_the_same_ranks() -> None:
     training = ParallelLayout(tensor=2, pipeline=3, data=2)
     assert refused(training, elsewhere(5, 2)) == (
-        "rollout.layout is of 10 ranks (tensor 5 x data 2) but layout is of 12, and both are of the same; set "
+        "rollout.layout is of 10 ranks (tensor 5 x data 2) but layout is of 12, which both train and draw; set "
         "rollout.layout.tensor=4 rollout.layout.data=3 or rollout.layout.tensor=6 rollout.layout.data=2."
     )
 

@@ -199,9 +199,10 @@ def spoil_ppo(cfg: PPOConfig) -> str:
 def test_a_step_of_ppo_is_taken_again_with_offloading_though_a_state_was_being_written(tmp_path: Path) -> None:
     policy_and_judge(tmp_path)
     run_dir = tmp_path / "run"
-    cfg = ppo_settings(run_dir, ParallelLayout(), str(tmp_path), max_skipped_steps=0)
+    drawn_in = {"layout": {"tensor": 2}}  # one rank that takes a step again is not enough for it
+    cfg = ppo_settings(run_dir, ParallelLayout(data=2), str(tmp_path), max_skipped_steps=0, rollout=drawn_in)
     assert cfg.offload == "host"
-    (said,) = run_ranks(spoil_ppo, 1, cfg)
+    said, _ = run_ranks(spoil_ppo, 2, cfg)
     capsule = run_dir / "capsules" / "step_00000002"
     assert "1 optimiser steps in a row were skipped" in said
     assert f"megarlhf replay capsule={capsule} takes the step again" in said
