@@ -6,6 +6,10 @@
 All draw the same tokens, which is checked. The time of another layout is from the weights of training to the gathered
 responses: moving the weights and comparing their checksums are in it. A round is one rollout of each, in turns; a ratio
 is that of a round, and its median is told.
+
+On CPUs it tells the busy seconds, too: a rank's processor time, of each stage the longest, the stages' added, since one
+waits for another. It is what a rollout takes where every rank has a core of its own and waits for nothing but stages; on
+fewer cores than ranks a stage that waits leaves its core to another, and seconds do not show what waiting costs.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from megarlhf.models.compute import ComputeConfig, resolve
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole, RoleSettings
 from megarlhf.observe.provenance import machine, versions
-from megarlhf.parallel.collectives import barrier
+from megarlhf.parallel.collectives import barrier, gather_objects
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start, stop
 from megarlhf.rollout.engine import RolloutEngine
@@ -66,37 +70,57 @@ def prompts_of(args: argparse.Namespace, vocab: int) -> Prompts:
     )
 
 
+def one_after_another(worked: float, engine: RolloutEngine) -> float:
+    """Busy seconds of a rollout in which this rank was busy for `worked`. Collective."""
+    longest: dict[int, float] = {}
+    for stage, seconds in gather_objects((engine.mesh.pipeline_rank, worked), engine.mesh, "world"):
+        longest[stage] = max(longest.get(stage, 0.0), seconds)
+    return sum(longest.values())
+
+
+def of_home(each: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of each round, over what the layout of training took in it."""
+    return {where: [a / b for a, b in zip(took, each[AT_HOME], strict=True)] for where, took in each.items()}
+
+
+def medians(each: dict[str, list[float]]) -> dict[str, float]:
+    """Of all rounds."""
+    return {where: statistics.median(values) for where, values in each.items()}
+
+
 def measured(args: argparse.Namespace, role: FrozenRole) -> dict[str, Any]:
     """Seconds of every round by where it drew, and what refits took of them."""
     prompts = prompts_of(args, role.spec.vocab_size)
     sampling = SamplingConfig(temperature=1.0, max_new_tokens=args.tokens)
     drawing = engines(args, role)
     seconds: dict[str, list[float]] = {where: [] for where in drawing}
+    busy: dict[str, list[float]] = {where: [] for where in drawing}
     refits: dict[str, list[dict[str, float]]] = {where: [] for where in list(drawing)[1:]}
     for number in range(args.repeats + 1):  # the first warms up, and makes the plans
         role.version += 1  # as after a step of training
         drawn = {}
         for where, engine in drawing.items():
             barrier(role.mesh)
-            begun = time.perf_counter()
+            begun, worked = time.perf_counter(), time.process_time()
             drawn[where] = engine.generate(prompts, sampling, seed=number, group_size=args.group).tokens
+            worked = time.process_time() - worked
             barrier(role.mesh)
             taken, told = time.perf_counter() - begun, engine.refits()
+            path = one_after_another(worked, engine)
             if number:
                 seconds[where].append(taken)
+                busy[where].append(path)
                 if told:
                     refits[where].append(told)
         if not all(torch.equal(tokens, drawn[AT_HOME]) for tokens in drawn.values()):
             raise SystemExit(f"round {number}: not the same tokens everywhere; nothing is measured.")
-    ratios = {
-        where: [there / here for there, here in zip(each, seconds[AT_HOME], strict=True)]
-        for where, each in seconds.items()
-    }
+    ratios, busy_ratios = of_home(seconds), of_home(busy)
     tokens = args.prompts * args.group * args.tokens
     return {
         "response_tokens": tokens,
-        "tokens_per_s": {where: tokens / statistics.median(each) for where, each in seconds.items()},
-        "ratio_of_seconds": {where: statistics.median(each) for where, each in ratios.items()},
+        "tokens_per_s": {where: tokens / median for where, median in medians(seconds).items()},
+        "ratio_of_seconds": medians(ratios),
+        "ratio_of_busy_seconds": medians(busy_ratios),
         "refit_seconds": {
             where: statistics.median(told["refit/seconds"] for told in each) for where, each in refits.items()
         },
@@ -104,7 +128,7 @@ def measured(args: argparse.Namespace, role: FrozenRole) -> dict[str, Any]:
             where: statistics.median(told["refit/gb_per_s"] for told in each) for where, each in refits.items()
         },
         "all_seconds": seconds,
-        "all_ratios": ratios,
+        "all_busy_seconds": busy,
     }
 
 
@@ -133,7 +157,10 @@ def main() -> None:
         for where, rate in found["tokens_per_s"].items():
             moved = found["refit_seconds"].get(where)
             cost = "" if moved is None else f", {moved:.3f} s of it moving weights"
-            print(f"{where}: {rate:,.0f} tokens/s, {found['ratio_of_seconds'][where]:.2f} of the seconds{cost}")
+            shares = f"{found['ratio_of_seconds'][where]:.2f} of the seconds"
+            if mesh.device.type == "cpu":
+                shares += f", {found['ratio_of_busy_seconds'][where]:.2f} of the busy seconds"
+            print(f"{where}: {rate:,.0f} tokens/s, {shares}{cost}")
         if args.json is not None:
             ran = {"command": shlex.join(["tools/bench_refit.py", *sys.argv[1:]]), "layout": mesh.layout.model_dump()}
             about = {**ran, "parameters": spec.parameters, "versions": versions(), "machine": machine(mesh.device)}

@@ -252,7 +252,7 @@ class RolloutEngine:
             raise ConfigError(
                 f"KV cache: two rows of {width} tokens need {2 * bytes_per_row / 2**30:.1f} GiB, more than "
                 f"rollout.memory_share={share:g} of the {free / 2**30:.1f} GiB that are free; raise it, shorten "
-                "responses, offload the other roles or raise layout.tensor."
+                f"responses, offload the other roles or raise {'rollout.' if self.copies else ''}layout.tensor."
             )
         return rows
 

@@ -29,6 +29,8 @@ def test_rollouts_of_all_layouts_are_timed_in_turns(tmp_path: Path) -> None:
     for where in others:
         each = [a / b for a, b in zip(found["all_seconds"][where], found["all_seconds"][home], strict=True)]
         assert found["ratio_of_seconds"][where] == pytest.approx(statistics.median(each))
+        busy = [a / b for a, b in zip(found["all_busy_seconds"][where], found["all_busy_seconds"][home], strict=True)]
+        assert found["ratio_of_busy_seconds"][where] == pytest.approx(statistics.median(busy))
         assert 0 < found["refit_seconds"][where] < max(found["all_seconds"][where])
     # 3 prompts, 2 responses each, of 4 tokens.
     rate = 24 / statistics.median(found["all_seconds"][home])
