@@ -7,8 +7,8 @@ All draw the same tokens, which is checked. The time of another layout is from t
 responses: moving the weights and comparing their checksums are in it. A round is one rollout of each, in turns; a ratio
 is that of a round, and its median is told.
 
-On CPUs it tells the busy seconds, too: a rank's processor time, of each stage the longest, the stages' added, since one
-waits for another. It is what a rollout takes where every rank has a core of its own and waits for nothing but stages; on
+On CPUs it tells the busy seconds, too: a rank's processor time, of each stage the longest, the stages' added, as one
+waits for another. It is what a rollout takes where every rank has a core of its own, and waits for stages alone; on
 fewer cores than ranks a stage that waits leaves its core to another, and seconds do not show what waiting costs.
 """
 
