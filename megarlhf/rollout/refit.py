@@ -81,7 +81,7 @@ class RolloutCopy(FrozenRole):
 
     def __init__(self, source: Role, layout: ParallelLayout, *, keep: bool) -> None:
         mesh = source.mesh.arranged(layout)
-        super().__init__(f"{source.name}, to roll out", source.spec, source.head, source.reading, source.settings, mesh)
+        super().__init__("rollout copy", source.spec, source.head, source.reading, source.settings, mesh)
         self.refits = Refits()
         self._source = source
         self._keep = keep
@@ -94,8 +94,8 @@ class RolloutCopy(FrozenRole):
     @contextmanager
     def resident(self, *parts: Part) -> Iterator[None]:
         """Inside, the weights are those that `source` has now. Collective over the world."""
-        self._arrive()
         try:
+            self._arrive()
             yield
         finally:
             if not self._keep:

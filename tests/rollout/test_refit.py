@@ -164,6 +164,7 @@ def broken(spoil: Callable[[Mesh, Sequence[tuple[Tensor, int]]], None]) -> list[
         patch.setattr(refit, "exchange", badly)
         with pytest.raises(TrainingError) as caught:
             sampler.generate(prompts(), SAMPLING, seed=7)
+    assert sampler.copies[0].resident_bytes() == 0
     fine = sampler.generate(prompts(), SAMPLING, seed=7)
     assert torch.equal(fine.tokens, engine(role).generate(prompts(), SAMPLING, seed=7).tokens)
     return [str(caught.value)]
