@@ -54,7 +54,7 @@ def test_example_loads_and_its_numbers_fit(path: Path) -> None:
     }
     rolled_out = [values.get("global_batch"), values.get("rollout_batch")]
     for batch in batches.get(command, rolled_out):
-        check_batch("batch", batch, cfg.layout, cfg.micro_batch)
+        check_batch("batch", batch, cfg.layout, cfg.cut)
     if "tiny" in path.stem:
         preset("tiny-xs").check_layout(cfg.layout)
 

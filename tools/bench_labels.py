@@ -37,6 +37,7 @@ from megarlhf.models.role import FrozenRole, RoleSettings
 from megarlhf.observe.provenance import machine, versions
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.parallel.micro_batches import InRows
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig
 
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
     mesh, spec = start(ParallelLayout(), seed=1), describe_model(args.model).spec
-    settings = RoleSettings(resolve(ComputeConfig(), mesh.device), micro_batch=64, offload="none")
+    settings = RoleSettings(resolve(ComputeConfig(), mesh.device), cut=InRows(64), offload="none")
     role = FrozenRole("model", spec, "language", LabelLogprobs(1.0), settings, mesh)
     load_model(role, args.model, seed=1)
     tokenizer = build_tiny_tokenizer(words())

@@ -19,7 +19,7 @@ from megarlhf.models.role import FrozenRole, RoleSettings
 from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start, stop
-from megarlhf.parallel.micro_batches import States
+from megarlhf.parallel.micro_batches import InRows, States
 
 RELATIVE_GAP = 1e-3
 """Allowed gap, in multiples of the largest logit. Both sides compute in fp32, and rounding over 126 layers stays
@@ -85,7 +85,7 @@ def _ours(directory: Path, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
     mesh = start(ParallelLayout(), seed=0)
     try:
         compute = resolve(ComputeConfig(dtype="float32", layers="local"), mesh.device)
-        settings = RoleSettings(compute=compute, micro_batch=len(tokens), offload="none")
+        settings = RoleSettings(compute=compute, cut=InRows(len(tokens)), offload="none")
         reading = _Everything()
         role = FrozenRole("converted model", found.spec, found.head, reading, settings, mesh)
         load_model(role, str(directory.absolute()), seed=0)

@@ -33,6 +33,7 @@ from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_drawn
 from megarlhf.runtime.about import about
 from megarlhf.runtime.checks import (
     Model,
+    check_budget,
     check_room,
     check_same_tokenizer,
     check_tokenizer,
@@ -128,6 +129,8 @@ def prepare(cfg: EvalConfig) -> EvalInputs:
         if found is not None:
             check_tokenizer(tokenizer, found.spec, name)
             check_room(prompts.longest, cfg.sampling.max_new_tokens, found.spec, name)
+    if reward is not None:
+        check_budget("a prompt with its response", prompts.longest + cfg.sampling.max_new_tokens, cfg)
     if verifier == "code_tests":
         judge = CodeTestsConfig(kind="code_tests", reward="all", **dict(cfg.code_tests))
         doubts = judge.check("code_tests", prompts, data.source)

@@ -39,7 +39,14 @@ from megarlhf.observe.terminal import Terminal
 from megarlhf.ops.calibration import Calibration
 from megarlhf.ops.step_scores import Aggregate
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.runtime.checks import Model, check_longest, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.checks import (
+    Model,
+    check_budget,
+    check_longest,
+    check_tokenizer,
+    checked_model,
+    resolve_tokenizer,
+)
 from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import check_new_file, lock_of_file, sole_writer
 from megarlhf.runtime.roles import frozen, print_dropped
@@ -126,6 +133,7 @@ def prepare(cfg: EvalRewardConfig) -> EvalRewardInputs:
     )
     for name, rows in _sets(inputs).items():
         check_longest(name, rows.longest, model.spec)
+        check_budget(f"a row of {name}", rows.longest, cfg)
     return inputs
 
 

@@ -36,6 +36,7 @@ from megarlhf.parallel.mesh import Mesh
 from megarlhf.runs.measuring import PART_ROWS
 from megarlhf.runtime.checks import (
     Model,
+    check_budget,
     check_longest_response,
     check_same_tokenizer,
     check_scores,
@@ -110,6 +111,7 @@ def _checked(name: str, settings: ScalarModelConfig, pool: Pool, cfg: PoolJudges
     check_tokenizer(pool.tokenizer, model.description.spec, setting)
     longest = max(len(pool.prompts.tokens[each.place.prompt]) + len(each.ids) for each in pool.distinct)
     check_longest_response(f"pool={cfg.pool}", longest, model.description.spec, setting)
+    check_budget(f"a prompt of pool={cfg.pool} with its response", longest, cfg)
     return model
 
 

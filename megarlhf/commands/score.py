@@ -31,7 +31,7 @@ from megarlhf.observe.progress import Progress
 from megarlhf.parallel.collectives import on_main
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.runs.measuring import PART_ROWS
-from megarlhf.runtime.checks import Model, check_tokenizer, checked_model, resolve_tokenizer
+from megarlhf.runtime.checks import Model, check_budget, check_tokenizer, checked_model, resolve_tokenizer
 from megarlhf.runtime.command import on_ranks
 from megarlhf.runtime.outputs import lock_of_file, sole_writer
 from megarlhf.runtime.roles import frozen, print_choices
@@ -130,7 +130,8 @@ def prepare(cfg: ScoreConfig) -> ScoreInputs:
         return found.taking(cfg.prompts.control_tokens)
 
     rows = load_score_rows(cfg.input, tokenizer, settings["prompts.template"])
-    rows.check(model.spec.vocab_size, model.spec.max_positions, output.added)
+    longest = rows.check(model.spec.vocab_size, model.spec.max_positions, output.added)
+    check_budget(f"a row of input={cfg.input}", longest, cfg)
     used = tokenizer() if tokenizer.cache_info().currsize else None
     if used is not None and used.date is not None:
         output = replace(output, settings={**settings, DAY: str(used.date)})

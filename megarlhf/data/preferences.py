@@ -56,6 +56,11 @@ class PreferenceSet:
         return max(map(len, [*self.chosen, *self.rejected]))
 
     @property
+    def longest_pair(self) -> int:
+        """Tokens of both sequences of the longest pair."""
+        return max(map(len, self.sides))
+
+    @property
     def count(self) -> int:
         """Tokens of all sequences."""
         return sum(map(len, [*self.chosen, *self.rejected]))

@@ -45,12 +45,13 @@ class ScoreSet:
         rows = [self._encoded(self.rows[index]) for index in indices]
         return SftSet(rows, _PADDING, dropped=0).batch(torch.arange(len(rows)))
 
-    def check(self, vocab_size: int, context: int, added: Sequence[str]) -> None:
+    def check(self, vocab_size: int, context: int, added: Sequence[str]) -> int:
         """Tokenise every row once, to find what a model of this vocabulary and context (tokens) could not read.
 
-        added: fields that the output adds to each row, which no row may have.
+        added: fields that the output adds to each row, which no row may have. Returns the tokens of the longest row.
         Raises:   DataError naming file, row and column of the first bad row.
         """
+        longest = 0
         for row in self.rows:
             row.check_free(added)
             ((read, _),), ids = self._encoded(row)
@@ -62,6 +63,8 @@ class ScoreSet:
             foreign = next((number for number in ids if not 0 <= number < vocab_size), None)
             if foreign is not None:
                 raise row.fault(_kind(row), f"the model has no token {foreign}; use ids of 0 to {vocab_size - 1}")
+            longest = max(longest, len(ids))
+        return longest
 
     def _encoded(self, row: Row) -> Dialogue:
         """What is read, and where in it what is predicted is."""

@@ -17,7 +17,7 @@ from megarlhf.data.prompts import PromptSet
 from megarlhf.gates.gate import Gate, bounds_of, skip, worst
 from megarlhf.models.role import Role, TrainableRole
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.parallel.micro_batches import Loss
+from megarlhf.parallel.micro_batches import Cut, Loss
 from megarlhf.parallel.pipeline import LossMeans
 from megarlhf.parallel.rng import derive_seed, generator
 from megarlhf.rollout.sampling import SamplingConfig
@@ -94,7 +94,7 @@ def sampler_gate(actor: TrainableRole, rollout: Rollout) -> Gate:
 def first_pass_gate(actor: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> Gate:
     """On rows that were just scored the ratio is 1, nothing is clipped and the policy has not moved."""
     batch = probe_rows(actor, rollout, lesson, seed=seed)
-    with gradients(actor, batch, lesson.loss, actor.settings.micro_batch) as means:
+    with gradients(actor, batch, lesson.loss, actor.settings.cut) as means:
         told = means.metrics
     return Gate(
         "first pass",
@@ -176,14 +176,14 @@ def probe_rows(role: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: i
 
 
 @contextmanager
-def gradients(role: TrainableRole, batch: PolicyRows, loss: Loss, micro_batch: int) -> Iterator[LossMeans]:
+def gradients(role: TrainableRole, batch: PolicyRows, loss: Loss, cut: Cut) -> Iterator[LossMeans]:
     """The gradient of the mean loss in the role's buffers inside the block; zeroed after it, and no step taken.
 
     With the distributed optimizer only a rank's own shard is summed over all of the batch.
     """
     with role.resident("weights", "gradients"):
         _zero_gradients(role)
-        yield role.accumulate(batch, loss, micro_batch)
+        yield role.accumulate(batch, loss, cut)
         _zero_gradients(role)
 
 

@@ -21,7 +21,7 @@ from megarlhf.models.spec import PRESETS
 from megarlhf.models.transformer import named_parameters
 from megarlhf.parallel.collectives import all_reduce, broadcast
 from megarlhf.parallel.gradients import main_grad
-from megarlhf.parallel.micro_batches import States
+from megarlhf.parallel.micro_batches import InRows, InTokens, States
 from megarlhf.parallel.pipeline import forward_only
 from megarlhf.parallel.rng import generator
 
@@ -36,6 +36,8 @@ def hugging_face_gate(actor: Role, init: str) -> Gate:
         return skip(name, f"actor.init={init} is not a Hugging Face directory, so there is nothing to compare with")
     spec, mesh = actor.spec, actor.mesh
     width = min(TOKENS, spec.max_positions - 1)
+    if isinstance(cut := actor.settings.cut, InTokens):
+        width = min(width, cut.tokens)
     # Token 0 is left out: it often pads, and transformers looks for the end of a row by its padding.
     tokens = torch.randint(1, spec.vocab_size, (ROWS, width + 1), generator=generator(0, "gates"))
     logits = torch.zeros(ROWS, width, spec.vocab_size)
@@ -79,16 +81,21 @@ def logit_gap(role: Role, tokens: Tensor, logits: Tensor) -> float:
             torch.arange(width + 1).expand(count, -1) < width,
             gap,
             mesh=role.mesh,
-            micro_batch=role.settings.micro_batch,
+            cut=role.settings.cut,
         )
     return worst(gaps, role.mesh)
 
 
 def micro_batch_gate(actor: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> Gate:
-    """The gradient does not depend on how rows are cut into micro-batches. The weights are left as they were."""
+    """The gradient does not depend on how rows are cut into micro-batches, or on whether they are packed.
+
+    The weights are left as they were.
+    """
     batch = probe_rows(actor, rollout, lesson, seed=seed)
-    usual = min(actor.settings.micro_batch, len(batch))
-    other = usual // 2 if usual > 1 else 2
+    usual, other = actor.settings.cut, InRows(1)
+    if isinstance(usual, InRows):
+        usual = InRows(min(usual.rows, len(batch)))
+        other = InRows(usual.rows // 2 if usual.rows > 1 else 2)
     with gradients(actor, batch, lesson.loss, usual):
         before = [gradient.to("cpu", copy=True) for _, gradient in _gradient_tensors(actor)]  # it may be large
     with gradients(actor, batch, lesson.loss, other):
@@ -100,7 +107,7 @@ def micro_batch_gate(actor: TrainableRole, rollout: Rollout, lesson: Lesson, *, 
         "micro-batches",
         worst(torch.tensor(gaps, dtype=torch.float64), actor.mesh),
         bounds_of(actor).gradient,
-        f"largest relative difference of a tensor's gradient between micro_batch={usual} and {other}",
+        f"largest relative difference of a tensor's gradient between {usual} and {other}",
         "a loss is divided where it should be summed, or padding leaks into real rows: try compute.layers=local and "
         "policy_loss=composed",
     )
@@ -146,7 +153,7 @@ def measure(role: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int)
     role: prepared with `distributed=False`, so that every data rank has the whole gradient.
     """
     batch = probe_rows(role, rollout, lesson, seed=seed)
-    with gradients(role, batch, lesson.loss, role.settings.micro_batch):
+    with gradients(role, batch, lesson.loss, role.settings.cut):
         norms = _gradient_norms(role)
     return Measured(batch.logprobs.cpu(), norms)
 

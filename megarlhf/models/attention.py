@@ -1,4 +1,4 @@
-"""Self-attention for machines without Transformer Engine: rotary embedding and SDPA, with Megatron's weights.
+"""Self-attention of padded rows and of documents end to end: rotary embedding and SDPA, with Megatron's weights.
 
 The parameters and the inference path are Megatron-Core's; only the arithmetic of a training or scoring forward is ours,
 since Megatron's unfused attention materialises the [T, T] scores.
@@ -7,18 +7,23 @@ since Megatron's unfused attention materialises the [T, T] scores.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import attention
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megarlhf.models.spec import ModelSpec, RopeScaling
+from megarlhf.parallel.cpu import has_flash_attention
+from megarlhf.parallel.micro_batches import Documents
 
 
 def rope_frequencies(spec: ModelSpec) -> Tensor:
@@ -88,9 +93,9 @@ class LocalSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **rest: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[T, B, H] -> [T, B, H]: causal over right-padded rows. With a KV cache Megatron's own forward runs.
+        """[T, B, H] -> [T, B, H]: causal over right-padded rows, or over each document of a line, [N, 1, H].
 
-        Raises:   ValueError for packed rows, which would see each other.
+        With a KV cache Megatron's own forward runs.
         """
         if inference_context is not None:
             return super().forward(
@@ -102,27 +107,89 @@ class LocalSelfAttention(SelfAttention):
                 packed_seq_params=packed_seq_params,
                 **rest,
             )
-        if packed_seq_params is not None:
-            raise ValueError("LocalSelfAttention reads one row after another; give it padded rows, not packed ones.")
-        if rotary_pos_emb is None:
-            raise ValueError(
-                "LocalSelfAttention needs rotary_pos_emb; build the model with position_embedding_type='rope'."
-            )
-        query, key, value = cast(tuple[Tensor, Tensor, Tensor], self.get_query_key_value_tensors(hidden_states, None))
+        query, key, value = _rotated_qkv(self, hidden_states, rotary_pos_emb)
         core: Any = self.core_attention
-        context = core(rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb), value)
-        return self.linear_proj(context)
+        return self.linear_proj(core(query, key, value, packed_seq_params=packed_seq_params))
+
+
+class EngineSelfAttention(SelfAttention):
+    """Megatron's self-attention around Transformer Engine's kernel, with a forward of its own for documents.
+
+    Megatron's cuts the rotary angles by lengths that it reads back from the device, in every layer.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **rest: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, B, H] -> [T, B, H] as Megatron does it; [N, 1, H] of documents with Transformer Engine's `thd` format."""
+        if not isinstance(packed_seq_params, Documents):
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **rest,
+            )
+        query, key, value = (x[:, 0] for x in _rotated_qkv(self, hidden_states, rotary_pos_emb))
+        core: Any = self.core_attention
+        context = core(query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed_seq_params)
+        return self.linear_proj(context.view(len(query), 1, -1))
+
+
+def _rotated_qkv(layer: SelfAttention, hidden: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if angles is None:
+        raise ValueError(f"{type(layer).__name__} needs rotary_pos_emb; build with position_embedding_type='rope'.")
+    query, key, value = cast(tuple[Tensor, Tensor, Tensor], layer.get_query_key_value_tensors(hidden, None))
+    return rotate(query, angles), rotate(key, angles), value
 
 
 class CausalAttention(MegatronModule):
-    """softmax(q k^T / sqrt(head_dim)) v over right-padded rows: causality alone keeps padding out of every real row."""
+    """softmax(q k^T / sqrt(head_dim)) v over right-padded rows: causality alone keeps padding out of every real row.
+
+    Of documents each is attended to by itself: by flash-attn at once where it is installed, else one after another.
+    """
 
     def __init__(self, config: TransformerConfig, **rest: Any) -> None:
         super().__init__(config=config)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *rest: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **more: Any,
+    ) -> Tensor:
         """Shapes: query [T, B, heads, d]; key, value [T, B, kv_heads, d]. Returns [T, B, heads * d]."""
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        grouped = query.shape[1] != key.shape[1]
-        out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        if not isinstance(packed_seq_params, Documents):
+            return _causal(query, key, value).flatten(2)
+        varlen = flash_varlen(query)
+        if varlen is not None:
+            ends, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+            packed = [x[:, 0] for x in (query, key, value)]
+            return varlen(*packed, ends, ends, longest, longest, causal=True).flatten(1)[:, None]
+        # `split` and not slices: its backward writes each part's gradient once.
+        parts = zip(*(x.split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([_causal(*part) for part in parts]).flatten(2)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[T, B, heads, d], of as many rows as there are in B."""
+    grouped = query.shape[2] != key.shape[2]
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return out.permute(2, 0, 1, 3)
+
+
+def flash_varlen(query: Tensor) -> Callable[..., Tensor] | None:
+    """flash-attn 2's attention over documents, where it is installed and takes such numbers; it has gradients."""
+    module: Any = attention
+    if not query.is_cuda or query.dtype == torch.float32 or not has_flash_attention():
+        return None
+    return cast("Callable[..., Tensor] | None", module.flash_attn_varlen_func)

@@ -28,7 +28,7 @@ def exact_kl(policy: Role, reference: Role, rows: TokenRows, *, temperature: flo
     """
     waiting = _Waiting()
     policy.read(rows, waiting)
-    return reference.read(rows, _ToReference(waiting, temperature))
+    return reference.read(rows, _ToReference(waiting, temperature), dealt_as=policy)
 
 
 @dataclass

@@ -21,10 +21,10 @@ from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, 
 from megarlhf.models.readings import Reading
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind, LlamaModel, build_chunks
-from megarlhf.parallel.collectives import check_divides, gather, own_part
+from megarlhf.parallel.collectives import check_divides, gather, own_part, own_share
 from megarlhf.parallel.gradients import gradient_buffers
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.parallel.micro_batches import Loss, ends_of
+from megarlhf.parallel.micro_batches import Cut, InTokens, Loss, ends_of
 from megarlhf.parallel.offload import Offloader, resident_bytes, unique_storages
 from megarlhf.parallel.pipeline import LossMeans, forward_backward, forward_only
 
@@ -37,9 +37,22 @@ class RoleSettings:
     """What all roles of a run share."""
 
     compute: Compute
-    micro_batch: int
-    """Rows of one forward on one data rank."""
+    cut: Cut
+    """What one forward takes on one data rank."""
     offload: Offload
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What a data rank has of a global batch.
+
+    Shapes:   at [b, T + 1] bool, on the host: where its sequences are read; back [rows of the batch]: where each row is
+              in what is gathered of all data ranks, None where it is in its place.
+    """
+
+    rows: TokenRows
+    at: Tensor
+    back: Tensor | None
 
 
 class Role:
@@ -94,13 +107,20 @@ class Role:
         """
         return self.read(batch, self.reading)
 
-    def read(self, batch: TokenRows, reading: Reading) -> Tensor:
-        """What another reading says of every row. Ranks as in `score`."""
-        own, at = self._begin(batch, reading, passes=1)
+    def read(self, batch: TokenRows, reading: Reading, *, dealt_as: Role | None = None) -> Tensor:
+        """What another reading says of every row. Ranks as in `score`.
+
+        dealt_as: whose cost decides which rows a data rank has where they are packed; this role's by default.
+        """
+        own = self._begin(batch, reading, self.settings.cut, passes=1, dealt_as=dealt_as)
         with self.resident("weights"):
             # Fewer rows than data ranks leave some without any.
-            numbers = self._numbers_at(own, at, reading) if len(own) else torch.zeros(at.shape, device=self.mesh.device)
-        return gather(reading.scores(numbers, own), self.mesh, "data")
+            rows, at = own.rows, own.at
+            numbers = (
+                self._numbers_at(rows, at, reading) if len(rows) else torch.zeros(at.shape, device=self.mesh.device)
+            )
+        scores = gather(reading.scores(numbers, rows), self.mesh, "data")
+        return scores if own.back is None else scores[own.back.to(scores.device)]
 
     def _numbers_at(self, own: TokenRows, at: Tensor, reading: Reading) -> Tensor:
         return forward_only(
@@ -109,7 +129,7 @@ class Role:
             at,
             lambda states, rows: reading(self.model, states, rows),
             mesh=self.mesh,
-            micro_batch=self.settings.micro_batch,
+            cut=self.settings.cut,
         )
 
     @contextmanager
@@ -137,23 +157,31 @@ class Role:
         if part == "weights" and self.settings.compute.fp8:
             drop_fp8_copies(self.chunks)
 
-    def _begin(self, batch: TokenRows, reading: Reading, *, passes: int) -> tuple[TokenRows, Tensor]:
-        """This data rank's rows of a global batch, and where they are read [b, T + 1], on the host.
+    def _begin(
+        self, batch: TokenRows, reading: Reading, cut: Cut, *, passes: int, dealt_as: Role | None = None
+    ) -> _Own:
+        """This data rank's rows of a global batch, which is counted as work.
 
         passes: of the whole batch through the model, for which it is counted; backward is two.
         """
-        at, part = reading.at(batch).cpu(), own_part(len(batch), self.mesh)
+        at = reading.at(batch).cpu()
         reads: NDArray[np.bool_] = np.asarray(at)
-        ends = ends_of(reads)
-        flops = self.spec.forward_flops(
-            tokens=int(ends.sum()),
-            keys=int((ends * (ends + 1) // 2).sum()),
-            projected=int(reads.sum()) if self.head == "language" else 0,
-        )
-        self.mesh.work.spend(tokens=int(ends.sum()), flops=passes * flops)
+        costs = self._costs(reads, len(batch))
+        self.mesh.work.spend(tokens=int(ends_of(reads).sum()), flops=passes * sum(costs))
+        part, back = own_part(len(batch), self.mesh), None
+        if isinstance(cut, InTokens) and self.mesh.size("data") > 1:
+            part, back = own_share(dealt_as._costs(reads, len(batch)) if dealt_as else costs, self.mesh)
         own, trail = batch.rows(part), self.mesh.trail
         trail.role, trail.work, trail.part = self.name, own, self.mesh.data_rank
-        return own, at.view(len(batch), -1, at.shape[1])[part].flatten(0, 1)
+        return _Own(own, at.view(len(batch), -1, at.shape[1])[part].flatten(0, 1), back)
+
+    def _costs(self, reads: NDArray[np.bool_], rows: int) -> list[int]:
+        """Of each row, the FLOPs of one forward. reads [sequences, T + 1]: the positions that are read."""
+        ends = ends_of(reads).reshape(rows, -1)
+        projected = reads.reshape(rows, -1).sum(axis=1) if self.head == "language" else np.zeros(rows, dtype=np.int64)
+        keys = (ends * (ends + 1) // 2).sum(axis=1)
+        each = zip(ends.sum(axis=1).tolist(), keys.tolist(), projected.tolist(), strict=True)
+        return [self.spec.forward_flops(*numbers) for numbers in each]
 
     def _movable(self, part: Part) -> list[Tensor]:
         """`tensors(part)` without those whose storage belongs to the weights."""
@@ -254,7 +282,7 @@ class TrainableRole(Role):
             for wrapped in self.wrapped:
                 wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
-            means = self.accumulate(batch, loss, self.settings.micro_batch)
+            means = self.accumulate(batch, loss, self.settings.cut)
             norm, stepped = guarded_step(self.optimizer, means.loss, self.optim.max_grad_norm)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if stepped:
@@ -262,11 +290,11 @@ class TrainableRole(Role):
             self.schedule.step(increment=1)
         return Update(means=means, grad_norm=norm, learning_rate=learning_rate, stepped=stepped)
 
-    def accumulate(self, batch: TokenRows, loss: Loss, micro_batch: int) -> LossMeans:
+    def accumulate(self, batch: TokenRows, loss: Loss, cut: Cut) -> LossMeans:
         """Add the gradient of the mean loss over the global `batch` to the role's buffers, which must be resident.
 
-        micro_batch: rows of one forward on one data rank. Ranks and errors as in `update`.
+        cut: what one forward takes on one data rank. Ranks and errors as in `update`.
         """
         check_divides(batch, self.mesh)
-        own, at = self._begin(batch, self.reading, passes=3)
-        return forward_backward(self.wrapped, own, at, loss, mesh=self.mesh, micro_batch=micro_batch)
+        own = self._begin(batch, self.reading, cut, passes=3)
+        return forward_backward(self.wrapped, own.rows, own.at, loss, mesh=self.mesh, cut=cut)

@@ -9,13 +9,14 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -25,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megarlhf.models.attention import CausalAttention, LocalSelfAttention, rope_frequencies
+from megarlhf.models.attention import CausalAttention, EngineSelfAttention, LocalSelfAttention, rope_frequencies
 from megarlhf.models.compute import Compute
 from megarlhf.models.heads import ScalarHead
 from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLinear
@@ -33,6 +34,7 @@ from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.gradients import main_grad
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.micro_batches import Documents
 from megarlhf_kernels import PolicyTerms, Projected, Shard, linear_kl, linear_logprob, linear_ppo
 from megarlhf_kernels.linear_ppo import METRICS
 
@@ -84,6 +86,17 @@ class LlamaModel(GPTModel):
         self.rotary_pos_emb.inv_freq = rope_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
         if head == "scalar" and self.post_process:
             self.output_layer = ScalarHead(self.config)
+
+    def _preprocess(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **rest: Any) -> tuple[Any, ...]:
+        packed: Any = packed_seq_params
+        first, angles, *others = super()._preprocess(*args, packed_seq_params=packed, **rest)
+        if first is not None and isinstance(packed_seq_params, Documents):
+            # Transposed, one line has strides for which torch would multiply each token by itself.
+            first = first[:, 0][:, None]
+        if angles is not None and isinstance(packed_seq_params, Documents):
+            # Megatron's are those of the longest document; here every token gets its own, once for all layers.
+            angles = angles[packed_seq_params.positions]
+        return first, angles, *others
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, inference_context: BaseInferenceContext | None = None, **rest: Any
@@ -225,7 +238,7 @@ def layer_spec(transformer_engine: bool) -> tuple[ModuleSpec, type]:
         )
 
         mlp = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
-        return _layer_spec(TransformerLayer, SelfAttention, TEDotProductAttention, mlp, TENorm), TENorm
+        return _layer_spec(TransformerLayer, EngineSelfAttention, TEDotProductAttention, mlp, TENorm), TENorm
     mlp = MLPSubmodules(linear_fc1=LocalColumnParallelLinear, linear_fc2=LocalRowParallelLinear, activation_func=SwiGLU)
     return _layer_spec(LocalLayer, LocalSelfAttention, CausalAttention, mlp, RMSNorm), RMSNorm
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megarlhf.batch.base import Batch, RowsT, TokenRows
 from megarlhf.errors import MegarlhfError
 from megarlhf.parallel.mesh import Axis, Mesh
+from megarlhf.parallel.packing import dealt
 
 T = TypeVar("T")
 ReduceOp = Literal["sum", "max", "min"]
@@ -122,6 +123,17 @@ def own_part(count: int, mesh: Mesh) -> slice:
     share, more = divmod(count, mesh.size("data"))
     first = mesh.data_rank * share + min(mesh.data_rank, more)
     return slice(first, first + share + (mesh.data_rank < more))
+
+
+def own_share(costs: Sequence[int], mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
+    """This data rank's rows of those that every rank holds, dealt so that what they cost is nearly even.
+
+    Shapes:   costs: of each row. Returns (rows [own], back [rows]) int64 on the host: gathered rows are in the order of
+              the batch at `back`.
+    """
+    parts = dealt(costs, mesh.size("data"))
+    rows = torch.cat([torch.from_numpy(part) for part in parts])
+    return torch.from_numpy(parts[mesh.data_rank]), rows.argsort()
 
 
 def check_divides(batch: TokenRows, mesh: Mesh) -> None:

@@ -1,7 +1,10 @@
-"""How the tokens of a batch lie in memory: in rows of similar length, micro-batch by micro-batch.
+"""How the tokens of a batch lie in memory: in rows of similar length, or end to end, micro-batch by micro-batch.
 
 This file alone knows. A reading names the positions whose final hidden states it wants, and is handed those states,
 [n, H]; a loss likewise. Where they came from, and what padding was computed beside them, is nobody else's business.
+
+Data ranks may have different numbers of micro-batches: nothing is summed over them before the last. Stages that are
+interleaved have a multiple of the pipeline's, all of one shape (`parallel/pipeline.py`).
 
 All shapes are decided on the host, from one copy of the positions: a micro-batch never waits for a GPU.
 """
@@ -9,16 +12,18 @@ All shapes are decided on the host, from one copy of the positions: a micro-batc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 from torch import Tensor
 
 from megarlhf.batch.base import RowsT, TokenRows
 from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
+from megarlhf.parallel.packing import Index, first_fit, in_multiples
 
 RowsT_contra = TypeVar("RowsT_contra", bound=TokenRows, contravariant=True)
 
@@ -75,71 +80,125 @@ class Read(Protocol[RowsT_contra]):
         ...
 
 
+@dataclass
+class Documents(PackedSeqParams):
+    """Sequences that lie end to end, as attention must know them; Megatron's name for it is `thd`.
+
+    Shapes:   positions [N] int64: of each token in its own document; lengths: of every document, N together.
+    """
+
+    positions: Tensor = field(default_factory=lambda: torch.empty(0))
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, lengths: Index, device: torch.device) -> Documents:
+        """Documents of these lengths, one after another."""
+        starts = np.pad(np.cumsum(lengths), (1, 0)).astype(np.int32)
+        ends, longest = _tensor(starts).to(device, non_blocking=True), int(lengths.max())
+        positions = _within(lengths)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            positions=_tensor(positions).to(device, non_blocking=True),
+            lengths=tuple(map(int, lengths)),
+        )
+
+
 @dataclass(frozen=True)
 class MicroBatch(Generic[RowsT]):
-    """Some rows of a batch as a model gets them, on its device.
+    """Some rows of a batch as a model gets them, on its device: each in a line of its own, or all in one.
 
-    Shapes:   inputs [b, s] int64, and `read` [b, s] bool, the positions that are read; row, position, sequence [n]:
-              where those are in the micro-batch, and of which sequence of the batch.
+    Shapes:   inputs [b, s] int64, or [1, N] of documents; `read`, as inputs, bool: the positions that are read; line,
+              column [n]: where those are in inputs; row, position, sequence [n]: where in the rows of the micro-batch,
+              and of which sequence of the batch.
     """
 
     rows: RowsT
     inputs: Tensor
+    documents: Documents | None
+    """None: each row has its line."""
     read: Tensor
+    line: Tensor
+    column: Tensor
     row: Tensor
     position: Tensor
     sequence: Tensor
 
     def forward(self, model: Any) -> Tensor:
         """Final hidden states [b, s, H] on the last stage; on the others, what is sent to the next."""
-        positions = torch.arange(self.inputs.shape[1], device=self.inputs.device).expand_as(self.inputs)
+        documents = self.documents
+        places = torch.arange(self.inputs.shape[1], device=self.inputs.device) if not documents else documents.positions
         # "Padding" is what Megatron calls positions that need no work.
-        return model(self.inputs, positions, None, padding_mask=~self.read)
+        return model(
+            self.inputs, places.expand_as(self.inputs), None, padding_mask=~self.read, packed_seq_params=documents
+        )
 
     def states(self, hidden: Tensor) -> States:
         """Those states of `hidden` [b, s, H] that are read."""
-        return States(hidden[self.row, self.position], self.row, self.position)
+        return States(hidden[self.line, self.column], self.row, self.position)
 
     def place(self, numbers: Tensor, out: Tensor) -> None:
         """Put `numbers` [n] where they belong in `out` [sequences of the batch, T + 1]."""
         out[self.sequence, self.position] = numbers
 
 
+class InRows(NamedTuple):
+    """Micro-batches of so many rows, padded to the longest."""
+
+    rows: int
+
+    def __str__(self) -> str:
+        """The setting."""
+        return f"micro_batch={self.rows}"
+
+
+class InTokens(NamedTuple):
+    """Micro-batches of whole rows end to end, so many tokens at most."""
+
+    tokens: int
+
+    def __str__(self) -> str:
+        """The setting."""
+        return f"micro_batch_tokens={self.tokens}"
+
+
+Cut = InRows | InTokens
+"""How much one forward on one data rank takes."""
+
+
 class Shapes(NamedTuple):
     """What decides how a batch is cut."""
 
-    micro_batch: int
-    """Rows of a micro-batch."""
+    cut: Cut
     layout: ParallelLayout
     fp8: bool
     device: torch.device
 
+    @property
+    def interleaved(self) -> bool:
+        """Whether all micro-batches must be of one shape, and a multiple of the pipeline's stages."""
+        return self.layout.virtual_pipeline > 1
+
 
 def split(batch: RowsT, at: Tensor, shapes: Shapes, *, may_repeat: bool) -> list[MicroBatch[RowsT]]:
-    """Rows ordered by where their last read position is, in micro-batches: neighbours are alike, so little is padding.
+    """The micro-batches of a data rank's rows.
 
     Tokens after the last position that is read are left out: nothing that is read can see them.
 
     Shapes:   at [sequences, T + 1] bool: the positions to read.
-    Raises:   ValueError when interleaved stages would get unequal parts and no row `may_repeat` to even them out.
+    Raises:   ValueError when interleaved stages would get unequal parts and no row `may_repeat` to even them out, and
+              where a row exceeds a budget of tokens.
     """
     reads = cast(NDArray[np.bool_], np.asarray(at.cpu()))
-    ends: NDArray[np.int64] = np.max(ends_of(reads).reshape(len(batch), -1), axis=1)
-    order = np.argsort(-ends, kind="stable")
-    interleaved = shapes.layout.virtual_pipeline > 1
-    if interleaved:
-        missing = -len(batch) % (shapes.micro_batch * shapes.layout.pipeline)
-        if missing and not may_repeat:
-            raise ValueError(
-                f"{len(batch)} rows are not a multiple of micro_batch={shapes.micro_batch} x "
-                f"pipeline={shapes.layout.pipeline}, which interleaved stages need; change micro_batch."
-            )
-        order = np.concatenate([order, order[-1:].repeat(missing)])
-    chunks = [order[first : first + shapes.micro_batch] for first in range(0, len(order), shapes.micro_batch)]
-    return [
-        _micro_batch(batch, reads, rows, int(ends.max() if interleaved else ends[rows].max()), shapes)
-        for rows in chunks
-    ]
+    ends = ends_of(reads).reshape(len(batch), -1)
+    match shapes.cut:
+        case InRows(count):
+            return _lines(batch, reads, ends.max(axis=1), count, shapes, may_repeat=may_repeat)
+        case InTokens(budget):
+            return _packs(batch, reads, ends, budget, shapes, may_repeat=may_repeat)
 
 
 def ends_of(reads: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -148,28 +207,109 @@ def ends_of(reads: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.max(np.where(reads, after, 1), axis=1)
 
 
-def _micro_batch(
-    batch: RowsT, reads: NDArray[np.bool_], chosen: NDArray[np.int64], end: int, shapes: Shapes
-) -> MicroBatch[RowsT]:
-    """The rows `chosen`, none of whose tokens from `end` on are read."""
-    each, width = len(reads) // len(batch), reads.shape[1]
-    rows = batch.rows(_tensor(chosen)).trimmed(min(end, width - 1)).to(shapes.device)
-    sequences = (chosen[:, None] * each + np.arange(each)).reshape(-1)
+def _lines(
+    batch: RowsT, reads: NDArray[np.bool_], ends: Index, count: int, shapes: Shapes, *, may_repeat: bool
+) -> list[MicroBatch[RowsT]]:
+    """Rows ordered by where their last read position is, `count` together: neighbours are alike, so little is padding.
+
+    ends [rows]: tokens that a model must see of each.
+    """
+    order = np.argsort(-ends, kind="stable")
+    if shapes.interleaved:
+        missing = -len(batch) % (count * shapes.layout.pipeline)
+        if missing and not may_repeat:
+            raise ValueError(
+                f"{len(batch)} rows are not a multiple of micro_batch={count} x "
+                f"pipeline={shapes.layout.pipeline}, which interleaved stages need; change micro_batch."
+            )
+        order = np.concatenate([order, order[-1:].repeat(missing)])
+    chunks = [order[first : first + count] for first in range(0, len(order), count)]
+    return [
+        _padded(batch, reads, rows, int(ends.max() if shapes.interleaved else ends[rows].max()), shapes)
+        for rows in chunks
+    ]
+
+
+def _padded(batch: RowsT, reads: NDArray[np.bool_], chosen: Index, end: int, shapes: Shapes) -> MicroBatch[RowsT]:
+    """The rows `chosen`, none of whose tokens from `end` on are read, each in a line of its own."""
+    rows, sequences = _chosen(batch, reads, chosen, end, shapes)
     read = reads[sequences, :end]
-    row, position = read.nonzero()
-
-    def placed(numbers: NDArray[Any]) -> Tensor:
-        return _tensor(numbers).to(shapes.device, non_blocking=True)
-
+    where = read.nonzero()
+    row, position = (_placed(numbers, shapes) for numbers in where)
     missing = -end % sequence_multiple(len(sequences), shapes.layout, fp8=shapes.fp8)
     return MicroBatch(
         rows=rows,
         inputs=torch.nn.functional.pad(rows.tokens[:, :end], (0, missing)),
-        read=placed(np.pad(read, ((0, 0), (0, missing)))),
-        row=placed(row),
-        position=placed(position),
-        sequence=placed(sequences[row]),
+        documents=None,
+        read=_placed(np.pad(read, ((0, 0), (0, missing))), shapes),
+        line=row,
+        column=position,
+        row=row,
+        position=position,
+        sequence=_placed(sequences[where[0]], shapes),
     )
+
+
+def _packs(
+    batch: RowsT, reads: NDArray[np.bool_], ends: Index, budget: int, shapes: Shapes, *, may_repeat: bool
+) -> list[MicroBatch[RowsT]]:
+    """Rows end to end, as many together as the budget takes. ends [rows, sequences of one]: as for `_lines`."""
+    packs = first_fit(ends.sum(axis=1), budget)
+    if shapes.interleaved and may_repeat:
+        packs += packs[-1:] * (-len(packs) % shapes.layout.pipeline)
+    elif shapes.interleaved:
+        packs = in_multiples(packs, shapes.layout.pipeline)
+    multiple = sequence_multiple(1, shapes.layout, fp8=shapes.fp8)
+    sizes = [-(-int(ends[rows].sum()) // multiple) * multiple for rows in packs]
+    if shapes.interleaved:
+        sizes = [max(sizes)] * len(sizes)
+    return [_packed(batch, reads, ends, rows, size, shapes) for rows, size in zip(packs, sizes, strict=True)]
+
+
+def _packed(
+    batch: RowsT, reads: NDArray[np.bool_], ends: Index, chosen: Index, size: int, shapes: Shapes
+) -> MicroBatch[RowsT]:
+    """The sequences of the rows `chosen` end to end, filled up to `size` tokens."""
+    lengths = ends[chosen].reshape(-1)
+    longest, filled = int(lengths.max()), int(lengths.sum())
+    rows, sequences = _chosen(batch, reads, chosen, longest, shapes)
+    # What fills up is documents too, none longer than the others: whatever reads the pack need not know of them.
+    filler = [min(longest, size - first) for first in range(filled, size, longest)]
+    documents = Documents.of(np.concatenate([lengths, np.array(filler, dtype=np.int64)]), shapes.device)
+    starts = np.cumsum(lengths) - lengths
+    line = np.repeat(np.arange(len(lengths)), lengths)
+    place = _within(lengths)
+    row, position = reads[sequences, :longest].nonzero()
+    tokens = rows.tokens[_placed(line, shapes), documents.positions[:filled]]
+    column = _placed(starts[row] + position, shapes)
+    return MicroBatch(
+        rows=rows,
+        inputs=torch.nn.functional.pad(tokens, (0, size - filled))[None],
+        documents=documents,
+        read=_placed(np.pad(reads[sequences[line], place], (0, size - filled))[None], shapes),
+        line=torch.zeros_like(column),
+        column=column,
+        row=_placed(row, shapes),
+        position=_placed(position, shapes),
+        sequence=_placed(sequences[row], shapes),
+    )
+
+
+def _chosen(batch: RowsT, reads: NDArray[np.bool_], chosen: Index, end: int, shapes: Shapes) -> tuple[RowsT, Index]:
+    """The rows `chosen` on the device, cut after `end` tokens, and which sequences of the batch they are."""
+    each, width = len(reads) // len(batch), reads.shape[1]
+    rows = batch.rows(_tensor(chosen)).trimmed(min(end, width - 1)).to(shapes.device)
+    return rows, (chosen[:, None] * each + np.arange(each)).reshape(-1)
+
+
+def _within(lengths: Index) -> Index:
+    """[N]: of each token of documents end to end, how many of its own document stand before it."""
+    starts = np.cumsum(lengths) - lengths
+    return cast(Index, np.arange(lengths.sum()) - np.repeat(starts, lengths))
+
+
+def _placed(numbers: NDArray[Any], shapes: Shapes) -> Tensor:
+    return _tensor(numbers).to(shapes.device, non_blocking=True)
 
 
 def _tensor(numbers: NDArray[Any]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from megarlhf.batch.base import RowsT
 from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.parallel.micro_batches import Loss, LossSums, MicroBatch, Read, Shapes, split
+from megarlhf.parallel.micro_batches import Cut, Loss, LossSums, MicroBatch, Read, Shapes, split
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,13 @@ class LossMeans:
     metrics: dict[str, float]
 
 
-def forward_only(
-    chunks: Sequence[Any], batch: RowsT, at: Tensor, read: Read[RowsT], *, mesh: Mesh, micro_batch: int
-) -> Tensor:
+def forward_only(chunks: Sequence[Any], batch: RowsT, at: Tensor, read: Read[RowsT], *, mesh: Mesh, cut: Cut) -> Tensor:
     """Run the model over `batch` without gradients and return what `read` says at the positions `at`.
 
     Shapes:   at [B, T + 1] bool, of the batch's sequences. Returns [B, T + 1] fp32, 0 where nothing is read.
     Ranks:    the same tensor on every tensor and pipeline rank; data ranks pass their own rows.
     """
-    parts = split(batch, at, _shapes(chunks, mesh, micro_batch), may_repeat=True)
+    parts = split(batch, at, _shapes(chunks, mesh, cut), may_repeat=True)
     result = torch.zeros(at.shape, dtype=torch.float32, device=mesh.device)
 
     def keep(hidden: Tensor, part: MicroBatch[RowsT]) -> tuple[Tensor, Tensor, None]:
@@ -56,14 +54,14 @@ def forward_only(
 
 
 def forward_backward(
-    chunks: Sequence[Any], batch: RowsT, at: Tensor, loss: Loss[RowsT], *, mesh: Mesh, micro_batch: int
+    chunks: Sequence[Any], batch: RowsT, at: Tensor, loss: Loss[RowsT], *, mesh: Mesh, cut: Cut
 ) -> LossMeans:
     """Accumulate the gradient of the mean loss over the global batch into the chunks' gradient buffers.
 
     Shapes:   batch: this data rank's B rows of the global batch; at [B, T + 1] bool, of its sequences.
     Ranks:    collective over the mesh; the returned means are equal on every rank.
     """
-    parts = split(batch, at, _shapes(chunks, mesh, micro_batch), may_repeat=False)
+    parts = split(batch, at, _shapes(chunks, mesh, cut), may_repeat=False)
     losses: list[LossSums] = []
 
     def judge(hidden: Tensor, part: MicroBatch[RowsT]) -> tuple[Tensor, Tensor, None]:
@@ -75,8 +73,8 @@ def forward_backward(
     return _means(losses, mesh)
 
 
-def _shapes(chunks: Sequence[Any], mesh: Mesh, micro_batch: int) -> Shapes:
-    return Shapes(micro_batch, mesh.layout, chunks[0].config.fp8 is not None, mesh.device)
+def _shapes(chunks: Sequence[Any], mesh: Mesh, cut: Cut) -> Shapes:
+    return Shapes(cut, mesh.layout, chunks[0].config.fp8 is not None, mesh.device)
 
 
 def _schedule(

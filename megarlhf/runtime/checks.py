@@ -13,6 +13,8 @@ from megarlhf.errors import CheckpointError, ConfigError
 from megarlhf.models.spec import PRESETS, ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.micro_batches import Cut, InTokens, sequence_multiple
+from megarlhf.runtime.settings import RanksConfig
 
 BUILT_IN_TOKENIZER = "arithmetic"
 _WORDS = {BUILT_IN_TOKENIZER: arithmetic.words, "programs": programs.words}
@@ -38,7 +40,7 @@ def checked_model(init: str, layout: ParallelLayout, name: str, *, needs: HeadKi
     return found
 
 
-def check_batch(name: str, batch: int, layout: ParallelLayout, micro_batch: int) -> None:
+def check_batch(name: str, batch: int, layout: ParallelLayout, cut: Cut) -> None:
     """Check that `batch` rows divide over data ranks and micro-batches.
 
     Raises:   ConfigError naming the numbers. The interleaved schedule wants a multiple of the stages in micro-batches.
@@ -48,6 +50,15 @@ def check_batch(name: str, batch: int, layout: ParallelLayout, micro_batch: int)
             f"{name}={batch} does not divide over layout.data={layout.data} ranks; use a multiple of {layout.data}."
         )
     share = batch // layout.data
+    if isinstance(cut, InTokens):
+        if layout.virtual_pipeline > 1 and share < layout.pipeline:
+            raise ConfigError(
+                f"{name}={batch} is {share} rows a data rank, too few for the interleaved schedule, which needs a "
+                f"micro-batch for each of layout.pipeline={layout.pipeline} stages; use at least "
+                f"{layout.data * layout.pipeline}."
+            )
+        return
+    micro_batch = cut.rows
     if share % micro_batch:
         raise ConfigError(
             f"{name}={batch} is {share} rows a data rank, not divisible by micro_batch={micro_batch}; "
@@ -57,6 +68,27 @@ def check_batch(name: str, batch: int, layout: ParallelLayout, micro_batch: int)
         raise ConfigError(
             f"{name}={batch} makes {share // micro_batch} micro-batches, but the interleaved schedule needs a multiple "
             f"of layout.pipeline={layout.pipeline}; change micro_batch={micro_batch}."
+        )
+
+
+def check_budget(what: str, tokens: int, cfg: RanksConfig) -> None:
+    """Raise ConfigError where micro_batch_tokens cannot be filled, or not hold a row of `what`, of so many tokens."""
+    budget, layout, fp8 = cfg.micro_batch_tokens, cfg.layout, cfg.compute.fp8 != "off"
+    if budget is None:
+        return
+    multiple = sequence_multiple(1, layout, fp8=fp8)
+    if budget % multiple:
+        parts = [f"layout.tensor={layout.tensor} with layout.sequence_parallel"] if layout.sequence_parallel else []
+        why = " and ".join([*parts, *([f"compute.fp8={cfg.compute.fp8}"] if fp8 else [])])
+        near = [str(each) for each in (budget // multiple * multiple, -(-budget // multiple) * multiple) if each]
+        raise ConfigError(
+            f"micro_batch_tokens={budget} is not a multiple of {multiple}, as {why} needs; set it to "
+            f"{' or '.join(near)}."
+        )
+    if tokens > budget:
+        raise ConfigError(
+            f"{what} has up to {tokens} tokens, and is not cut in two, but micro_batch_tokens={budget}; set it to "
+            f"{-(-tokens // multiple) * multiple} or more, or to null, for micro_batch={cfg.micro_batch} rows."
         )
 
 

@@ -22,7 +22,7 @@ RoleT = TypeVar("RoleT", bound=Role)
 
 def role_settings(cfg: RanksConfig, mesh: Mesh) -> RoleSettings:
     """What the run's settings mean for its roles on this machine."""
-    return RoleSettings(compute=resolve(cfg.compute, mesh.device), micro_batch=cfg.micro_batch, offload=cfg.offload)
+    return RoleSettings(compute=resolve(cfg.compute, mesh.device), cut=cfg.cut, offload=cfg.offload)
 
 
 def frozen(name: str, model: Model, reading: HeadReading, cfg: RanksConfig, mesh: Mesh) -> FrozenRole:

@@ -11,6 +11,7 @@ from megarlhf.config import Config
 from megarlhf.config.base import FreeToChange
 from megarlhf.models.compute import ComputeConfig
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.micro_batches import Cut, InRows, InTokens
 
 
 class RanksConfig(Config):
@@ -24,6 +25,10 @@ class RanksConfig(Config):
     """Number formats and implementations."""
     micro_batch: Annotated[int, FreeToChange()] = Field(default=8, ge=1)
     """Rows of one forward pass on one data rank. Bounds the memory of activations; changes no result."""
+    micro_batch_tokens: Annotated[int | None, FreeToChange()] = Field(default=None, ge=1)
+    """Tokens of one forward pass on one data rank, in place of micro_batch, which then says nothing: rows lie end to
+    end in it without padding, and data ranks get equal work. Must hold the longest row, of pairs the longest pair.
+    Changes no result. null: micro_batch rows."""
     offload: Annotated[Literal["host", "none"], FreeToChange()] = "host"
     """Where a model's bytes wait while another works: host memory (pinned where there is a GPU), or where they are."""
     date: datetime.date | None = None
@@ -31,3 +36,8 @@ class RanksConfig(Config):
     own, of its training, or else the day of the first start."""
     timeout_s: Annotated[float, FreeToChange()] = Field(default=600.0, ge=1, le=1e7)
     """Longest wait in a collective, in seconds, before the run stops. Source: torch's default for NCCL."""
+
+    @property
+    def cut(self) -> Cut:
+        """What one forward pass takes on one data rank."""
+        return InRows(self.micro_batch) if self.micro_batch_tokens is None else InTokens(self.micro_batch_tokens)

@@ -45,6 +45,7 @@ from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
+    check_budget,
     check_longest,
     check_rows,
     check_same_tokenizer,
@@ -139,7 +140,7 @@ def prepare(cfg: DPOConfig) -> DPOInputs:
         reference = Model("reference", cfg.reference, found)
     tokenizer = resolve_tokenizer(cfg.tokenizer, policy, cfg.pinned_date)
     check_same_tokenizer(tokenizer, str(policy), reference)
-    check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
+    check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.cut)
     data = {"pairs": chosen_data(cfg.pairs, "pairs", policy)}
     if cfg.heldout:
         data["heldout"] = chosen_heldout(cfg.heldout, "heldout", policy)
@@ -148,6 +149,8 @@ def prepare(cfg: DPOConfig) -> DPOInputs:
         check_tokenizer(tokenizer, model.description.spec, model.setting)
         for name, rows in sets.items():
             check_longest(name, rows.longest, model.description.spec)
+    for name, rows in sets.items():
+        check_budget(f"a pair of {name}", rows.longest_pair, cfg)
     pairs, heldout = sets["pairs"], sets.get("heldout")
     shared = check_apart("heldout", heldout.sides, {"pairs": pairs.sides}) if heldout else ""
     check_rows("global_batch", cfg.global_batch, "pairs", len(pairs))

@@ -31,6 +31,7 @@ from megarlhf.runtime.about import about
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
+    check_budget,
     check_longest,
     check_rows,
     check_tokenizer,
@@ -155,9 +156,10 @@ def read_inputs(cfg: JudgedConfig) -> JudgedInputs:
     sets = {name: _load(name, rows, tokenizer) for name, rows in data.items()}
     couples = sum(batch if name == "pairs" else batch // 2 for name, batch in cfg.batches.items())
     said = " + ".join(f"{name}_batch" if name == "pairs" else f"{name}_batch / 2" for name in cfg.learnt)
-    check_batch(said, couples, cfg.layout, cfg.micro_batch)
+    check_batch(said, couples, cfg.layout, cfg.cut)
     for name, rows in sets.items():
         check_longest(name, rows.longest, model.spec)
+        check_budget(*_together(name, rows, learnt=name in cfg.batches), cfg)
     steps = 1
     for name, batch in cfg.batches.items():
         check_rows(f"{name}_batch", batch, name, len(sets[name]))
@@ -173,6 +175,13 @@ def read_inputs(cfg: JudgedConfig) -> JudgedInputs:
     cfg.optim.check(steps, "optim")
     cfg.check_more(steps, f"epochs={cfg.epochs:g}")
     return JudgedInputs(model, tokenizer, data, sets, _shared(sets), steps)
+
+
+def _together(name: str, rows: JudgedSet, *, learnt: bool) -> tuple[str, int]:
+    """What is never cut in two of the set of that name, and how many tokens it has at most."""
+    if isinstance(rows, PreferenceSet):
+        return f"a pair of {name}", rows.longest_pair
+    return (f"a couple of rows of {name}", 2 * rows.longest) if learnt else (f"a row of {name}", rows.longest)
 
 
 def _chosen(name: str, rows: DataConfig, start_from: Model) -> DataConfig:

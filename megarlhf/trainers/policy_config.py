@@ -32,6 +32,7 @@ from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
+    check_budget,
     check_room,
     check_same_tokenizer,
     check_scores,
@@ -283,7 +284,7 @@ class PolicyConfig(RunConfig):
                     f"rollout_batch={self.rollout_batch} is not divisible by {name}={part}; change one of them."
                 )
         rollouts = "global_batch" if self.batch_unit == "rollouts" else "global_batch * group_size"
-        check_batch(rollouts, self.rollouts_per_step, self.layout, self.micro_batch)
+        check_batch(rollouts, self.rollouts_per_step, self.layout, self.cut)
         self.sampler_correction.check()
         if self.old_logprobs == "sampler" and self.sampler_correction.rule != "none":
             raise ConfigError(
@@ -358,6 +359,7 @@ def prepare(cfg: PolicyConfig) -> PolicyInputs:
     for role, model in models.items():
         check_tokenizer(tokenizer, model.description.spec, role)
         check_room(longest, cfg.sampling.max_new_tokens, model.description.spec, role)
+    check_budget("a prompt with its response", longest + cfg.sampling.max_new_tokens, cfg)
     known = cfg.deciders
     verifier = known[0] if known and cfg.verifier == "auto" else chosen_verifier(cfg.verifier, data.source)
     texts = {name: judge for name, judge in cfg.panel.items() if isinstance(judge, TextJudgeConfig)}

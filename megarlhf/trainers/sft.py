@@ -35,6 +35,7 @@ from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.checks import (
     Model,
     check_batch,
+    check_budget,
     check_longest,
     check_rows,
     check_tokenizer,
@@ -104,13 +105,14 @@ def prepare(cfg: SftConfig) -> SftInputs:
     start_from = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
-    check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.micro_batch)
+    check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.cut)
     data = {"data": chosen_data(cfg.data, "data", start_from)}
     if cfg.heldout:
         data["heldout"] = chosen_heldout(cfg.heldout, "heldout", start_from)
     sets = {name: load_sft(each, tokenizer, each.supervise) for name, each in data.items()}
     for name, each in sets.items():
         check_longest(name, each.longest, model.spec)
+        check_budget(f"a row of {name}", each.longest, cfg)
     rows, heldout = sets["data"], sets.get("heldout")
     shared = check_apart("heldout", heldout.ids, {"data": rows.ids}) if heldout else ""
     check_rows("global_batch", cfg.global_batch, "data", len(rows))

@@ -21,6 +21,7 @@ from megarlhf.models.transformer import HeadKind, named_parameters
 from megarlhf.parallel.collectives import gather
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.micro_batches import Cut, InRows
 
 STRETCHED = {
     "rope_type": "llama3",
@@ -113,16 +114,17 @@ def ragged_rollout(rows: int = 8, *, vocab: int = 131, seed: int = 3) -> Rollout
     return Rollout(tokens, prompts, lengths, terminated, torch.zeros(rows, 21), torch.arange(rows), ("",) * rows)
 
 
-def settings(mesh: Mesh, micro_batch: int = 4, dtype: str = "float32", offload: str = "host") -> RoleSettings:
+def settings(mesh: Mesh, cut: int | Cut = 4, dtype: str = "float32", offload: str = "host") -> RoleSettings:
     """What the roles of a test share."""
     compute = resolve(ComputeConfig.model_validate({"dtype": dtype}), mesh.device)
-    return RoleSettings(compute=compute, micro_batch=micro_batch, offload="host" if offload == "host" else "none")
+    how = InRows(cut) if isinstance(cut, int) else cut
+    return RoleSettings(compute=compute, cut=how, offload="host" if offload == "host" else "none")
 
 
-def frozen(directory: str, reading: Reading, mesh: Mesh, micro_batch: int = 4) -> FrozenRole:
+def frozen(directory: str, reading: Reading, mesh: Mesh, cut: int | Cut = 4) -> FrozenRole:
     """The model in `directory`, to be read."""
     found = describe_model(directory)
-    role = FrozenRole("reference", found.spec, found.head, reading, settings(mesh, micro_batch), mesh)
+    role = FrozenRole("reference", found.spec, found.head, reading, settings(mesh, cut), mesh)
     load_model(role, directory, seed=1)
     return role
 

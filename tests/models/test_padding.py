@@ -62,9 +62,9 @@ def look(layout: ParallelLayout, language: str, scalar: str) -> dict[str, list[T
         seen["norm"].append(torch.tensor(update.grad_norm))
         seen["gradient"].append(torch.cat([tensor.flatten().clone() for tensor in role.tensors("gradients")]))
     # The longest row beside the shortest: in one micro-batch the short one is mostly padding, alone it has none.
-    role = frozen(language, LabelLogprobs(1.0), mesh, micro_batch=4)
+    role = frozen(language, LabelLogprobs(1.0), mesh, 4)
     seen["together"] = [role.score(ROWS)]
-    role = frozen(language, LabelLogprobs(1.0), mesh, micro_batch=1)
+    role = frozen(language, LabelLogprobs(1.0), mesh, 1)
     seen["together"].append(role.score(ROWS))
     return seen
 

@@ -17,6 +17,7 @@ from megarlhf.models.role import FrozenRole, Role, RoleSettings
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.parallel.micro_batches import InRows
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import RolloutConfig
 
@@ -53,7 +54,7 @@ def actor(
 ) -> Role:
     """A model on a fresh mesh: the one in `directory`, or the same random one in every layout."""
     mesh = start(layout, seed=1)
-    settings = RoleSettings(compute=resolve(ComputeConfig(), mesh.device), micro_batch=64, offload="none")
+    settings = RoleSettings(compute=resolve(ComputeConfig(), mesh.device), cut=InRows(64), offload="none")
     role = kind("actor", spec, "language", LabelLogprobs(temperature), settings, mesh)
     load_tensors(role, SafetensorsDirectory(directory, spec, "language") if directory else random_weights(spec))
     return role

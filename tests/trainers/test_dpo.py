@@ -85,7 +85,7 @@ def gradients(role: TrainableRole, batch: AnchoredPairs, loss: Loss[AnchoredPair
     with role.resident(*role.parts):
         for wrapped in role.wrapped:
             wrapped.zero_grad_buffer()
-        means = role.accumulate(batch, loss, role.settings.micro_batch)
+        means = role.accumulate(batch, loss, role.settings.cut)
         for _, parameter in named_parameters(role.chunks):
             gradient = main_grad(parameter)
             assert gradient is not None

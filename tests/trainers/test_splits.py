@@ -17,7 +17,7 @@ from megarlhf.models.readings import LabelLogprobs, PositionValues, SequenceScor
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.parallel.micro_batches import Loss
+from megarlhf.parallel.micro_batches import InTokens, Loss
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers import dpo
 from megarlhf.trainers.cispo import CISPOConfig
@@ -57,14 +57,16 @@ SHARED = {"run_dir": "unused", "sampling": SamplingConfig(temperature=0.7, max_n
 
 @dataclass(frozen=True)
 class Split:
-    """A layout, rows per micro-batch, and whether optimiser state is sharded."""
+    """A layout, rows of a micro-batch or tokens of a pack, and whether optimiser state is sharded."""
 
     layout: ParallelLayout
-    micro_batch: int
+    micro_batch: int | InTokens
     distributed: bool = False
 
     def __str__(self) -> str:
-        return f"{name_of(self.layout)}-micro{self.micro_batch}{'-distributed' * self.distributed}"
+        cut = self.micro_batch
+        named = f"micro{cut}" if isinstance(cut, int) else f"packed{cut.tokens}"
+        return f"{name_of(self.layout)}-{named}{'-distributed' * self.distributed}"
 
 
 WHOLE = Split(ParallelLayout(), 8)
@@ -81,6 +83,16 @@ SPLITS = [
     Split(ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), 2),
     Split(ParallelLayout(pipeline=2, data=2), 2, distributed=True),
     Split(ParallelLayout(tensor=2, data=2, sequence_parallel=True), 2, distributed=True),
+    # Rows have up to 22 tokens, pairs 44. A budget of 46 takes one pair or two, 64 up to three; 1,000 everything.
+    Split(ParallelLayout(), InTokens(46), distributed=True),
+    pytest.param(Split(ParallelLayout(), InTokens(1000)), marks=pytest.mark.slow),
+    Split(ParallelLayout(tensor=2), InTokens(64), distributed=True),
+    Split(ParallelLayout(pipeline=2), InTokens(46)),
+    Split(ParallelLayout(pipeline=2, virtual_pipeline=2), InTokens(64), distributed=True),
+    Split(ParallelLayout(data=2), InTokens(46), distributed=True),
+    Split(ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), InTokens(46)),
+    Split(ParallelLayout(pipeline=2, data=2), InTokens(64)),
+    Split(ParallelLayout(tensor=2, data=2, sequence_parallel=True), InTokens(64), distributed=True),
 ]
 
 
