@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from rich.table import Table
@@ -14,6 +15,7 @@ from megarlhf.models.readings import HeadReading
 from megarlhf.models.role import FrozenRole, Role, RoleSettings, TrainableRole
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.micro_batches import InTokens
 from megarlhf.runtime.checks import Model
 from megarlhf.runtime.settings import RanksConfig
 
@@ -22,7 +24,11 @@ RoleT = TypeVar("RoleT", bound=Role)
 
 def role_settings(cfg: RanksConfig, mesh: Mesh) -> RoleSettings:
     """What the run's settings mean for its roles on this machine."""
-    return RoleSettings(compute=resolve(cfg.compute, mesh.device), cut=cfg.cut, offload=cfg.offload)
+    compute, cut = resolve(cfg.compute, mesh.device), cfg.cut
+    if isinstance(cut, InTokens):
+        packed = Choice("micro-batches", f"rows end to end, up to {cut.tokens:,} tokens", "micro_batch_tokens")
+        compute = replace(compute, choices=(*compute.choices, packed))
+    return RoleSettings(compute=compute, cut=cut, offload=cfg.offload)
 
 
 def frozen(name: str, model: Model, reading: HeadReading, cfg: RanksConfig, mesh: Mesh) -> FrozenRole:

@@ -186,12 +186,40 @@ class DotProductAttention(torch.nn.Module):
     def __init__(self, num_attention_heads: int, kv_channels: int, **rest: Any) -> None:
         super().__init__()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, attn_mask_type: str, **rest: Any) -> Tensor:
-        """[s, b, heads, d] -> [s, b, heads * d]."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        attn_mask_type: str,
+        qkv_format: str = "sbhd",
+        **packed: Any,
+    ) -> Tensor:
+        """[s, b, heads, d] -> [s, b, heads * d]; in the format `thd` [t, heads, d] -> [t, heads * d]."""
+        if qkv_format == "thd":
+            assert attn_mask_type == "padding_causal"
+            return self._documents(query, key, value, packed)
         assert attn_mask_type == "causal"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _documents(self, query: Tensor, key: Tensor, value: Tensor, packed: dict[str, Any]) -> Tensor:
+        given = {name: value for name, value in packed.items() if value is not None}
+        assert given.keys() == {"cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"}
+        ends, lengths = given["cu_seqlens_q"], given["cu_seqlens_q"].diff()
+        assert ends.dtype == torch.int32
+        assert torch.equal(ends, given["cu_seqlens_kv"])
+        assert query.ndim == 3
+        assert len(query) == int(ends[-1])
+        assert given["max_seqlen_q"] == given["max_seqlen_kv"] == int(lengths.max())
+        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        place = torch.arange(len(query))
+        seen = (document[:, None] == document) & (place <= place[:, None])
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        return out[0].transpose(0, 1).flatten(1)
 
 
 class FusedAdam(torch.optim.Optimizer):

@@ -19,7 +19,7 @@ from megarlhf.models.role import RoleSettings, TrainableRole
 from megarlhf.models.spec import preset
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.micro_batches import sequence_multiple
+from megarlhf.parallel.micro_batches import InTokens, sequence_multiple
 from megarlhf.rollout import engine as engine_module
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig
@@ -103,6 +103,29 @@ def test_ragged_micro_batches_are_filled_up(layout: ParallelLayout) -> None:
         assert 1e-4 < gap < 0.1
         assert ratio == pytest.approx(1.0, abs=0.1)
         assert copies_count
+
+
+def pack_with_engine(layout: ParallelLayout) -> dict[str, Any]:
+    """What Transformer Engine's layers say and learn of rows in lines of their own and of packs; and of FP8 packs."""
+    mesh = start(layout, seed=1)
+    shared, found = settings(mesh, MICRO_BATCH), {}
+    packed = dataclasses.replace(shared, cut=InTokens(64))
+    roles = {"padded": actor(mesh, shared, None), "packed": actor(mesh, packed, None)}
+    for name, role in {**roles, "fp8": actor(mesh, packed, "hybrid")}.items():
+        score = role.score(ROWS)
+        found[name] = score, role.update(lessons(0)[0], policy_loss(role, PPO)).grad_norm
+    return found
+
+
+@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, sequence_parallel=True)], ids=name_of)
+def test_packs_go_through_transformer_engine_as_rows_do(layout: ParallelLayout) -> None:
+    for found in run_with_engine(pack_with_engine, layout.world_size, layout):
+        (padded, norm), (packed, norm_packed), (rounded, norm_rounded) = found.values()
+        torch.testing.assert_close(packed, padded, atol=2e-5, rtol=0)
+        assert norm_packed == pytest.approx(norm, rel=2e-5)
+        # Packs are filled up to 16 positions a rank, which products of FP8 numbers take.
+        assert 1e-4 < float((rounded - packed)[ROWS.response_mask].abs().mean()) < 0.1
+        assert norm_rounded == pytest.approx(norm, rel=0.2)
 
 
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=4, sequence_parallel=True)], ids=name_of)

@@ -17,6 +17,7 @@ from megarlhf.models.readings import LabelLogprobs, PositionValues
 from megarlhf.models.role import TrainableRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.parallel.micro_batches import Cut, InRows, InTokens
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo import PPOConfig, value_loss
 from megarlhf.trainers.sft import next_token_loss
@@ -62,12 +63,12 @@ def masks(index: Any) -> bool:
     return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
 
 
-def count(language: str, scalar: str) -> dict[str, Counter[str]]:
-    """One update of 8 micro-batches of each learner."""
+def count(language: str, scalar: str, cut: Cut) -> dict[str, Counter[str]]:
+    """One update of each learner, of 8 micro-batches at most."""
     mesh = start(ParallelLayout(), seed=1)
     cfg = PPOConfig.model_validate({"run_dir": "unused"})
     composed = cfg.model_copy(update={"policy_loss": "composed"})
-    shared, optim = settings(mesh, 1), OptimConfig()
+    shared, optim = settings(mesh, cut), OptimConfig()
 
     def of(role: TrainableRole, batch: Any, loss: Any) -> Counter[str]:
         role.update(batch, loss)  # the first step allocates the optimiser's state
@@ -85,10 +86,11 @@ def count(language: str, scalar: str) -> dict[str, Counter[str]]:
     }
 
 
-def test_an_update_of_8_micro_batches_waits_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [InRows(1), InTokens(23)], ids=str)
+def test_an_update_of_up_to_8_micro_batches_waits_once(cut: Cut, tmp_path: Path) -> None:
     language_model(tmp_path / "language", seed=1)
     score_model(tmp_path / "scalar", seed=3)
-    (found,) = run_ranks(count, 1, str(tmp_path / "language"), str(tmp_path / "scalar"))
+    (found,) = run_ranks(count, 1, str(tmp_path / "language"), str(tmp_path / "scalar"), cut)
     for learner_name, waits in found.items():
         assert waits - Counter(dict.fromkeys(ON_THE_HOST, 8)) == {"tolist, pipeline.py:_means": 1}, learner_name
 

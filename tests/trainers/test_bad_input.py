@@ -160,3 +160,49 @@ def test_rank_counts(ranks: str, refused: Callable[..., str], monkeypatch: pytes
 )
 def test_numbers(command: tuple[str, ...], overrides: list[str], message: str, refused: Callable[..., str]) -> None:
     assert_matches(refused(command, *overrides), message)
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        (SFT, ["micro_batch_tokens=0"], "setting micro_batch_tokens = 0: .*greater than or equal to 1"),
+        (
+            SFT,
+            ["micro_batch_tokens=16"],
+            "a row of data has up to .* tokens, .*micro_batch_tokens=16; set it to .*, or to null",
+        ),
+        (
+            PPO,
+            ["micro_batch_tokens=16"],
+            "a prompt with its response has up to .* tokens, .*micro_batch_tokens=16; set it",
+        ),
+        (DPO, ["micro_batch_tokens=16"], "a pair of pairs has up to .* tokens, .* micro_batch_tokens=16; set it to"),
+        (
+            REWARD,
+            ["micro_batch_tokens=16", "pairs.source=arithmetic", "labelled=null"],
+            "a pair of pairs has up to .* tokens, .* micro_batch_tokens=16; set it to",
+        ),
+        (
+            REWARD,
+            ["micro_batch_tokens=16"],
+            "a couple of rows of labelled has up to .* tokens, .*micro_batch_tokens=16; set it to",
+        ),
+        (
+            SFT,
+            ["layout.tensor=2", "layout.sequence_parallel=true", "micro_batch_tokens=511"],
+            "micro_batch_tokens=511 is not a multiple of 2, as layout.tensor=2 with .* needs; set it to 510 or 512",
+        ),
+        (
+            PPO,
+            ["compute.fp8=hybrid", "micro_batch_tokens=1000"],
+            "micro_batch_tokens=1000 is not a multiple of 16, as compute.fp8=hybrid needs; set it to 992 or 1008",
+        ),
+        (
+            SFT,
+            ["layout.pipeline=2", "layout.virtual_pipeline=2", "layout.data=16", "micro_batch_tokens=512"],
+            "global_batch=16 is 1 rows a data rank, too few .*layout.pipeline=2 stages; use at least 32",
+        ),
+    ],
+)
+def test_budgets(command: tuple[str, ...], overrides: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert_matches(refused(command, *overrides), message)

@@ -12,7 +12,7 @@ from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from tests.helpers.models import language_model, name_of, score_model
+from tests.helpers.models import language_model, score_model
 from tests.helpers.ranks import run_ranks
 from tests.trainers.worlds import iterate, ppo_cast, ppo_config
 
@@ -54,7 +54,7 @@ def by_hand(actor: ModelSpec, scalar: ModelSpec, rollout: Rollout, *, actor_lear
     }
 
 
-def count(layout: ParallelLayout, folder: str) -> list[dict[str, Any]]:
+def count(layout: ParallelLayout, budget: int | None, folder: str) -> list[dict[str, Any]]:
     """Two iterations, in the first of which only the critic learns."""
     mesh = start(layout, seed=1)
     cfg = ppo_config(
@@ -67,6 +67,7 @@ def count(layout: ParallelLayout, folder: str) -> list[dict[str, Any]]:
         group_size=GROUP,
         global_batch=4,
         micro_batch=2,
+        micro_batch_tokens=budget,
         ppo_epochs=EPOCHS,
         value_warmup_iterations=1,
         iterations=2,
@@ -81,11 +82,20 @@ def count(layout: ParallelLayout, folder: str) -> list[dict[str, Any]]:
     return seen
 
 
-@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(data=2), ParallelLayout(tensor=2)], ids=name_of)
-def test_flops_of_ppo_are_those_of_a_count_by_hand(layout: ParallelLayout, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "budget"),
+    [
+        (ParallelLayout(), None),
+        (ParallelLayout(data=2), None),
+        (ParallelLayout(tensor=2), None),
+        (ParallelLayout(data=2), 48),
+    ],
+    ids=["one", "dp2", "tp2", "dp2-packed"],
+)
+def test_flops_of_ppo_are_those_of_a_count_by_hand(layout: ParallelLayout, budget: int | None, tmp_path: Path) -> None:
     language_model(tmp_path / "actor", seed=4)
     score_model(tmp_path / "judge", seed=5)
-    for rank in run_ranks(count, layout.world_size, layout, str(tmp_path)):
+    for rank in run_ranks(count, layout.world_size, layout, budget, str(tmp_path)):
         total = dict.fromkeys(rank[0]["expected"], 0)
         for number, iteration in enumerate(rank):
             metrics, expected = iteration["metrics"], iteration["expected"]
