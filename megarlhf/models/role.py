@@ -112,7 +112,7 @@ class Role:
 
         dealt_as: whose cost decides which rows a data rank has where they are packed; this role's by default.
         """
-        own = self._begin(batch, reading, self.settings.cut, passes=1, dealt_as=dealt_as)
+        own = self._begin(batch, reading, passes=1, dealt_as=dealt_as)
         with self.resident("weights"):
             # Fewer rows than data ranks leave some without any.
             rows, at = own.rows, own.at
@@ -157,9 +157,7 @@ class Role:
         if part == "weights" and self.settings.compute.fp8:
             drop_fp8_copies(self.chunks)
 
-    def _begin(
-        self, batch: TokenRows, reading: Reading, cut: Cut, *, passes: int, dealt_as: Role | None = None
-    ) -> _Own:
+    def _begin(self, batch: TokenRows, reading: Reading, *, passes: int, dealt_as: Role | None = None) -> _Own:
         """This data rank's rows of a global batch, which is counted as work.
 
         passes: of the whole batch through the model, for which it is counted; backward is two.
@@ -169,7 +167,7 @@ class Role:
         costs = self._costs(reads, len(batch))
         self.mesh.work.spend(tokens=int(ends_of(reads).sum()), flops=passes * sum(costs))
         part, back = own_part(len(batch), self.mesh), None
-        if isinstance(cut, InTokens) and self.mesh.size("data") > 1:
+        if isinstance(self.settings.cut, InTokens) and self.mesh.size("data") > 1:
             part, back = own_share(dealt_as._costs(reads, len(batch)) if dealt_as else costs, self.mesh)
         own, trail = batch.rows(part), self.mesh.trail
         trail.role, trail.work, trail.part = self.name, own, self.mesh.data_rank
@@ -293,8 +291,9 @@ class TrainableRole(Role):
     def accumulate(self, batch: TokenRows, loss: Loss, cut: Cut) -> LossMeans:
         """Add the gradient of the mean loss over the global `batch` to the role's buffers, which must be resident.
 
-        cut: what one forward takes on one data rank. Ranks and errors as in `update`.
+        cut: what one forward takes on one data rank; which rows that has is for the settings to say.
+        Ranks and errors as in `update`.
         """
         check_divides(batch, self.mesh)
-        own = self._begin(batch, self.reading, cut, passes=3)
+        own = self._begin(batch, self.reading, passes=3)
         return forward_backward(self.wrapped, own.rows, own.at, loss, mesh=self.mesh, cut=cut)

@@ -30,6 +30,7 @@ from megarlhf.parallel.alone import is_first
 from megarlhf.parallel.collectives import broadcast_object
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.parallel.micro_batches import Documents
 from megarlhf.parallel.offload import Offloader
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.runtime import roles as runtime_roles
@@ -187,6 +188,16 @@ def save_in_bfloat16(patch: Patch) -> None:
     patch.setattr(sharded.dist_checkpointing, "save", rounded)
 
 
+def let_documents_meet(patch: Patch) -> None:
+    """What lies end to end in a pack is attended to as one text."""
+    made = Documents.of
+
+    def joined(lengths: Any, device: Any) -> Documents:
+        return replace(made(lengths, device), lengths=(int(lengths.sum()),))
+
+    patch.setattr(Documents, "of", joined)
+
+
 def examined(layout: ParallelLayout, folder: str, fault: Callable[[Patch], None], changes: Any) -> list[Gate]:
     """What the doctor finds on a machine with the fault."""
     cfg = config(folder, layout, **changes)
@@ -218,6 +229,17 @@ def test_every_gate_holds_on_a_correct_run(layout: ParallelLayout, models: str) 
     assert not list(Path(models).glob("megarlhf-doctor-*"))
 
 
+PACKED = {"micro_batch_tokens": 96}
+
+
+def test_every_gate_holds_on_a_packed_run(models: str) -> None:
+    for gates in run_ranks(examined, 2, ParallelLayout(data=2), models, no_fault, PACKED):
+        assert {gate.name for gate in gates if gate.holds} == SEVERAL, list(map(str, gates))
+        (packs,) = [gate for gate in gates if gate.name == "micro-batches"]
+        assert "between micro_batch_tokens=96 and micro_batch=1" in packs.measure
+        assert 0 < packs.value < 1e-5
+
+
 FAULTS = [
     (transpose_a_projection, {"Hugging Face", "reference"}, {}),
     (wrong_rope_base, {"Hugging Face"}, {}),
@@ -227,6 +249,7 @@ FAULTS = [
     (lose_a_tensor, {"offload, trained"}, {}),
     (round_on_the_host, {"offload, trained"}, {}),
     (save_in_bfloat16, {"save and load"}, {}),
+    (let_documents_meet, {"Hugging Face", "sampler", "micro-batches"}, PACKED),
 ]
 
 
