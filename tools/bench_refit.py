@@ -37,6 +37,7 @@ from megarlhf.observe.provenance import machine, versions
 from megarlhf.parallel.collectives import barrier, gather_objects
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start, stop
+from megarlhf.parallel.micro_batches import InRows
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import RolloutConfig, RolloutLayout, SamplingConfig
 
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args()
     mesh = start(ParallelLayout(tensor=args.tensor, pipeline=args.pipeline, data=args.data), seed=1)
-    settings = RoleSettings(resolve(ComputeConfig(), mesh.device), micro_batch=64, offload="none")
+    settings = RoleSettings(resolve(ComputeConfig(), mesh.device), cut=InRows(64), offload="none")
     spec = describe_model(args.model).spec
     role = FrozenRole("model", spec, "language", LabelLogprobs(1.0), settings, mesh)
     load_model(role, args.model, seed=1)
