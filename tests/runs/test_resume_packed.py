@@ -14,7 +14,7 @@ from megarlhf.parallel.mesh import start
 from megarlhf.trainers import ppo
 from tests.helpers.models import frozen, whole_weights
 from tests.helpers.ranks import run_ranks
-from tests.runs.test_resume import logged, ppo_settings, stopped_after
+from tests.runs.test_resume import logged, policy_and_judge, ppo_settings, stopped_after
 
 
 @pytest.fixture(scope="module")
