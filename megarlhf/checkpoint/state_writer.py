@@ -36,6 +36,7 @@ from megarlhf.checkpoint.disk import causes, check_room, saving
 from megarlhf.checkpoint.model_directory import WEIGHTS, Card
 from megarlhf.checkpoint.training_state import STATE, Position, random_file, role_state
 from megarlhf.errors import OutputError
+from megarlhf.models import memory_plan
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.files import remedy, write_whole
 from megarlhf.observe.run_files import BEST, LATEST, step_name, steps_in
@@ -261,10 +262,7 @@ class StateWriter:
 
 def saved_bytes(role: TrainableRole) -> int:
     """This rank's share of the numbers in a saved state of `role`: weights, and what the optimiser has for each."""
-    weights, _, state = role.planned_bytes()
-    copies = role.mesh.size("data")
-    masters = 4 * weights // role.settings.compute.dtype.itemsize
-    return (weights + masters) // copies + (state if role.optim.distributed else state // copies)
+    return memory_plan.saved_bytes(role.planned, role.settings.compute.dtype.itemsize, role.learns)
 
 
 def _started(request: Any, directory: Path, rank: int) -> _Part:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megarlhf.batch.base import TokenRows
 from megarlhf.models.compute import Compute
 from megarlhf.models.fp8 import drop_fp8_copies, fp8_copies
+from megarlhf.models.memory_plan import Held, Learns, held
 from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, guarded_step
 from megarlhf.models.readings import Reading
 from megarlhf.models.spec import ModelSpec
@@ -86,14 +87,16 @@ class Role:
         """This rank's tensors of `part`; none where the role has no such part."""
         return [p.data for chunk in self.chunks for p in chunk.parameters()] if part == "weights" else []
 
-    def planned_bytes(self) -> tuple[int, int, int]:
-        """Bytes of weights, gradients and optimiser state on this rank, resident or not (state: once it exists)."""
-        weights = sum(parameter.numel() * parameter.element_size() for c in self.chunks for parameter in c.parameters())
-        return weights, 0, 0
+    @property
+    def learns(self) -> Learns | None:
+        """How the role learns, if it does."""
+        return None
 
-    def staged_bytes(self) -> int:
-        """Bytes of host memory that this rank takes while it saves a training state of this role."""
-        return 0
+    @property
+    def planned(self) -> Held:
+        """Bytes of each part on this rank, resident or not (state: once it exists)."""
+        numbers = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
+        return held(numbers, self.settings.compute.dtype.itemsize, self.learns)
 
     def resident_bytes(self) -> int:
         """Bytes of this role on the device now."""
@@ -241,24 +244,10 @@ class TrainableRole(Role):
         self.optimizer = build_optimizer(optim, self.wrapped, self.settings.compute.dtype, self.mesh)
         self.schedule = build_schedule(optim, self.optimizer, steps)
 
-    def planned_bytes(self) -> tuple[int, int, int]:
-        """Bytes of weights, gradients and optimiser state (two moments, fp32 masters of bf16 weights) on this rank."""
-        weights, _, _ = super().planned_bytes()
-        copies = 2 if self.settings.compute.dtype == torch.float32 else 3
-        share = self.mesh.size("data") if self.optim.distributed else 1
-        return weights, 4 * self._numbers, 4 * copies * self._numbers // share
-
-    def staged_bytes(self) -> int:
-        """Bytes of host memory that this rank takes while it saves a training state of this role.
-
-        Megatron's distributed optimiser gathers masters and both moments in fp32 on every data rank, so that a state
-        can be read in any layout.
-        """
-        return 12 * self._numbers if self.optim.distributed else 0
-
     @property
-    def _numbers(self) -> int:
-        return sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
+    def learns(self) -> Learns:
+        """How the role learns."""
+        return Learns(self.optim.distributed, self.mesh.size("data"))
 
     def tensors(self, part: Part) -> list[Tensor]:
         """This rank's tensors of `part`."""

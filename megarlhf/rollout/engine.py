@@ -21,6 +21,7 @@ from torch import Tensor
 from megarlhf.batch.rollouts import Prompts, Rollout
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
+from megarlhf.models.memory_plan import CUDA_BLOCK_TOKENS, cache_bytes_per_token, cache_row_bytes, rows_that_fit
 from megarlhf.models.role import Role
 from megarlhf.models.transformer import LlamaModel
 from megarlhf.observe.metrics import Metrics
@@ -49,9 +50,6 @@ DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
 # Importing it has a stack of this process printed at each of these, in front of whatever the run itself has to say.
 for _number in (signal.SIGTERM, signal.SIGINT):
     faulthandler.unregister(_number)
-
-CUDA_BLOCK_TOKENS = 256
-"""Tokens in a block of the KV cache. Source: flash-attn's paged kernels want multiples of 256."""
 
 
 class RolloutEngine:
@@ -233,9 +231,8 @@ class RolloutEngine:
     @property
     def _bytes_per_token(self) -> int:
         """Keys and values of one token in this rank's layers and heads."""
-        spec, itemsize = self.role.spec, self.model.config.params_dtype.itemsize
-        heads = spec.kv_heads // self.mesh.layout.tensor
-        return 2 * len(self.model.decoder.layers) * heads * spec.head_dim * itemsize
+        layers, itemsize = len(self.model.decoder.layers), self.model.config.params_dtype.itemsize
+        return cache_bytes_per_token(self.role.spec, layers, self.mesh.layout.tensor, itemsize)
 
     def _rows_that_fit(self, wanted: int) -> int:
         """For how many rows of the greatest length every rank of this model copy has memory."""
@@ -244,9 +241,9 @@ class RolloutEngine:
             return wanted
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
-        bytes_per_row = -(-width // block) * block * self._bytes_per_token
+        bytes_per_row = cache_row_bytes(width, block, self._bytes_per_token)
         share = self.settings.memory_share
-        fit = torch.tensor(int(share * free) // bytes_per_row - 1, device=self.mesh.device)
+        fit = torch.tensor(rows_that_fit(free, share, bytes_per_row), device=self.mesh.device)
         rows = int(all_reduce(fit, self.mesh, "model", "min")) // self._row_multiple * self._row_multiple
         if rows < 1:
             raise ConfigError(

@@ -70,7 +70,9 @@ def print_memory_plan(roles: Sequence[Role], mesh: Mesh, *, copies: Sequence[Rol
     for column in ("role", "weights", "gradients", "optimiser state*", "host, while saving"):
         table.add_column(column, justify="left" if column == "role" else "right")
     for role in (*roles, *copies):
-        table.add_row(role.name, *[_mebibytes(size) for size in (*role.planned_bytes(), role.staged_bytes())])
+        of = role.planned
+        sizes = (of.weights, of.gradients, of.optimiser, of.staged)
+        table.add_row(role.name, *[_mebibytes(size) for size in sizes])
     table.caption = "* allocated at the first step" + ("; the copy while responses are drawn" if copies else "")
     _console(mesh).print(table)
 

@@ -72,8 +72,9 @@ def travel(layout: ParallelLayout, distributed: bool, dtype: str, directory: str
             assert not any(tensor.any() for tensor in traveller.tensors("gradients"))
     report["gap"] = worst(whole_weights(traveller), whole_weights(homebody))
     report["moved"] = float((before["weights"][0] - learner_start(directory, shared, mesh)).abs().max())
-    report["planned"] = traveller.planned_bytes()
-    report["staged"] = (traveller.staged_bytes(), gathered_bytes(traveller) if distributed else 0)
+    of = traveller.planned
+    report["planned"] = of.weights, of.gradients, of.optimiser
+    report["staged"] = (of.staged, gathered_bytes(traveller) if distributed else 0)
     with pytest.raises(KeyError), traveller.resident("weights"):
         raise KeyError  # a failure inside the block must not leave the role on the device
     report["after failure"] = traveller.resident_bytes()

@@ -127,7 +127,7 @@ def train(layout: ParallelLayout, folder: str) -> dict[str, Any]:
         iterate(cast, every, cfg, 2)
         forgetful = watch.take()
     gc.unfreeze()
-    planned = {role.name: sum(role.planned_bytes()) for role in cast.every}
+    planned = {role.name: role.planned.all for role in cast.every}
     return {"metrics": metrics, "peaks": peaks, "idle": idle, "single": single, "planned": planned, "fault": forgetful}
 
 
