@@ -142,7 +142,8 @@ class StateWriter:
         self._on_main(lambda: self._make(partial), f"{partial} cannot be made")
         self._everywhere(lambda: save_file(states, partial / random_file(mesh)), f"{partial} cannot be written")
         for name, role in self._roles.items():
-            with role.resident(*role.parts), saving(partial):
+            # Gradients are no part of a state, and leave their room to what Megatron gathers.
+            with role.resident("weights", "optimizer"), saving(partial):
                 request: Any = dist_checkpointing.save(
                     role_state(role, loading=False),
                     str(partial / name / WEIGHTS),
