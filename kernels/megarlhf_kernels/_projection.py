@@ -31,6 +31,11 @@ CPU_KEPT = 3
 """Chunks whose logits a CPU keeps for backward, 300 MiB. A GPU keeps none: its memory is dearer than its arithmetic."""
 
 
+def rows_of_chunk(columns: int, *, cpu: bool) -> int:
+    """Rows of a full chunk of logits with so many columns."""
+    return max(1, (CPU_ELEMENTS if cpu else GPU_ELEMENTS) // max(columns, 1))
+
+
 class Chunk(NamedTuple):
     """Some rows, their logits, and the factors these came from."""
 
@@ -104,7 +109,7 @@ class Projection:
     @property
     def chunk_rows(self) -> int:
         """Rows of a full chunk."""
-        return max(1, (CPU_ELEMENTS if self.hidden.is_cpu else GPU_ELEMENTS) // max(len(self.weight), 1))
+        return rows_of_chunk(len(self.weight), cpu=self.hidden.is_cpu)
 
     @property
     def kept_chunks(self) -> int:

@@ -219,6 +219,8 @@ def logits_gradient(
 
 
 WARPS = 8
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 19, 1 << 26
+"""Numbers in each of the two workspaces of the slow twins: what a CPU's cache holds, or fills an accelerator."""
 
 
 def _tile(columns: int) -> int:
@@ -389,7 +391,7 @@ def _chunks(logits: Tensor, dtype: torch.dtype, *, buffers: int) -> tuple[list[s
     shared, because fresh memory for every range would cost more than the arithmetic.
     """
     count, width = logits.shape
-    elements = 1 << 19 if logits.is_cpu else 1 << 26
+    elements = CPU_ELEMENTS if logits.is_cpu else GPU_ELEMENTS
     size = max(1, min(count, elements // max(width, 1)))
     work = torch.empty(buffers, size, width, dtype=dtype, device=logits.device)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)], work
