@@ -73,6 +73,11 @@ class CriticFreeConfig(AnchoredConfig):
     policy_loss would cut."""
 
     @property
+    def fuses_loss(self) -> bool:
+        """Whether the actor's loss makes its gradients while the logits are there."""
+        return super().fuses_loss and self.ratio == "token"
+
+    @property
     def policy_loss_choice(self) -> Choice:
         """How the actor's loss is computed, for the table of what a run uses."""
         if self.ratio == "token":

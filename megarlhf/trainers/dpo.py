@@ -30,6 +30,7 @@ from megarlhf.eval.intervals import effective
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole, TrainableRole
+from megarlhf.models.workload import RoleWork, Workload
 from megarlhf.observe.about import About
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics, names_of
@@ -232,6 +233,22 @@ def models(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> DPOModels:
     return DPOModels(policy, away(frozen("reference", inputs.reference, logprobs, cfg, mesh)))
 
 
+def workload(cfg: DPOConfig) -> Workload:
+    """What a step does, in numbers: the reference is read, and the policy learns."""
+    policy = RoleWork("policy", "model", cfg.model, "language", learns=True, distributed=cfg.optim.distributed)
+    reference = RoleWork("reference", "reference" if cfg.reference else "model", cfg.reference or cfg.model, "language")
+    rows, longest = cfg.global_batch, cfg.pairs.max_tokens
+    return Workload(
+        (policy, replace(reference, scores=1)),
+        prompt_tokens=0,
+        response_tokens=longest,
+        rows=rows,
+        step_rows=rows,
+        step_setting="global_batch",
+        sequences=2,
+    )
+
+
 def anchored(pairs: PreferencePairs, ref_logprobs: Tensor) -> AnchoredPairs:
     """What a step learns from: all its pairs, their weights scaled to a mean of 1; ref_logprobs [2P, T]."""
     weight = pairs.weight * (len(pairs) / float(pairs.weight.sum()))
@@ -304,6 +321,7 @@ TRAINER = Trainer(
     prepare=prepare,
     models=models,
     learners={"policy": Learner(AnchoredPairs, preference_loss)},
+    workload=workload,
     train=train,
     summary=_summary,
     following=_following,

@@ -24,6 +24,7 @@ from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
 from megarlhf.models.optim import OptimConfig
+from megarlhf.models.workload import RoleWork, Workload
 from megarlhf.observe.about import About
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.runs.settings import RunConfig
@@ -99,6 +100,20 @@ class JudgedConfig(RunConfig):
         """Rows of each set that a step takes."""
         return {name: batch for name, (rows, batch) in self.learnt.items() if rows}
 
+    @property
+    def couples(self) -> tuple[str, int]:
+        """Couples of sequences that a step takes, and the settings that say so."""
+        said = " + ".join(f"{name}_batch" if name == "pairs" else f"{name}_batch / 2" for name in self.learnt)
+        return said, sum(batch if name == "pairs" else batch // 2 for name, batch in self.batches.items())
+
+
+def judged_workload(cfg: JudgedConfig) -> Workload:
+    """What a step does, in numbers: the model learns from couples of sequences, each read at a token or a few."""
+    role = RoleWork("reward", "model", cfg.model, "scalar", learns=True, distributed=cfg.optim.distributed)
+    said, couples = cfg.couples
+    longest = max(rows.max_tokens for rows, _ in cfg.learnt.values() if rows)
+    return Workload((role,), longest - 1, 1, rows=couples, step_rows=couples, step_setting=said, sequences=2)
+
 
 @dataclass(frozen=True)
 class JudgedInputs:
@@ -154,8 +169,7 @@ def read_inputs(cfg: JudgedConfig) -> JudgedInputs:
     check_tokenizer(tokenizer, model.spec, "model")
     data = {name: _chosen(name, rows, start_from) for name, rows in cfg.given.items()}
     sets = {name: _load(name, rows, tokenizer) for name, rows in data.items()}
-    couples = sum(batch if name == "pairs" else batch // 2 for name, batch in cfg.batches.items())
-    said = " + ".join(f"{name}_batch" if name == "pairs" else f"{name}_batch / 2" for name in cfg.learnt)
+    said, couples = cfg.couples
     check_batch(said, couples, cfg.layout, cfg.cut)
     for name, rows in sets.items():
         check_longest(name, rows.longest, model.spec)

@@ -154,8 +154,13 @@ class PolicyConfig(RunConfig):
     @property
     def policy_loss_choice(self) -> Choice:
         """How the actor's loss is computed, for the table of what a run uses."""
-        how = "from log-probs, 4 matmuls" if self.policy_loss == "composed" else "with the projection, 3 matmuls"
+        how = "with the projection, 3 matmuls" if self.fuses_loss else "from log-probs, 4 matmuls"
         return Choice("policy loss", how, f"policy_loss={self.policy_loss}")
+
+    @property
+    def fuses_loss(self) -> bool:
+        """Whether the actor's loss makes its gradients while the logits are there."""
+        return self.policy_loss != "composed"
 
     @property
     def clip(self) -> Clip:

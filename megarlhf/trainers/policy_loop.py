@@ -55,6 +55,7 @@ from megarlhf.trainers.heldout import measure_policy
 from megarlhf.trainers.kl_coefficient import KLCoefficient
 from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, prepare
 from megarlhf.trainers.policy_metrics import accuracy_metric, sample_rows
+from megarlhf.trainers.policy_work import policy_workload
 from megarlhf.trainers.summary import as_mean, as_share, plainly
 from megarlhf.trainers.trainer import Learner, Trainer
 from megarlhf.trainers.watch import Watch
@@ -184,6 +185,7 @@ def policy_trainer(
         prepare=prepare,
         models=models,
         learners=learners,
+        workload=lambda cfg: policy_workload(cfg, learners),
         train=train,
         summary=_summary,
         following=_following,

@@ -46,7 +46,7 @@ from megarlhf.trainers.couples import (
     outcomes_said,
     take,
 )
-from megarlhf.trainers.judged import JudgedConfig, JudgedInputs, read_inputs
+from megarlhf.trainers.judged import JudgedConfig, JudgedInputs, judged_workload, read_inputs
 from megarlhf.trainers.reward_measures import OF_FIRST_ERRORS, OF_STEPS, measure_steps
 from megarlhf.trainers.summary import as_estimate, as_share, plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
@@ -218,6 +218,7 @@ TRAINER = Trainer(
     prepare=prepare,
     models=models,
     learners={"reward": Learner(SteppedCouples, step_loss)},
+    workload=judged_workload,
     train=train,
     summary=_summary,
     following=_following,

@@ -21,6 +21,7 @@ from megarlhf.checkpoint.model_directory import Card
 from megarlhf.errors import ConfigError
 from megarlhf.models.readings import SequenceScores
 from megarlhf.models.role import TrainableRole
+from megarlhf.models.workload import Workload
 from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
@@ -37,7 +38,7 @@ from megarlhf.trainers.couples import (
     outcomes_said,
     take,
 )
-from megarlhf.trainers.judged import JudgedConfig, JudgedInputs, read_inputs
+from megarlhf.trainers.judged import JudgedConfig, JudgedInputs, judged_workload, read_inputs
 from megarlhf.trainers.summary import plainly
 from megarlhf.trainers.trainer import Learner, Pupil, Trainer
 
@@ -65,12 +66,22 @@ def judgement_loss(role: TrainableRole, cfg: JudgedConfig) -> Loss[Couples]:
 def prepare(cfg: RewardConfig) -> JudgedInputs:
     """Read and check all input. Raises a MegarlhfError that names the setting, the values and the remedy."""
     cfg.check_run_dir()
+    _check_data(cfg)
+    check_measuring(cfg, logged(cfg), measured(cfg), "set heldout_pairs.source, or heldout.source for judged responses")
+    return read_inputs(cfg)
+
+
+def _check_data(cfg: RewardConfig) -> None:
     if cfg.pairs is None and cfg.labelled is None:
         raise ConfigError(
             "reward model without data: pairs and labelled are both unset; set pairs.source or labelled.source."
         )
-    check_measuring(cfg, logged(cfg), measured(cfg), "set heldout_pairs.source, or heldout.source for judged responses")
-    return read_inputs(cfg)
+
+
+def workload(cfg: RewardConfig) -> Workload:
+    """What a step does, in numbers. Raises ConfigError where there are no rows."""
+    _check_data(cfg)
+    return judged_workload(cfg)
 
 
 def train(cfg: RewardConfig, inputs: JudgedInputs, pupil: Pupil, argv: Sequence[str], mesh: Mesh) -> Metrics:
@@ -105,6 +116,7 @@ TRAINER = Trainer(
     prepare=prepare,
     models=models,
     learners={"reward": Learner(Couples, judgement_loss)},
+    workload=workload,
     train=train,
     summary=_summary,
     following=_following,

@@ -21,6 +21,7 @@ from megarlhf.eval.intervals import ratio_error
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import Role, TrainableRole
+from megarlhf.models.workload import RoleWork, Workload
 from megarlhf.observe.about import About
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics, names_of
@@ -190,6 +191,13 @@ def models(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> Pupil:
     return Pupil(learner("model", start_from, LabelLogprobs(1.0), cfg.optim, inputs.steps, cfg, mesh))
 
 
+def workload(cfg: SftConfig) -> Workload:
+    """What a step does, in numbers."""
+    role = RoleWork("model", "model", cfg.model, "language", learns=True, distributed=cfg.optim.distributed)
+    rows, longest = cfg.global_batch, cfg.data.max_tokens
+    return Workload((role,), 0, longest, rows=rows, step_rows=rows, step_setting="global_batch")
+
+
 def next_token_loss(role: TrainableRole) -> Loss[TokenBatch]:
     """-log p(label), summed over supervised tokens."""
 
@@ -223,6 +231,7 @@ TRAINER = Trainer(
     prepare=prepare,
     models=models,
     learners={"model": Learner(TokenBatch, lambda role, _: next_token_loss(role))},
+    workload=workload,
     train=train,
     summary=lambda _, metrics: [*plainly(metrics, "sft/loss"), *as_estimate(metrics, "sft/heldout_loss", 0.0)],
     following=_following,

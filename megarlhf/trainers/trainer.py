@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from megarlhf.batch.base import RowsT
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.models.role import TrainableRole
+from megarlhf.models.workload import Workload
 from megarlhf.observe.metrics import Metrics
 from megarlhf.observe.run_files import METRICS
 from megarlhf.parallel.mesh import Mesh
@@ -98,6 +99,8 @@ class Trainer(Generic[Cfg, Inputs, Models_co]):
     """Builds them, their weights loaded. Collective."""
     learners: Mapping[str, Learner[Cfg, Any]]
     """By the name of the role that learns."""
+    workload: Callable[[Cfg], Workload]
+    """What a step, or an iteration, does in numbers, of the settings alone: for `megarlhf plan`."""
     train: Callable[[Cfg, Inputs, Any, Sequence[str], Mesh], Metrics]
     """Runs all steps of the models and saves what `cfg.model_dir` is for, given the command line. Collective; the last
     metrics."""

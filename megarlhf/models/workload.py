@@ -1,0 +1,105 @@
+"""What an iteration of a run does, in numbers: a trainer says it of its settings, `megarlhf plan` counts with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from megarlhf.models.activations import Arithmetic, Reads, Tokens
+from megarlhf.models.memory_plan import Head
+from megarlhf.models.spec import ModelSpec
+from megarlhf.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True)
+class RoleWork:
+    """A model of a run, and what it does in an iteration."""
+
+    name: str
+    setting: str
+    """That says where it starts."""
+    init: str
+    head: Head
+    learns: bool = False
+    distributed: bool = True
+    """Its optimiser state is shared by the data ranks."""
+    scores: int = 0
+    """Forward passes over an iteration's rows, before anything is learnt."""
+    loss: Reads = "composed"
+
+
+class Drawing(NamedTuple):
+    """What is drawn in an iteration, by the first role."""
+
+    prompts: int
+    """That are prefilled, over all data ranks."""
+    rows: int
+    """Decoded at once on one data rank, at most."""
+    memory_share: float
+    """Of a GPU's free memory, for the cache."""
+    prefill_tokens: int
+    """In one step, at most."""
+    graphs: bool
+    """Decode steps are captured."""
+    keep: bool
+    """The cache stays from rollout to rollout."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An iteration of a run: of a trainer that draws nothing, an optimiser step. Every row has its greatest length."""
+
+    roles: tuple[RoleWork, ...]
+    prompt_tokens: int
+    response_tokens: int
+    """That are learnt from."""
+    rows: int
+    """Of an iteration, over all data ranks: what micro-batches count."""
+    step_rows: int
+    """Of an optimiser step."""
+    step_setting: str
+    """That says so."""
+    passes: int = 1
+    """Over an iteration's rows."""
+    sequences: int = 1
+    """In a row: a pair has two."""
+    drawing: Drawing | None = None
+
+    @property
+    def width(self) -> int:
+        """Tokens of a sequence."""
+        return self.prompt_tokens + self.response_tokens
+
+    def tokens(self, role: RoleWork, micro_batch: int) -> Tokens:
+        """Of a micro-batch. Its last token predicts nothing, and a scalar head is read as often as a language model."""
+        sequences = micro_batch * self.sequences
+        return Tokens(sequences * (self.width - (role.head == "language")), sequences * self.response_tokens)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a run is cut and what it does about memory: what a planner may choose."""
+
+    layout: ParallelLayout
+    micro_batch: int
+    recompute: bool
+    offload: bool
+    """A model's bytes wait on the host while another works."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A workload of models whose sizes are known, split, in some arithmetic."""
+
+    work: Workload
+    specs: Mapping[str, ModelSpec]
+    """Of each role."""
+    split: Split
+    arithmetic: Arithmetic
+    fp8: bool = False
+
+    def splitting(self, split: Split) -> Job:
+        """The same, split otherwise."""
+        arithmetic = replace(self.arithmetic, recompute=split.recompute)
+        return replace(self, split=split, arithmetic=arithmetic)
