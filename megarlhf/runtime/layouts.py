@@ -1,0 +1,190 @@
+"""Ways to split a run over GPUs: which are allowed, which fit, and how long each would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import log2
+
+from megarlhf.errors import ConfigError, LayoutError
+from megarlhf.models.gpus import GIB, Gpu
+from megarlhf.models.phases import PhaseBytes, phases_of, rows_at_once
+from megarlhf.models.step_time import Seconds, model_flops, seconds_of
+from megarlhf.models.workload import Job, Split
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.rollout.sampling import RolloutConfig, check_rolls_out
+from megarlhf.runtime.checks import check_batch
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+VIRTUAL = (1, 2, 3, 4, 5, 6, 8, 10)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for."""
+
+    gpu: Gpu
+    spare: float
+    """GiB of each GPU that are kept free."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a GPU that the run may use."""
+        return self.gpu.bytes - int(self.spare * GIB)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A split, and what it would take."""
+
+    job: Job
+    phases: Sequence[PhaseBytes]
+    memory: int
+    """That the run may use, of a GPU."""
+    seconds: Seconds
+    flops: int
+    """Of the model in an iteration, over all GPUs."""
+
+    @property
+    def split(self) -> Split:
+        """How the run is cut."""
+        return self.job.split
+
+    @property
+    def peak(self) -> PhaseBytes:
+        """The phase that takes most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase does. A cache takes what is there, but must hold a row."""
+        draws = self.job.work.drawing is not None
+        return self.peak.total <= self.memory and (not draws or rows_at_once(self.job, self.memory) > 0)
+
+    @property
+    def gpus(self) -> int:
+        """That it needs."""
+        return self.split.layout.world_size
+
+
+def option(job: Job, machine: Machine) -> Option:
+    """What a split would take. Its times are infinite where it does not fit."""
+    memory = machine.memory
+    phases = phases_of(job, memory)
+    found = Option(job, phases, memory, Seconds(*[float("inf")] * 3), model_flops(job))
+    return replace(found, seconds=seconds_of(job, machine.gpu, memory)) if found.fits else found
+
+
+def check_split(job: Job) -> None:
+    """Raise LayoutError or ConfigError where models, batches or rollouts do not allow a split."""
+    work, split = job.work, job.split
+    split.layout.check()
+    for role in work.roles:
+        spec = job.specs[role.name]
+        spec.check_layout(split.layout, role.setting)
+        if job.fp8:
+            spec.check_fp8(split.layout)
+    check_batch(work.step_setting, work.step_rows, split.layout, split.micro_batch)
+    if work.drawing is not None:
+        keeping = RolloutConfig(keep=work.drawing.keep)
+        check_rolls_out(split.layout, keeping, offload="host" if split.offload else "none", fp8=job.fp8)
+
+
+def is_allowed(job: Job) -> bool:
+    """Whether `check_split` has nothing to say."""
+    try:
+        check_split(job)
+    except (LayoutError, ConfigError):
+        return False
+    return True
+
+
+def options(job: Job, gpus: int, machine: Machine) -> list[Option]:
+    """Every split of a run over `gpus` that is allowed, the fastest first and those that do not fit last, smallest
+    first; empty where there is none."""
+    found = [option(each, machine) for each in _allowed(job, gpus, machine.gpu)]
+    return sorted(found, key=lambda each: (not each.fits, each.seconds.total if each.fits else each.peak.total))
+
+
+def _allowed(job: Job, gpus: int, gpu: Gpu) -> Iterator[Job]:
+    micro_batches = sorted({*MICRO_BATCHES, job.split.micro_batch})
+    for layout, micro_batch, offload in product(_layouts(job, gpus, gpu), micro_batches, (True, False)):
+        plain = job.splitting(Split(layout, micro_batch, recompute=False, offload=offload))
+        if is_allowed(plain):
+            yield plain
+            yield job.splitting(replace(plain.split, recompute=True))
+
+
+def _layouts(job: Job, gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
+    """Tensor ranks stay inside a node, and split activations too, which costs nothing."""
+    interleaved = VIRTUAL if job.work.drawing is None else (1,)
+    for tensor in (size for size in (1, 2, 4, 8) if size <= gpu.node and gpus % size == 0):
+        for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
+            for virtual in interleaved if pipeline > 1 else (1,):
+                yield ParallelLayout(
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    data=gpus // tensor // pipeline,
+                    sequence_parallel=tensor > 1,
+                    virtual_pipeline=virtual,
+                )
+
+
+def numbers_of_gpus(job: Job, gpus: int, gpu: Gpu) -> list[int]:
+    """The nearest numbers of GPUs below and above `gpus` over which the run may be split."""
+    below = next((count for count in range(gpus - 1, 0, -1) if _any(job, count, gpu)), None)
+    above = next((count for count in range(gpus + 1, 2 * gpus + 9) if _any(job, count, gpu)), None)
+    return [count for count in (below, above) if count is not None]
+
+
+def _any(job: Job, gpus: int, gpu: Gpu) -> bool:
+    return next(_allowed(job, gpus, gpu), None) is not None
+
+
+def fitting_gpus(job: Job, gpus: int, machine: Machine) -> Option | None:
+    """The fastest split over the fewest GPUs, a power of two times `gpus`, that fits; None up to 64 times as many."""
+    for count in (gpus << power for power in range(1, 7)):
+        best = next(iter(options(job, count, machine)), None)
+        if best is not None and best.fits:
+            return best
+    return None
+
+
+def changes(before: Split, after: Split) -> dict[str, str]:
+    """Settings that differ between two splits, as `after` has them."""
+    names = {**_spelled(before)}
+    return {name: value for name, value in _spelled(after).items() if names[name] != value}
+
+
+def _spelled(split: Split) -> dict[str, str]:
+    layout = {f"layout.{name}": str(value).lower() for name, value in split.layout}
+    return {
+        **layout,
+        "micro_batch": str(split.micro_batch),
+        "compute.recompute": "full" if split.recompute else "none",
+        "offload": "host" if split.offload else "none",
+    }
+
+
+def nearest(found: Sequence[Option], split: Split) -> Option | None:
+    """Of the options that fit, the one that is least far from `split`; of several the fastest."""
+    fitting = [each for each in found if each.fits]
+    return min(fitting, key=lambda each: (distance(split, each.split), each.seconds.total), default=None)
+
+
+def distance(one: Split, other: Split) -> float:
+    """Between two splits: how often numbers are doubled or halved, and what is switched but sequence parallelism."""
+    axes = dict(other.layout)
+    sizes = [(size, axes[name]) for name, size in one.layout if not isinstance(size, bool)]
+    doubled = sum(abs(log2(a / b)) for a, b in [*sizes, (one.micro_batch, other.micro_batch)])
+    return doubled + (one.recompute != other.recompute) + (one.offload != other.offload)
+
+
+def best_of_each(found: Sequence[Option], most: int) -> list[Option]:
+    """The fastest option of each layout that fits, up to `most`."""
+    by_layout: dict[str, Option] = {}
+    for each in found:
+        if each.fits:
+            by_layout.setdefault(str(each.split.layout), each)
+    return list(by_layout.values())[:most]
