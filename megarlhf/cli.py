@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megarlhf import __version__
 from megarlhf.commands.help import console, print_commands, print_first, print_settings
-from megarlhf.commands.table import COMMANDS, Command, commands, named_at, program
+from megarlhf.commands.table import COMMANDS, Command, commands, file_and_settings, named_at, program
 from megarlhf.errors import (
     BAD_INPUT,
     DONE,
@@ -120,7 +120,7 @@ def _run(arguments: list[str]) -> int:
         settings, _ = program(command, None, [word for word in rest if word.startswith("trainer=")])
         print_settings(name, command, settings, [word for word in rest[asked[0] + 1 :] if "=" not in word])
         return DONE
-    path, overrides = _split(name, rest)
+    path, overrides = file_and_settings(name, rest)
     overrides = named(command.listed, overrides)
     with _ending_at_once(goes_on=command.goes_on):
         from megarlhf.config import load_config
@@ -144,25 +144,6 @@ def _command(name: str) -> Command:
         remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(there)}."
         raise ConfigError(f"unknown command {name}; {remedy}")
     return there[name]
-
-
-def _split(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Separate `--config FILE` from the overrides."""
-    path: Path | None = None
-    overrides: list[str] = []
-    words = iter(rest)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in ("--config", "-c"):
-            file = value if equals else next(words, "")
-            if not file or path is not None:
-                raise ConfigError(f"--config {file}: give it once, with one YAML file; megarlhf {name} --help.")
-            path = Path(file)
-        elif word.startswith("-"):
-            raise ConfigError(f"unknown option {word}; settings are written name=value, without dashes.")
-        else:
-            overrides.append(word)
-    return path, overrides
 
 
 def named(setting: str, words: list[str]) -> list[str]:

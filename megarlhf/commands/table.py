@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megarlhf.errors import ConfigError
+
 if TYPE_CHECKING:
     from megarlhf.config import Config
 
@@ -37,6 +39,12 @@ COMMANDS: dict[str, Command] = {
         "check this machine and a run's settings: environment, and gates for correct results",
         "megarlhf.commands.doctor:settings_of",
         "megarlhf.commands.doctor:main",
+        trainer="ppo",
+    ),
+    "plan": Command(
+        "without a GPU: bytes of a run by role and phase, whether it fits, and the fastest layouts",
+        "megarlhf.commands.plan:settings_of",
+        "megarlhf.commands.plan:main",
         trainer="ppo",
     ),
     "generate": Command(
@@ -112,6 +120,25 @@ def named_at(words: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The command that the first words name, of one or of two words, and the words behind it."""
     name = " ".join(words[:2])
     return (name, words[2:]) if name in COMMANDS and len(words) > 1 else (words[0], words[1:])
+
+
+def file_and_settings(name: str, rest: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Of the words behind the command `name`, the file of `--config FILE` and the settings."""
+    path: Path | None = None
+    overrides: list[str] = []
+    words = iter(rest)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-c"):
+            file = value if equals else next(words, "")
+            if not file or path is not None:
+                raise ConfigError(f"--config {file}: give it once, with one YAML file; megarlhf {name} --help.")
+            path = Path(file)
+        elif word.startswith("-"):
+            raise ConfigError(f"unknown option {word}; settings are written name=value, without dashes.")
+        else:
+            overrides.append(word)
+    return path, overrides
 
 
 def commands() -> dict[str, Command]:

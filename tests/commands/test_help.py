@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,11 @@ def test_what_is_said_to_be_required_is(command: str, tmp_path: Path, monkeypatc
     cfg = load_config(settings, None, [*given, "tokenizer=arithmetic", *others.get(command, policy)])
     if command == "eval":
         from megarlhf.commands.evaluate import prepare
+    elif command == "plan":
+        from megarlhf.commands.plan import job_of
+        from megarlhf.trainers.ppo import TRAINER
+
+        prepare = partial(job_of, TRAINER.workload(cfg))
     else:
         from megarlhf.trainers.find import trainer_named
 

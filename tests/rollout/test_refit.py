@@ -224,7 +224,7 @@ def bytes_over_time(offload: str) -> dict[str, list[tuple[int, int]]]:
         patch.setattr(refit, "exchange", moving)
         sampler.generate(prompts(), SAMPLING, seed=7)
     look("after")
-    seen["planned"] = [(role.planned_bytes()[0], copy.planned_bytes()[0])]
+    seen["planned"] = [(role.planned.weights, copy.planned.weights)]
     return seen
 
 
