@@ -83,17 +83,25 @@ def test_a_large_example_is_for_the_gpus_that_its_first_lines_name(path: Path) -
 
 @pytest.mark.parametrize("path", ON_H100, ids=lambda path: path.stem)
 def test_a_large_example_says_what_its_models_take_of_a_host(path: Path) -> None:
-    """bf16 weights on each data rank; fp32 weights and two moments of what learns once, which data ranks share."""
+    """bf16 weights on each data rank; fp32 weights and two moments of what learns once, which data ranks share.
+
+    A mean over hosts; what is said is of the fullest.
+    """
     cfg = policy_settings(path)
     models = specs(cfg)
     cfg.check_sizes()
     check_room(cfg.prompts.max_tokens, cfg.sampling.max_new_tokens, models["actor"], "actor")
     learners = ("actor", "critic") if isinstance(cfg, PPOConfig) else ("actor",)
-    weights = 2 * cfg.layout.data * sum(spec.parameters for spec in models.values())
-    states = 12 * sum(models[role].parameters for role in learners)
+    # What scores has one row where what speaks has a vocabulary.
+    scalar = {
+        role: (spec.vocab_size - 1) * spec.hidden_size * (role in ("reward", "critic")) for role, spec in models.items()
+    }
+    parameters = {role: spec.parameters - scalar[role] for role, spec in models.items()}
+    weights = 2 * cfg.layout.data * sum(parameters.values())
+    states = 12 * sum(parameters[role] for role in learners)
     comment = " ".join(line.lstrip("# ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
     (said,) = re.findall(r"host (?:holds )?(\d+) GiB", comment)
-    assert int(said) == pytest.approx((weights + states) / GIB / (cfg.layout.world_size / 8), rel=0.005)
+    assert int(said) == pytest.approx((weights + states) / GIB / (cfg.layout.world_size / 8), rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo"])

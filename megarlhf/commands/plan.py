@@ -115,7 +115,15 @@ def main(name: str, cfg: Any, argv: Sequence[str]) -> int:
 
 
 def job_of(work: Workload, cfg: Any) -> Job:
-    """What is planned: the run's own split, of models of known sizes."""
+    """What is planned: the run's own split, of models of known sizes.
+
+    Raises:   ConfigError for packed micro-batches, of which nothing counts how full they are.
+    """
+    if cfg.micro_batch_tokens is not None:
+        raise ConfigError(
+            f"micro_batch_tokens={cfg.micro_batch_tokens} cannot be planned; plan with micro_batch_tokens=null and the "
+            "micro_batch of rows of the greatest length that are as many tokens."
+        )
     recompute, itemsize = cfg.compute.recompute == "full", 4 if cfg.compute.dtype == "float32" else 2
     return Job(
         work,

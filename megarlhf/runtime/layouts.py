@@ -13,6 +13,7 @@ from megarlhf.models.phases import PhaseBytes, phases_of, rows_at_once
 from megarlhf.models.step_time import Seconds, model_flops, seconds_of
 from megarlhf.models.workload import Job, Split
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.micro_batches import InRows
 from megarlhf.rollout.sampling import RolloutConfig, check_rolls_out
 from megarlhf.runtime.checks import check_batch
 
@@ -85,7 +86,7 @@ def check_split(job: Job) -> None:
         spec.check_layout(split.layout, role.setting)
         if job.fp8:
             spec.check_fp8(split.layout)
-    check_batch(work.step_setting, work.step_rows, split.layout, split.micro_batch)
+    check_batch(work.step_setting, work.step_rows, split.layout, InRows(split.micro_batch))
     if work.drawing is not None:
         keeping = RolloutConfig(keep=work.drawing.keep)
         check_rolls_out(split.layout, keeping, offload="host" if split.offload else "none", fp8=job.fp8)

@@ -129,6 +129,7 @@ def test_more_gpus_where_no_layout_fits(capsys: pytest.CaptureFixture[str]) -> N
         (["shape.judge=llama3-8b"], "shape.judge: the run's roles are actor, reward, reference, critic; name one of"),
         (["reward.init=''"], "critic.init is empty"),
         (["trainer=none"], "trainer none is none of"),
+        (["micro_batch_tokens=4096"], "cannot be planned; plan with micro_batch_tokens=null"),
         (["rollout.layout.tensor=2"], "cannot be planned; plan with rollout.layout=null"),
         (["spare=79"], "GiB of the 0.1 GiB there are"),
     ],

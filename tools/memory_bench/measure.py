@@ -18,7 +18,7 @@ from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, PositionValues
 from megarlhf.models.role import RoleSettings, TrainableRole
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.micro_batches import Loss
+from megarlhf.parallel.micro_batches import InRows, Loss
 from megarlhf.parallel.offload import resident_bytes
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo import PPOConfig, value_loss
@@ -78,7 +78,7 @@ def _role(case: Case, mesh: Mesh) -> TrainableRole:
     recompute = "full" if case.recompute else "none"
     compute = resolve(ComputeConfig(dtype=case.dtype, recompute=recompute), mesh.device)
     reading = PositionValues() if case.role == "critic" else LabelLogprobs(1.0)
-    settings = RoleSettings(compute, case.micro_batch, "host" if case.offload else "none")
+    settings = RoleSettings(compute, InRows(case.micro_batch), "host" if case.offload else "none")
     role = TrainableRole(case.role, SPEC, reading.head, reading, settings, mesh)
     load_tensors(role, RandomTensors(SPEC, 1))
     role.prepare(OptimConfig(lr=1e-6, distributed=case.distributed), steps=10)
