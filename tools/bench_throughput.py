@@ -41,7 +41,7 @@ from megarlhf.trainers.find import trainer_named
 from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs
 from megarlhf.trainers.trainer import Trainer
 from tools.throughput_bench.lengths import Lengths
-from tools.throughput_bench.measure import moved, phases
+from tools.throughput_bench.measure import moved, phases, planned
 from tools.throughput_bench.published import anchors_of
 from tools.throughput_bench.workload import actor_spec, ending_where_told, measured_settings, write_texts
 
@@ -87,11 +87,13 @@ def measured(
     rows = [row for row in read_metrics(cfg.run_dir).rows if row["step"] > args.warmup] if mesh.is_main else []
     if not rows:
         return {}
+    plan = planned(trainer.workload(cfg), cfg, mesh)
     return {
         "phases": phases(rows, mesh.layout.world_size),
         "offload": moves,
         "refit": [{name: value for name, value in row.items() if name.startswith("refit/")} for row in rows],
         "peak_bytes": max(row["memory/peak_bytes"] for row in rows),
+        "planned_peak": plan and {"phase": plan.phase, "role": plan.role, "bytes": plan.total},
         "published": [each._asdict() for each in anchors_of(inputs.models["actor"].description.spec.parameters)],
     }
 
@@ -133,7 +135,10 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"({each['to_device_gb_per_s']:.1f} GB/s)"
         for each in report["offload"]
     ]
-    said += [f"peak memory of rank 0: {report['peak_bytes'] / GIB:.3g} GiB", f"FLOPs: {report['convention']}"]
+    plan, measured_on = report["planned_peak"], report["machine"]["device"]
+    beside = f"; planned {plan['bytes'] / GIB:.3g} GiB in {plan['phase']} {plan['role']}" if plan else ""
+    said += [f"peak memory of rank 0 on {measured_on}: {report['peak_bytes'] / GIB:.3g} GiB{beside}"]
+    said += [f"FLOPs: {report['convention']}"]
     said += [
         f"published, not measured here: {each['parameters']} {each['what']}, {each['precision']}, {each['gpus']} H100: "
         f"{each['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU ({each['source']})"

@@ -18,7 +18,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-LEFT_OUT = ("command", "phases", "load_average", "offload", "refit", "published", "peak_bytes", "transformers", "trl")
+LEFT_OUT = (
+    "command",
+    "phases",
+    "load_average",
+    "offload",
+    "refit",
+    "published",
+    "peak_bytes",
+    "planned_peak",
+    "transformers",
+    "trl",
+)
 """Of a report: what is no setting."""
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megarlhf.errors import ConfigError
+from megarlhf.models.spec import PRESETS
 from tools import compare_bench
 from tools.bench_throughput import lines
 from tools.throughput_bench.lengths import Lengths
@@ -62,6 +63,17 @@ def test_every_phase_is_reported_with_its_rates(reports: dict[str, dict[str, Any
         assert [each["role"] for each in report["offload"]] == ["actor", "reference", "reward", "critic"]
         assert all(each["bytes"] > 0 and each["to_host_s"] > 0 for each in report["offload"])
         assert report["said"].splitlines()[0] == f"{ranks} ranks, medians of 2 iterations"
+
+
+def test_the_plan_stands_beside_the_peak(reports: dict[str, dict[str, Any]]) -> None:
+    """0.2 M parameters in fp32 are learnt with 16 bytes each; half of that on each of two tensor ranks."""
+    one, two = (report["planned_peak"] for report in reports.values())
+    assert (one["phase"], one["role"]) == ("optimise", "actor")
+    kept = 16 * PRESETS["tiny-xs"].parameters
+    assert kept < one["bytes"] < reports["one"]["peak_bytes"]  # a process has torch besides
+    assert kept / 2 < two["bytes"] < one["bytes"]
+    for plan, report in zip((one, two), reports.values(), strict=True):
+        assert f"GiB in {plan['phase']} {plan['role']}\n" in report["said"]
 
 
 def test_the_work_is_the_same_in_every_layout(reports: dict[str, dict[str, Any]]) -> None:
@@ -150,5 +162,6 @@ def test_anchors_are_of_models_of_that_size_and_say_whose_they_are() -> None:
     assert {each.parameters for each in anchors_of(8_030_261_248)} == {"8B"}
     assert not anchors_of(1_000_000)
     report = {"ranks": 1, "iterations": 1, "phases": [], "offload": [], "peak_bytes": 0, "convention": "causal"}
-    said = lines(report | {"published": [each._asdict() for each in anchors_of(70_553_706_496)]})
+    about = {"planned_peak": None, "machine": {"device": "none"}}
+    said = lines(report | about | {"published": [each._asdict() for each in anchors_of(70_553_706_496)]})
     assert all(line.startswith("published, not measured here: 70B") for line in said[-3:])

@@ -7,11 +7,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
 
+from megarlhf.commands.plan import specs_of
+from megarlhf.models.activations import Arithmetic
+from megarlhf.models.compute import resolve
+from megarlhf.models.phases import PhaseBytes, phases_of
 from megarlhf.models.role import Role
+from megarlhf.models.workload import Job, Split, Workload
 from megarlhf.observe.work import WORKED
 from megarlhf.parallel.collectives import barrier
+from megarlhf.parallel.mesh import Mesh
+from megarlhf.trainers.policy_config import PolicyConfig
 
 Rows = Sequence[Mapping[str, float]]
 """Metrics of iterations."""
@@ -42,6 +50,22 @@ def phases(rows: Rows, gpus: int) -> list[dict[str, Any]]:
     whole["tokens_per_s"] = statistics.median(drawn)
     whole["tokens_per_s_per_gpu"] = whole["tokens_per_s"] / gpus
     return found
+
+
+def planned(work: Workload, cfg: PolicyConfig, mesh: Mesh) -> PhaseBytes | None:
+    """What the plan says of the phase that takes most, on the rank where it does; None of what cannot be planned.
+
+    On a GPU it is what torch allocates; on a CPU a process has its libraries besides.
+    """
+    if cfg.micro_batch_tokens is not None or cfg.rollout.layout is not None:
+        return None
+    compute, gpu = resolve(cfg.compute, mesh.device), mesh.device.type == "cuda"
+    split = Split(cfg.layout, cfg.micro_batch, compute.recompute, cfg.offload == "host")
+    arithmetic = Arithmetic(compute.dtype.itemsize, engine=compute.transformer_engine, recompute=compute.recompute)
+    job = Job(work, specs_of(work, {}), split, arithmetic, fp8=compute.fp8 is not None)
+    memory = torch.cuda.mem_get_info(mesh.device)[1] if gpu else psutil.virtual_memory().total
+    phases = [phase for phase in phases_of(job, memory) if not phase.phase.startswith("save")]  # nothing is saved here
+    return max(phases, key=lambda phase: phase.total)
 
 
 def moved(role: Role, repeats: int) -> dict[str, Any]:
