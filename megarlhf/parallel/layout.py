@@ -52,9 +52,11 @@ class ParallelLayout(Config):
     def check_world(self, world_size: int) -> None:
         """Raise LayoutError unless `world_size` ranks are what this layout needs."""
         if world_size != self.world_size:
+            data, rest = divmod(world_size, self.tensor * self.pipeline)
+            change = f"set layout.data={data}" if data and not rest else "change the layout"
             raise LayoutError(
                 f"layout needs {self.world_size} ranks (tensor {self.tensor} x pipeline {self.pipeline} x "
-                f"data {self.data}) but {world_size} were started; change the layout or start {self.world_size}."
+                f"data {self.data}) but {world_size} were started; {change} or start {self.world_size}."
             )
 
     def check_divides(self, what: str, value: int, axis: str, parts: int) -> None:
