@@ -92,6 +92,19 @@ def test_a_run_that_is_stopped_and_queued_again_ends_as_one_that_never_was(
     assert {path.name for path in (tmp_path / "logs" / job).glob("rank_*")} == {"rank_0.log", "rank_1.log"}
 
 
+@pytest.mark.parametrize(("kind", "options"), [("srun", ("--ntasks-per-node=2",)), ("torchrun", ())])
+def test_two_ranks_on_each_of_two_nodes_split_matrices_and_rollouts(
+    kind: str, options: tuple[str, ...], slurm: Cluster, tmp_path: Path, never_stopped: list[dict[str, float]]
+) -> None:
+    """Ranks that share matrices are on one node; the numbers are those of two ranks, up to rounding."""
+    job = submit(slurm, kind, tmp_path, "layout.tensor=2", options=("--gpus-per-node=2", *options))
+    assert slurm.ended(job, 400)["JobState"] == "COMPLETED", said(tmp_path)
+    logs = {path.name for path in (tmp_path / "logs" / job).glob("rank_*")}
+    assert logs == {f"rank_{rank}.log" for rank in range(4)}
+    for row, whole in zip(course(tmp_path), never_stopped, strict=True):
+        assert row == pytest.approx(whole, rel=1e-3)
+
+
 def test_before_the_limit_a_run_saves_and_is_queued_again(slurm: Cluster, tmp_path: Path) -> None:
     """Slurm counts limits in minutes, and sends the signal a minute before this one."""
     job = submit(slurm, "srun", tmp_path, "epochs=500", options=("--time=2", "--signal=USR1@60"))

@@ -20,7 +20,7 @@ from megarlhf.commands.plan_tables import as_json, pages, said
 from megarlhf.commands.table import file_and_settings, named_at
 from megarlhf.config import yaml12
 from megarlhf.config.load import given
-from megarlhf.errors import DONE, ConfigError, LayoutError
+from megarlhf.errors import DONE, ConfigError, LayoutError, printable
 from megarlhf.models.activations import Arithmetic
 from megarlhf.models.gpus import GPUS, gpu_named
 from megarlhf.models.spec import CONFIG, PRESETS, ModelSpec
@@ -98,7 +98,7 @@ def main(name: str, cfg: Any, argv: Sequence[str]) -> int:
     best = found[0]
     settings = run_file(cfg, argv, best) if best.fits else ""
     if cfg.form == "json":
-        sys.stdout.write(json.dumps(as_json(shown, found, machine, own=own is not None)) + "\n")
+        sys.stdout.write(printable(f"{json.dumps(as_json(shown, found, machine, own=own is not None))}\n"))
     else:
         console = Terminal(width=None if sys.stdout.isatty() else 100)
         for part in pages(name, shown, found, machine, own=own is not None):
@@ -108,7 +108,7 @@ def main(name: str, cfg: Any, argv: Sequence[str]) -> int:
             cfg.out.parent.mkdir(parents=True, exist_ok=True)
             cfg.out.write_text(settings, encoding="utf-8")
     elif settings and cfg.form == "tables":
-        sys.stdout.write(f"\nthe run in the fastest layout (out=FILE writes it):\n\n{settings}")
+        sys.stdout.write(printable(f"\nthe run in the fastest layout (out=FILE writes it):\n\n{settings}"))
     if not shown.fits:
         raise LayoutError(_too_large(job, shown, found, machine, own=own is not None))
     return DONE

@@ -1,12 +1,6 @@
-"""What Megatron is told of weights that are shards, and what attention here must never be given."""
+"""What Megatron is told of weights that are shards."""
 
 from __future__ import annotations
-
-from typing import Any
-
-import pytest
-import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from megarlhf.models.spec import PRESETS
 from megarlhf.parallel.layout import ParallelLayout
@@ -40,20 +34,3 @@ def test_every_shard_says_how_it_was_cut() -> None:
             seen = {value for name, value in found.items() if part in name}
             assert seen == {mark}, part
         assert all(any(part in name for part in DIMENSION_AND_STRIDE) for name in found)
-
-
-def attend_to_packed_rows() -> None:
-    role = blank(PRESETS["tiny-xs"], "language", start(ParallelLayout(), seed=1))
-    layer: Any = role.model.decoder.layers[0]
-    attention = layer.self_attention
-    with pytest.raises(ValueError, match="give it padded rows, not packed ones"):
-        attention(
-            torch.zeros(4, 1, role.spec.hidden_size),
-            None,
-            rotary_pos_emb=torch.zeros(4, 1, 1, role.spec.head_dim),
-            packed_seq_params=PackedSeqParams(),
-        )
-
-
-def test_packed_rows_are_refused() -> None:
-    run_ranks(attend_to_packed_rows, 1)

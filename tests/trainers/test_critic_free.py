@@ -176,9 +176,9 @@ def measured(folder: str, where: str) -> tuple[list[str], list[set[str]]]:
     changes = {"kl_coef": 0.0, "exact_kl_every": 2, "gates": "off", "save_every": 0}
     read: list[str] = []
 
-    def noted(role: Role, batch: Any, reading: Any) -> Tensor:
+    def noted(role: Role, batch: Any, reading: Any, **dealt: Any) -> Tensor:
         read.append(role.name)
-        return plain(role, batch, reading)
+        return plain(role, batch, reading, **dealt)
 
     with pytest.MonkeyPatch.context() as patch:
         plain = Role.read
