@@ -49,11 +49,18 @@ class FixedLengths(RolloutEngine):
     response_lengths: Tensor
 
     def _ledger(self, rows: Prompts, streams: Tensor, sampling: SamplingConfig, seed: int) -> Ledger:
-        ledger = super()._ledger(rows, streams, sampling, seed)
-        draws = ledger.uniforms.clamp(min=0.1)
-        last = (rows.lengths + self.response_lengths - 1)[:, None]
-        kept = draws.gather(1, last) * (self.response_lengths == sampling.max_new_tokens)[:, None]
-        return replace(ledger, uniforms=draws.scatter(1, last, kept))
+        return ending_at(super()._ledger(rows, streams, sampling, seed), self.response_lengths, sampling)
+
+
+def ending_at(ledger: Ledger, lengths: Tensor, sampling: SamplingConfig) -> Ledger:
+    """The ledger, with random numbers that end responses after `lengths` [B] tokens.
+
+    One of all the tokens that it may have is cut, and ends in whatever comes.
+    """
+    draws = ledger.uniforms.clamp(min=0.1)
+    last = (ledger.starts + lengths - 1)[:, None]
+    kept = draws.gather(1, last) * (lengths == sampling.max_new_tokens)[:, None]
+    return replace(ledger, uniforms=draws.scatter(1, last, kept))
 
 
 def response_lengths(sizes: Sizes) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
@@ -15,9 +15,8 @@ from megarlhf.errors import ConfigError
 from megarlhf.rollout.controller import Ledger
 from megarlhf.rollout.engine import RolloutEngine
 from megarlhf.rollout.sampling import SamplingConfig, uniforms
+from tools.step_bench.workload import ending_at
 
-EOS = 0
-"""The first token: inverse-CDF sampling draws it for a random number of 0. No made-up prompt has it."""
 FORM = re.compile(r"(?P<kind>fixed|uniform|lognormal):(?P<a>\d+)(?::(?P<b>[\d.]+))?")
 
 
@@ -59,7 +58,7 @@ class Lengths:
 
 
 class EndsWhereTold(RolloutEngine):
-    """Draws EOS at chosen lengths: random numbers are 0 there, and elsewhere too large for the first token.
+    """Draws EOS at chosen lengths.
 
     A response's length follows from its stream of random numbers, as its tokens do: it is the same in every layout.
     """
@@ -70,8 +69,4 @@ class EndsWhereTold(RolloutEngine):
         ledger = super()._ledger(rows, streams, sampling, seed)
         quantiles = uniforms(seed + 1, streams[:, None], torch.zeros(1, dtype=torch.int64, device=streams.device))[:, 0]
         lengths = self.lengths.of(quantiles.cpu()).to(rows.lengths.device)
-        draws = ledger.uniforms.clamp(min=0.1)
-        # A response of all the tokens that it may have is cut, and ends in whatever comes.
-        last = (rows.lengths + lengths - 1)[:, None]
-        kept = draws.gather(1, last) * (lengths == sampling.max_new_tokens)[:, None]
-        return replace(ledger, uniforms=draws.scatter(1, last, kept))
+        return ending_at(ledger, lengths, sampling)

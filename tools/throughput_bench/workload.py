@@ -17,9 +17,9 @@ from megarlhf.runtime.checks import checked_model
 from megarlhf.trainers.policy_config import PolicyConfig
 from megarlhf.trainers.policy_loop import Cast
 from megarlhf.trainers.ppo import PPOConfig
-from tools.throughput_bench.lengths import EOS, EndsWhereTold, Lengths
+from tools.step_bench.workload import EOS, PAD
+from tools.throughput_bench.lengths import EndsWhereTold, Lengths
 
-PAD = 1
 QUIET = (
     *("save_every=0", "eval_every=0", "patience=0", "heldout=null", "gates=off", "tensorboard=false", "wandb=false"),
     *("samples=0", "verifier=none", "stop_when_over_optimised=false", "kl_bound=null"),
