@@ -8,16 +8,27 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megarlhf.parallel.collectives import barrier
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.parallel.releases import SAVE_OPTIONS
+
+
+def planned(state: dict[str, Any], directory: Path) -> Any:
+    """What Megatron would have done to write `state`, on this rank; none of it is written yet.
+
+    Ranks:    collective over the world.
+    """
+    return dist_checkpointing.save(state, str(directory), content_metadata={}, async_sharded_save=True, **SAVE_OPTIONS)
 
 
 def write_now(request: Any, mesh: Mesh) -> None:
-    """Write and complete the files of `request`, which Megatron's save has returned to be done asynchronously.
+    """Write and complete the files of `request`, as planned.
 
     Ranks:    collective over the mesh. Raises CheckpointException on every rank where one could not write.
     """

@@ -25,7 +25,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megarlhf.checkpoint.buckets import write_now
+from megarlhf.checkpoint.buckets import planned, write_now
 from megarlhf.checkpoint.checksums import (
     CHECKSUMS,
     check_checksums,
@@ -230,9 +230,7 @@ def save_weights(role: Role, directory: Path) -> None:
     check_room(directory, weight_bytes(role), f"the weights of the {role.name}", role.mesh)
     on_main(make, role.mesh)
     with role.resident("weights"), saving(directory):
-        weights = sharded_weights(role)
-        request = dist_checkpointing.save(weights, str(directory), content_metadata={}, async_sharded_save=True)
-        write_now(request, role.mesh)
+        write_now(planned(sharded_weights(role), directory), role.mesh)
     # Each rank its own: the largest model would take one of them longer than the others may wait.
     with saving(directory):
         leave_checksums(directory, role.mesh.rank)

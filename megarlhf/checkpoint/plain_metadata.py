@@ -122,7 +122,7 @@ class PlainLoad(megatron.TorchDistLoadShardedStrategy):
         super().__init__()
         self._remedy = remedy
 
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path, *_how: Any) -> StateDict:
         """As Megatron's own, but for the reader."""
         tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
         planner = megatron.MCoreLoadPlanner(

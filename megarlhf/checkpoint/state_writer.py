@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megarlhf.checkpoint.buckets import complete, on_host, write_buckets
+from megarlhf.checkpoint.buckets import complete, on_host, planned, write_buckets
 from megarlhf.checkpoint.checksums import leave_checksums, write_checksums
 from megarlhf.checkpoint.disk import causes, check_room, saving
 from megarlhf.checkpoint.model_directory import WEIGHTS, Card
@@ -144,12 +143,7 @@ class StateWriter:
         for name, role in self._roles.items():
             # Gradients are no part of a state, and leave their room to what Megatron gathers.
             with role.resident("weights", "optimizer"), saving(partial):
-                request: Any = dist_checkpointing.save(
-                    role_state(role, loading=False),
-                    str(partial / name / WEIGHTS),
-                    content_metadata={},
-                    async_sharded_save=True,
-                )
+                request = planned(role_state(role, loading=False), partial / name / WEIGHTS)
                 pending.parts.append(_started(request, partial / name / WEIGHTS, mesh.rank))
 
     def state_bytes(self) -> int:

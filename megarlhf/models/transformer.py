@@ -57,6 +57,7 @@ class LocalLayer(TransformerLayer):
         hidden_states: Tensor,
         inference_context: BaseInferenceContext | None = None,
         padding_mask: Tensor | None = None,
+        **_of_experts: Any,
     ) -> Any:
         """[s, b, H] -> [s, b, H]; rows in `padding_mask` [b, s] keep what they had.
 

@@ -6,18 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.inference.contexts import dynamic_context
-from megatron.core.inference.contexts.dynamic_block_allocator import BlockAllocator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-# Megatron's decorators hide from type checkers that this is a class.
-DynamicInferenceContext: Any = dynamic_context.DynamicInferenceContext
-
-
-def padded_tokens(tokens: int, tensor_ranks: int) -> int:
-    """To how many tokens a step of so many is padded at most."""
-    return DynamicInferenceContext.round_up_tokens(tokens, tensor_ranks)
+from megarlhf.rollout.megatron_engine import BlockAllocator, EngineContext
 
 
 class Sample(NamedTuple):
@@ -29,17 +22,7 @@ class Sample(NamedTuple):
     """Tokens that it may have in the end."""
 
 
-class _CountsAsMegatrons(type(DynamicInferenceContext)):
-    """Megatron captures calls whose arguments are of the types in a set of its own, none of them a subclass."""
-
-    def __eq__(self, other: object) -> bool:
-        return other is self or other is DynamicInferenceContext
-
-    def __hash__(self) -> int:
-        return hash(DynamicInferenceContext)
-
-
-class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
+class RolloutContext(EngineContext):
     """Megatron's paged cache. A request is a prompt until it is prefilled, then as many rows as it has samples.
 
     Row ids are batch rows: the samples of request i are the rows i, i + 1, ..., one each. The cache is sized so that
@@ -49,8 +32,10 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
     token, which the next step reads once more: what was computed of a prefill are the logits at its end alone.
     """
 
-    def __init__(self, *, pg_collection: ProcessGroupCollection, **options: Any) -> None:
-        super().__init__(pg_collection=pg_collection, **options)
+    def __init__(
+        self, config: TransformerConfig, *, layers: int, pg_collection: ProcessGroupCollection, **options: Any
+    ) -> None:
+        super().__init__(config, layers=layers, pg_collection=pg_collection, **options)
         self._tensor_ranks = pg_collection.tp.size()
         self.samples: Mapping[int, Sequence[Sample]] = {}
         """Of each request."""
@@ -65,18 +50,10 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
         """The rows of a step, padded, likewise."""
         return super().round_up_requests(value, self._tensor_ranks)
 
-    def reset(self) -> None:
+    def reset(self, *arguments: Any, **options: Any) -> None:
         """Forget every row; the memory stays."""
-        super().reset()
+        super().reset(*arguments, **options)
         self.unforked = []
-
-    def allocate_all_tensors(self, *, is_init: bool) -> None:
-        """Allocate the cache with finite content: attention weighs unused tokens by 0, and 0 times NaN is NaN."""
-        super().allocate_all_tensors(is_init=is_init)
-        self._clear_cache()
-
-    def _clear_cache(self) -> None:
-        self.memory_buffer.zero_()
 
     @property
     def free_rows(self) -> int:
@@ -110,14 +87,7 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
                 copies
             )
             self.request_ids[old:new] = self.request_ids[source] + sample
-            for column in (
-                self.request_query_lengths,
-                self.request_output_lengths,
-                self.request_kv_length_offsets,
-                self.request_kv_block_counts,
-                self.request_last_kv_block_offset,
-                *self.request_metadata.values(),
-            ):
+            for column in self.inherited:
                 column[old:new] = column[source]
         made = torch.tensor([*(of_request[0] for of_request in samples), *others], device=device)
         self._shorten(slice(old - len(copies), new), made[:, 0], made[:, 1])
@@ -142,7 +112,7 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
         counts = self.request_kv_block_counts[rows]
         spare = (torch.arange(owned.shape[1], device=owned.device) >= counts[:, None]) & (owned >= 0)
         if spare.any():
-            self.block_allocator.release_memory_blocks(owned[spare])
+            self.blocks.release_memory_blocks(owned[spare])
             owned[spare] = -1
             self.request_last_kv_block_id[rows] = owned.gather(1, counts.long()[:, None] - 1)[:, 0]
 
@@ -150,7 +120,7 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
         """Allocate blocks for `rows` and fill them from those of the rows `source`."""
         owned = self.request_to_kv_block_ids[source]
         used = torch.arange(owned.shape[1], device=owned.device) < self.request_kv_block_counts[rows][:, None]
-        blocks = self.block_allocator.allocate_memory_blocks(int(used.sum()))
+        blocks = self.blocks.allocate_memory_blocks(int(used.sum()))
         if blocks is None:
             raise RuntimeError(f"KV cache: no blocks for {len(source)} admitted rows; this is a bug in admission.")
         table = torch.full_like(owned, -1)
@@ -161,7 +131,8 @@ class RolloutContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
         # A block may be longer than the prompts: copy no more than the longest of them.
         filled = min(int(self.request_query_lengths[rows].max()), self.block_size_tokens)
         cache = self.memory_buffer[:, :, :, :filled]
-        cache.index_copy_(2, blocks.long(), cache.index_select(2, owned[used].long()))
+        filling, full = blocks.to(cache.device).long(), owned[used].to(cache.device).long()
+        cache.index_copy_(2, filling, cache.index_select(2, full))
 
 
 class HostContext(RolloutContext):
@@ -174,20 +145,23 @@ class HostContext(RolloutContext):
     TOKEN_ROUNDER = 1
     REQUEST_ROUNDER = 1
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, block_size_tokens=options["max_sequence_length"])
-        self.block_allocator = RowBlocks(self, self.block_allocator.total_count, self.block_allocator.paused_count)
+    def __init__(self, config: TransformerConfig, **options: Any) -> None:
+        super().__init__(config, **options, block_size_tokens=options["max_sequence_length"])
+        self.blocks = RowBlocks(self, self.blocks.total_count, self.blocks.paused_count)
         self._rotation: tuple[Tensor, Tensor] | None = None
 
-    def _clear_cache(self) -> None:
+    def clear_cache(self) -> None:
+        """Fill the cache with finite content."""
         # Heads outside, tokens inside: a head's keys then lie in one piece, which halves the time of attention.
         *outer, tokens, heads, width = self.memory_buffer.shape
         self.memory_buffer = self.memory_buffer.new_zeros((*outer, heads, tokens, width)).transpose(3, 4)
 
-    def _move_book_keeping_tensors(self, src_idxs: Tensor, dst_idxs: Tensor, next_tokens: Tensor) -> None:
+    def _move_book_keeping_tensors(
+        self, src_idxs: Tensor, dst_idxs: Tensor, next_tokens: Tensor, **options: Any
+    ) -> None:
         # Rows move left into those that finished. Their cache moves along: few rows finish in a step, while a table
         # out of order would make attention gather every row's cache in every layer of every step.
-        super()._move_book_keeping_tensors(src_idxs, dst_idxs, next_tokens)
+        super()._move_book_keeping_tensors(src_idxs, dst_idxs, next_tokens, **options)
         self.request_to_kv_block_ids[dst_idxs, 0] = dst_idxs.int()
         self.request_last_kv_block_id[dst_idxs] = dst_idxs.int()
         if len(src_idxs):

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.inference.communication_utils import is_pipeline_last_stage
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megarlhf.rollout.context import RolloutContext
+from megarlhf.rollout.megatron_engine import EngineController
 from megarlhf.rollout.sampling import SamplingConfig, sample
 
 
@@ -32,7 +33,7 @@ class Ledger:
     lengths: Tensor
 
 
-class RolloutController(TextGenerationController):
+class RolloutController(EngineController):
     """Draws all rows at once, with each row's own random numbers, and writes what was drawn into the ledger.
 
     Ranks:    the last pipeline stage draws, on every tensor rank alike, and tells the other stages.
@@ -40,12 +41,14 @@ class RolloutController(TextGenerationController):
 
     def __init__(
         self,
-        model: GPTInferenceWrapper,
+        model: GPTModel,
+        context: RolloutContext,
+        groups: ProcessGroupCollection,
         *,
         vocab_size: int,
         eos_ids: Sequence[int],
     ) -> None:
-        super().__init__(model, tokenizer=None, pp_group=model.pp_group)
+        super().__init__(model, context, groups)
         self.ledger: Ledger
         """Of the rollout that is drawn."""
         self.sampling: SamplingConfig
@@ -54,18 +57,19 @@ class RolloutController(TextGenerationController):
         self.ends = torch.tensor(eos_ids, device=torch.cuda.current_device())
 
     @torch.inference_mode()
-    async def async_generate_output_tokens_dynamic_batch(self) -> dict[str, Any]:
+    async def async_generate_output_tokens_dynamic_batch(self) -> Any:
         """Run every active row one token further."""
         context = self.inference_wrapped_model.inference_context
         assert isinstance(context, RolloutContext)
-        tokens, positions = self._dynamic_step_context_init()
+        tokens, positions = self.step()
         logits = self.inference_wrapped_model.run_one_forward_step(
             {"tokens": tokens, "position_ids": positions, "attention_mask": None}
         )
         continues = context.fork() if context.unforked else None
         active = slice(context.paused_request_count, context.total_request_count)
-        rows = context.request_ids[active].long()
-        lengths = context.get_active_sequence_lengths().long()
+        # Of the books, which may lie on the host.
+        rows = context.request_ids[active].to(self.ends.device).long()
+        lengths = context.get_active_sequence_lengths().to(self.ends.device).long()
         cells = rows * self.ledger.tokens.shape[1] + lengths
         drawn, logprobs = self._draw(logits, continues, cells)
         going_on = ~torch.isin(drawn, self.ends)
@@ -79,9 +83,9 @@ class RolloutController(TextGenerationController):
         self.ledger.logprobs.view(-1)[cells] = logprobs
         lengths += 1
         self.ledger.lengths[rows] = lengths
-        going_on &= lengths < context.get_max_sequence_lengths()
+        going_on &= lengths < context.get_max_sequence_lengths().to(lengths.device)
         context.update_requests(going_on.byte(), drawn)
-        return {}
+        return self.ran(decode_only=continues is None)
 
     def _draw(self, logits: Tensor, continues: Tensor | None, cells: Tensor) -> tuple[Tensor, Tensor]:
         """[rows] tokens and log-probs; `logits` [1, rows before forking, padded vocabulary] on the last stage."""

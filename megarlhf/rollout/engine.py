@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from megatron.core.inference.engines import dynamic_engine
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
@@ -28,9 +25,10 @@ from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
 from megarlhf.parallel.layout import FP8_MULTIPLE
 from megarlhf.parallel.mesh import own_scratch
-from megarlhf.rollout.context import HostContext, RolloutContext, Sample, padded_tokens
+from megarlhf.rollout.context import HostContext, RolloutContext, Sample
 from megarlhf.rollout.controller import Ledger, RolloutController
 from megarlhf.rollout.graphs import DecodeGraphs
+from megarlhf.rollout.megatron_engine import Engine, drawing, padded_tokens
 from megarlhf.rollout.refit import RolloutCopy
 from megarlhf.rollout.requests import Request, check_room, none, requests_of
 from megarlhf.rollout.sampling import (
@@ -43,9 +41,6 @@ from megarlhf.rollout.sampling import (
     stream_ids,
     uniforms,
 )
-
-# Megatron's decorators hide from type checkers that this is a class.
-DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
 
 # Importing it has a stack of this process printed at each of these, in front of whatever the run itself has to say.
 for _number in (signal.SIGTERM, signal.SIGINT):
@@ -155,7 +150,7 @@ class RolloutEngine:
         ledger = self._ledger(rows, streams, sampling, seed)
         # Transformer Engine keeps FP8 copies of weights: they are of the weights before the last step, unless told so.
         self.model.set_is_first_microbatch()
-        with torch.inference_mode(), own_scratch(self._scratch), _evaluating(self.model):
+        with torch.inference_mode(), own_scratch(self._scratch), _evaluating(self.model), drawing():
             live = self._engine_for(len(rows))
             with live.captured():
                 live.engine.draw(requests_of(rows, live.rows), ledger, sampling)
@@ -205,18 +200,11 @@ class RolloutEngine:
 
     def _engine(self, most: int) -> _Engine:
         """An engine for `most` rows at once, and nothing to do yet."""
-        config = InferenceWrapperConfig(
-            hidden_size=self.role.spec.hidden_size,
-            params_dtype=self.model.config.params_dtype,
-            inference_batch_times_seqlen_threshold=-1,
-            padded_vocab_size=self.role.spec.padded_vocab(self.mesh.layout.tensor),
-            inference_max_requests=most,
-            inference_max_seq_length=self.max_sequence_length,
-        )
         context = self._context(most)
-        wrapped = GPTInferenceWrapper(self.model, config, context, self.mesh.groups)
-        controller = RolloutController(wrapped, vocab_size=self.role.spec.vocab_size, eos_ids=self.eos_ids)
-        return _Engine(controller, context, random_seed=0, enable_chunked_prefill=False, pg_collection=self.mesh.groups)
+        controller = RolloutController(
+            self.model, context, self.mesh.groups, vocab_size=self.role.spec.vocab_size, eos_ids=self.eos_ids
+        )
+        return _Engine(controller, context, self.mesh.groups)
 
     @property
     def _row_multiple(self) -> int:
@@ -259,10 +247,7 @@ class RolloutEngine:
         # One block more, which padding writes to; and half of one, against rounding in GiB.
         blocks = max_requests * -(-width // block) + 1.5
         options: dict[str, Any] = {
-            "params_dtype": self.model.config.params_dtype,
-            "num_layers": len(self.model.decoder.layers),
-            "kv_channels": self.role.spec.head_dim,
-            "num_attention_heads": self.role.spec.kv_heads,
+            "layers": len(self.model.decoder.layers),
             "max_sequence_length": width,
             "max_requests": max_requests,
             # The tokens of a step are padded to round numbers, for which there must be room too.
@@ -273,8 +258,9 @@ class RolloutEngine:
             "pg_collection": self.mesh.groups,
         }
         if self._block_tokens is None:
-            return HostContext(**options)
+            return HostContext(self.model.config, **options)
         context = RolloutContext(
+            self.model.config,
             **options,
             block_size_tokens=block,
             num_cuda_graphs=self.settings.graphs if self.role.settings.compute.cuda_graphs else None,
@@ -301,7 +287,7 @@ class RolloutEngine:
         )
 
 
-class _Engine(DynamicInferenceEngine):
+class _Engine(Engine):
     """Megatron's scheduling and stepping; results are in the ledger, so no request object is kept up to date."""
 
     def schedule_waiting_requests(self) -> None:
@@ -313,7 +299,7 @@ class _Engine(DynamicInferenceEngine):
         """Capture every size by running it; as Megatron's own, without a progress bar of each rank at each rollout."""
         if self.cuda_graph_impl == "local":
             for size in self.context.cuda_graph_batch_dimensions_list:
-                tokens, positions = self.controller._dynamic_step_context_init(construct_graph_dimensions=size)
+                tokens, positions = self.controller.step(construct_graph_dimensions=size)
                 self.controller._dynamic_step_forward_logits(tokens, positions)
                 self.context.reset()
 
@@ -351,7 +337,7 @@ class _Engine(DynamicInferenceEngine):
 
     def release(self) -> None:
         """Give the KV cache's memory back."""
-        self.context.deallocate_all_tensors()
+        self.context.deallocate()
 
 
 @dataclass(frozen=True)
