@@ -1,7 +1,7 @@
-# make demo | test | test-slow | test-slurm | check | clean. Each target prepares .venv by itself; nothing but Python 3.11+ and make is needed.
+# make demo | test | test-slow | test-slurm | test-newest | check | clean. Each target prepares .venv by itself; nothing but Python 3.11+ and make is needed.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-slurm check resolve clean
+.PHONY: help demo test test-slow test-slurm test-newest check resolve clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,7 @@ help:
 	@echo "make test   run the tests (CPU)"
 	@echo "make test-slow  run the long tests: kills, fuzzing, the example chain"
 	@echo "make test-slurm  run the launch scripts on a Slurm that this starts, and installs where it may"
+	@echo "make test-newest  run the tests with the newest Megatron-Core that setup.py allows"
 	@echo "make check  format, lint, types, import layers, spelling"
 	@echo "make resolve  ask PyPI whether every set of packages still resolves; installs nothing"
 	@echo "make clean  remove .venv, caches and runs/"
@@ -46,6 +47,16 @@ test-slurm: $(STAMP)
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld slurmd munged > /dev/null || { apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends slurm-wlm munge; } > /dev/null 2>&1 || true
 	$(BIN)/python -m pytest -q -rs -m slurm
+
+# Megatron-Core from 0.17 on declares Python 3.12, and runs on 3.11. In front of the one in .venv, which stays.
+NEWEST := 0.19.2
+IN_FRONT := $(CURDIR)/$(VENV)/megatron-core-$(NEWEST)
+$(IN_FRONT): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+	  --target $@ megatron-core==$(NEWEST)
+
+test-newest: $(IN_FRONT)
+	PYTHONPATH=$(IN_FRONT) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

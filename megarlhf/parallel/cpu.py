@@ -1,6 +1,6 @@
 """Megatron-Core without CUDA: the one file that patches third-party code.
 
-Megatron-Core 0.16.1 names the CUDA device in its factories, streams, events and generators. On a machine without one,
+Megatron-Core names the CUDA device in its factories, streams, events and generators. On a machine without one,
 `install()` points every such name at the CPU, so that the same models, schedules, optimisers and inference engine run
 over gloo. On a machine with CUDA nothing is patched except what flash-attn would have provided, and on any the queue
 for which Megatron's checkpoints start a process.
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
+
+from megarlhf.parallel.releases import quiet
 
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
@@ -235,6 +237,7 @@ def install() -> None:
     # Its distributed optimizer clears the .grad of views, and it calls collectives by names that torch will retire.
     warnings.filterwarnings("ignore", message=".*not a leaf Tensor is being accessed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|megatron\.core)")
+    quiet()
     if not torch.cuda.is_available():
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
         _import_megatron_uncompiled()

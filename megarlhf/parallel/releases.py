@@ -6,6 +6,7 @@ Source: the packages 0.16.1, 0.17.1, 0.18.2 and 0.19.2.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from megatron.core import __version__
@@ -21,3 +22,15 @@ STEPS_SAY_WHAT_RAN = _RELEASE >= (0, 19)
 """A controller's step says whether it only decoded; before, the engine asks the context."""
 SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if _RELEASE >= (0, 17) else {}
 """Of `dist_checkpointing.save`, which would ask for nvidia-resiliency-ext from 0.17 on."""
+KNOWN = ("GPTModel IS DEPRECATED", "Rewrapping ModuleSpec", "MCore's async save is deprecated")
+"""How warnings of 0.19 begin: of what this package means to do, and does by the same code in every release."""
+
+
+def quiet() -> None:
+    """Leave `KNOWN` out of what Megatron logs."""
+    for name in (
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.transformer.transformer_layer",
+        "megatron.core.dist_checkpointing.strategies.torch",
+    ):
+        logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(KNOWN))

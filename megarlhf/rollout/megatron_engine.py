@@ -146,12 +146,26 @@ def _of_one_rank(config: TransformerConfig, layers: int) -> TransformerConfig:
     return own
 
 
+def _wrapped(model: GPTModel, context: EngineContext) -> GPTInferenceWrapper:
+    """The model as controllers call it, from 0.17 on.
+
+    Of a model in FP8 Megatron would have every linear layer fill up its input, from then on and in training too: the
+    steps of a rollout have sizes that FP8 takes.
+    """
+    config = model.config
+    fp8, config.fp8 = config.fp8, None
+    try:
+        return GPTInferenceWrapper(model, context)
+    finally:
+        config.fp8 = fp8
+
+
 class EngineController(TextGenerationController):
     """Megatron's controller without a tokenizer, over a model and its cache."""
 
     def __init__(self, model: GPTModel, context: EngineContext, groups: ProcessGroupCollection) -> None:
         if ONE_INFERENCE_CONFIG:
-            super().__init__(GPTInferenceWrapper(model, context), tokenizer=None)
+            super().__init__(_wrapped(model, context), tokenizer=None)
             return
         config = InferenceWrapperConfig(
             hidden_size=model.config.hidden_size,

@@ -166,15 +166,18 @@ class Linear(Module):
 class RMSNorm(torch.nn.Module):
     def __init__(
         self,
-        hidden_size: int,
-        eps: float,
+        normalized_shape: int | None = None,
+        eps: float = 1e-5,
         sequence_parallel: bool = False,
         params_dtype: torch.dtype = torch.float32,
+        hidden_size: int | None = None,
         **rest: Any,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+        width = normalized_shape or hidden_size  # by the older name in Megatron-Core 0.16
+        assert width is not None
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=params_dtype))
         marked: Any = self.weight
         marked.sequence_parallel = sequence_parallel
 
@@ -326,7 +329,9 @@ def install() -> None:
         Float8CurrentScaling=type("Float8CurrentScaling", (Recipe,), {}),
     )
     common = _module("transformer_engine.common", recipe=recipe)
-    fp8 = _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=State, fp8_autocast=fp8_autocast)
+    fp8 = _module(
+        "transformer_engine.pytorch.fp8", FP8GlobalStateManager=State, fp8_autocast=fp8_autocast, fp8_model_init=None
+    )
     base = _module(
         "transformer_engine.pytorch.module.base", TransformerEngineBaseModule=Module, get_dummy_wgrad=torch.empty
     )
@@ -360,6 +365,7 @@ def install() -> None:
         multi_tensor_applier=multi_tensor_applier,
         multi_tensor_l2norm=multi_tensor_l2norm,
         multi_tensor_scale=multi_tensor_scale,
+        multi_tensor_scale_tensor=multi_tensor_scale,
     )
     _module("transformer_engine", __version__=VERSION, common=common, pytorch=pytorch)
 
