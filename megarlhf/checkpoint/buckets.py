@@ -11,20 +11,38 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megarlhf.parallel.collectives import barrier
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.releases import SAVE_OPTIONS
 
+FORMAT = CheckpointingConfig("torch_dist", 1)
+COMMON = "common.pt"
+"""Of what is no tensor."""
 
-def planned(state: dict[str, Any], directory: Path) -> Any:
-    """What Megatron would have done to write `state`, on this rank; none of it is written yet.
+
+def planned(state: dict[str, Any], directory: Path, mesh: Mesh) -> Any:
+    """What Megatron would have done to write `state`, on this rank; what is no tensor is written now, by rank 0.
+
+    Files are laid out as by `dist_checkpointing.save` up to Megatron-Core 0.18: from 0.19 on what is no tensor would be
+    a pickle among the tensors, which older releases do not find and `plain_metadata` does not read.
 
     Ranks:    collective over the world.
     """
-    return dist_checkpointing.save(state, str(directory), content_metadata={}, async_sharded_save=True, **SAVE_OPTIONS)
+    tensors: Any
+    tensors, rest = save_preprocess({**state, "content_metadata": {}})
+    if mesh.is_main:
+        torch.save(rest, directory / COMMON)
+    strategy = TorchDistSaveShardedStrategy(FORMAT.sharded_backend, FORMAT.sharded_backend_version, thread_count=2)
+    request: Any = strategy.async_save(tensors, directory, **SAVE_OPTIONS)
+    request.finalize_fns.append(lambda: mesh.is_main and save_config(FORMAT, str(directory)))
+    request.finalize_fns.append(lambda: barrier(mesh))
+    return request
 
 
 def write_now(request: Any, mesh: Mesh) -> None:

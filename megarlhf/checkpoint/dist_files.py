@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, maybe_load_config, save_config
+from megatron.core.dist_checkpointing.core import maybe_load_config, save_config
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megarlhf.checkpoint.buckets import COMMON, FORMAT
 from megarlhf.checkpoint.hf_files import CODES, check_finite
 from megarlhf.checkpoint.hf_pieces import Piece, sizes_of
 from megarlhf.checkpoint.plain_metadata import PlainReader
@@ -43,7 +44,6 @@ from megarlhf.errors import CheckpointError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
 
-FORMAT = CheckpointingConfig("torch_dist", 1)
 ITEM_OVERHEAD = 1 << 12
 """Bytes that storing one piece may take beyond its numbers: names, types, alignment. Seen: 1.6 kB."""
 OPTIMIZER = "optimizer."
@@ -68,7 +68,7 @@ def write_pieces(
     try:
         results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
         writer.finish(metadata, results)
-        torch.save({"content_metadata": {}}, directory / "common.pt")
+        torch.save({"content_metadata": {}}, directory / COMMON)
     except RuntimeError as error:
         raise _cause(error) from None
     save_config(FORMAT, str(directory))

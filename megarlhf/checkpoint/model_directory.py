@@ -230,7 +230,7 @@ def save_weights(role: Role, directory: Path) -> None:
     check_room(directory, weight_bytes(role), f"the weights of the {role.name}", role.mesh)
     on_main(make, role.mesh)
     with role.resident("weights"), saving(directory):
-        write_now(planned(sharded_weights(role), directory), role.mesh)
+        write_now(planned(sharded_weights(role), directory, role.mesh), role.mesh)
     # Each rank its own: the largest model would take one of them longer than the others may wait.
     with saving(directory):
         leave_checksums(directory, role.mesh.rank)

@@ -143,7 +143,7 @@ class StateWriter:
         for name, role in self._roles.items():
             # Gradients are no part of a state, and leave their room to what Megatron gathers.
             with role.resident("weights", "optimizer"), saving(partial):
-                request = planned(role_state(role, loading=False), partial / name / WEIGHTS)
+                request = planned(role_state(role, loading=False), partial / name / WEIGHTS, mesh)
                 pending.parts.append(_started(request, partial / name / WEIGHTS, mesh.rank))
 
     def state_bytes(self) -> int:

@@ -234,6 +234,7 @@ def install() -> None:
             raise ImportError(f"megatron-core needs the package {name!r}; install it with: pip install {name}")
     # Megatron warns once per module about each missing optional package; the run's own table says it once.
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
+    warnings.filterwarnings("ignore", message=".*is experimental and still under active development.*")
     # Its distributed optimizer clears the .grad of views, and it calls collectives by names that torch will retire.
     warnings.filterwarnings("ignore", message=".*not a leaf Tensor is being accessed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|megatron\.core)")

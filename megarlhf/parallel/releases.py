@@ -7,12 +7,12 @@ Source: the packages 0.16.1, 0.17.1, 0.18.2 and 0.19.2.
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from typing import Any
 
-from megatron.core import __version__
 from packaging.version import Version
 
-_RELEASE = Version(__version__).release
+_RELEASE = Version(version("megatron-core")).release  # nothing is imported before `cpu.install`
 
 ONE_INFERENCE_CONFIG = _RELEASE >= (0, 17)
 """Engine, context, controller and wrapper read one `InferenceConfig`; before, each takes its own settings."""
@@ -22,7 +22,13 @@ STEPS_SAY_WHAT_RAN = _RELEASE >= (0, 19)
 """A controller's step says whether it only decoded; before, the engine asks the context."""
 SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if _RELEASE >= (0, 17) else {}
 """Of `dist_checkpointing.save`, which would ask for nvidia-resiliency-ext from 0.17 on."""
-KNOWN = ("GPTModel IS DEPRECATED", "Rewrapping ModuleSpec", "MCore's async save is deprecated")
+KNOWN = (
+    "GPTModel IS DEPRECATED",
+    "Rewrapping ModuleSpec",
+    "MCore's async save is deprecated",
+    "load_common is deprecated",
+    "DistributedDataParallel: full_param_layout not provided",
+)
 """How warnings of 0.19 begin: of what this package means to do, and does by the same code in every release."""
 
 
@@ -32,5 +38,7 @@ def quiet() -> None:
         "megatron.core.models.gpt.gpt_model",
         "megatron.core.transformer.transformer_layer",
         "megatron.core.dist_checkpointing.strategies.torch",
+        "megatron.core.dist_checkpointing.strategies.common",
+        "megatron.core.distributed.distributed_data_parallel",
     ):
         logging.getLogger(name).addFilter(lambda record: not record.getMessage().startswith(KNOWN))

@@ -88,13 +88,15 @@ class RolloutController(EngineController):
         return self.ran(decode_only=continues is None)
 
     def _draw(self, logits: Tensor, continues: Tensor | None, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows] tokens and log-probs; `logits` [1, rows before forking, padded vocabulary] on the last stage."""
+        """[rows] tokens and log-probs; `logits` [1, rows before forking and padding, padded vocabulary] on
+        the last stage."""
         group = self.pp_group
         if is_pipeline_last_stage(group):
-            # Columns past the vocabulary exist because tensor parallelism pads.
+            # Columns past the vocabulary exist because tensor parallelism pads; rows past the active ones where a
+            # graph does, from Megatron-Core 0.18 on.
             scores = logits[0, :, : self.vocab_size]
             tokens, logprobs = sample(
-                scores if continues is None else scores[continues],
+                scores[: len(cells)] if continues is None else scores[continues],
                 self.ledger.uniforms.view(-1)[cells],
                 temperature=self.sampling.temperature,
                 top_k=self.sampling.top_k,

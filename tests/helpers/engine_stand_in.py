@@ -330,7 +330,10 @@ def install() -> None:
     )
     common = _module("transformer_engine.common", recipe=recipe)
     fp8 = _module(
-        "transformer_engine.pytorch.fp8", FP8GlobalStateManager=State, fp8_autocast=fp8_autocast, fp8_model_init=None
+        "transformer_engine.pytorch.fp8",
+        FP8GlobalStateManager=State,
+        fp8_autocast=fp8_autocast,
+        fp8_model_init=None,
     )
     base = _module(
         "transformer_engine.pytorch.module.base", TransformerEngineBaseModule=Module, get_dummy_wgrad=torch.empty
