@@ -1,6 +1,7 @@
 """What differs between the releases of Megatron-Core that this package runs on, 0.16.1 to 0.19.2.
 
 The names of its inference engine differ most: `rollout/megatron_engine.py` gives them one form.
+0.17 is left out: with its engine's step sizes attention over a paged cache gets more rows than the step has.
 Source: the packages 0.16.1, 0.17.1, 0.18.2 and 0.19.2.
 """
 
@@ -14,14 +15,13 @@ from packaging.version import Version
 
 _RELEASE = Version(version("megatron-core")).release  # nothing is imported before `cpu.install`
 
-ONE_INFERENCE_CONFIG = _RELEASE >= (0, 17)
-"""Engine, context, controller and wrapper read one `InferenceConfig`; before, each takes its own settings."""
-DRAWING_IS_A_FLAG = _RELEASE >= (0, 18)
-"""Models ask `InferenceMode` whether they draw; before, whether they are given a cache. Its books are on the host."""
+NEW_ENGINE = _RELEASE >= (0, 18)
+"""Engine, context, controller and wrapper read one `InferenceConfig`, books are kept on the host, and models ask a flag,
+`InferenceMode`, whether they draw; before, each takes its own settings, and models draw where they are given a cache."""
 STEPS_SAY_WHAT_RAN = _RELEASE >= (0, 19)
 """A controller's step says whether it only decoded; before, the engine asks the context."""
-SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if _RELEASE >= (0, 17) else {}
-"""Of `dist_checkpointing.save`, which would ask for nvidia-resiliency-ext from 0.17 on."""
+SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if NEW_ENGINE else {}
+"""Of `dist_checkpointing.save`, which would ask for nvidia-resiliency-ext from 0.18 on."""
 KNOWN = (
     "GPTModel IS DEPRECATED",
     "Rewrapping ModuleSpec",

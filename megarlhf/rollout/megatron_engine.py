@@ -1,8 +1,8 @@
 """Megatron-Core's inference engine by the same names in every release.
 
-Up to 0.16 a context takes its settings one by one and keeps its books on the device. From 0.17 they are an
-`InferenceConfig` that engine, controller and wrapper read as well; from 0.18 the books are kept on the host and copied
-to the device before each step.
+Up to 0.16 a context takes its settings one by one and keeps its books on the device. From 0.18 they are an
+`InferenceConfig` that engine, controller and wrapper read as well, and the books are kept on the host and copied to the
+device before each step.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -24,21 +24,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megarlhf.parallel.releases import DRAWING_IS_A_FLAG, ONE_INFERENCE_CONFIG, STEPS_SAY_WHAT_RAN
+from megarlhf.parallel.releases import NEW_ENGINE, STEPS_SAY_WHAT_RAN
 
 # Megatron's decorators hide from type checkers that these are classes.
 DynamicInferenceContext: Any = dynamic_context.DynamicInferenceContext
 DynamicInferenceEngine: Any = dynamic_engine.DynamicInferenceEngine
 
-if ONE_INFERENCE_CONFIG:
+if NEW_ENGINE:
     from megatron.core.inference.config import InferenceConfig, KVCacheManagementMode
     from megatron.core.inference.contexts.kv_block_allocator import KVBlockAllocator as BlockAllocator
+    from megatron.core.inference.utils import InferenceMode
 else:
     from megatron.core.inference.contexts.dynamic_block_allocator import BlockAllocator
     from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 
-if DRAWING_IS_A_FLAG:
-    from megatron.core.inference.utils import InferenceMode
 if STEPS_SAY_WHAT_RAN:
     from megatron.core.inference.text_generation_controllers import text_generation_controller as controllers
 
@@ -65,7 +64,7 @@ class EngineContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
     def __init__(
         self, config: TransformerConfig, *, layers: int, pg_collection: ProcessGroupCollection, **options: Any
     ) -> None:
-        if ONE_INFERENCE_CONFIG:
+        if NEW_ENGINE:
             # RECOMPUTE: what is given back is not kept anywhere.
             settings = InferenceConfig(
                 pg_collection=pg_collection, kv_cache_management_mode=KVCacheManagementMode.RECOMPUTE, **options
@@ -84,11 +83,11 @@ class EngineContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
     @property
     def blocks(self) -> Any:
         """The allocator of the cache's blocks."""
-        return self.kv_block_allocator if ONE_INFERENCE_CONFIG else self.block_allocator
+        return self.kv_block_allocator if NEW_ENGINE else self.block_allocator
 
     @blocks.setter
     def blocks(self, allocator: Any) -> None:
-        if ONE_INFERENCE_CONFIG:
+        if NEW_ENGINE:
             self.kv_block_allocator = allocator
         else:
             self.block_allocator = allocator
@@ -104,7 +103,7 @@ class EngineContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
             self.request_last_kv_block_offset,
             *self.request_metadata.values(),
         )
-        return (*columns, self.request_in_prefill_status_tensor) if ONE_INFERENCE_CONFIG else columns
+        return (*columns, self.request_in_prefill_status_tensor) if NEW_ENGINE else columns
 
     def clear_cache(self) -> None:
         """Fill the cache with finite content: attention weighs unused tokens by 0, and 0 times NaN is NaN."""
@@ -116,13 +115,13 @@ class EngineContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
         self.clear_cache()
 
     def _allocate_memory_buffer(self) -> None:
-        # From 0.17.
+        # From 0.18.
         super()._allocate_memory_buffer()
         self.clear_cache()
 
     def deallocate(self) -> None:
         """Give the memory back; nothing can be drawn with it any more."""
-        if ONE_INFERENCE_CONFIG:
+        if NEW_ENGINE:
             self.deallocate_inference_state_buffers()
         else:
             self.deallocate_all_tensors()
@@ -147,7 +146,7 @@ def _of_one_rank(config: TransformerConfig, layers: int) -> TransformerConfig:
 
 
 def _wrapped(model: GPTModel, context: EngineContext) -> GPTInferenceWrapper:
-    """The model as controllers call it, from 0.17 on.
+    """The model as controllers call it, from 0.18 on.
 
     Of a model in FP8 Megatron would have every linear layer fill up its input, from then on and in training too: the
     steps of a rollout have sizes that FP8 takes.
@@ -164,7 +163,7 @@ class EngineController(TextGenerationController):
     """Megatron's controller without a tokenizer, over a model and its cache."""
 
     def __init__(self, model: GPTModel, context: EngineContext, groups: ProcessGroupCollection) -> None:
-        if ONE_INFERENCE_CONFIG:
+        if NEW_ENGINE:
             super().__init__(_wrapped(model, context), tokenizer=None)
             return
         config = InferenceWrapperConfig(
@@ -194,7 +193,7 @@ class Engine(DynamicInferenceEngine):
     """Megatron's engine, of whole prompts."""
 
     def __init__(self, controller: EngineController, context: EngineContext, groups: ProcessGroupCollection) -> None:
-        if ONE_INFERENCE_CONFIG:
+        if NEW_ENGINE:
             super().__init__(controller, context)
         else:
             super().__init__(controller, context, random_seed=0, enable_chunked_prefill=False, pg_collection=groups)
@@ -202,4 +201,4 @@ class Engine(DynamicInferenceEngine):
 
 def drawing() -> AbstractContextManager[None]:
     """Inside, models run as engines want them to; outside, as scores and losses do."""
-    return InferenceMode.active() if DRAWING_IS_A_FLAG else nullcontext()
+    return InferenceMode.active() if NEW_ENGINE else nullcontext()

@@ -16,8 +16,8 @@ from megarlhf.parallel.cpu import install
 
 
 def test_each_difference_is_where_it_is_said_to_be() -> None:
-    assert (find_spec("megatron.core.inference.config") is not None) == releases.ONE_INFERENCE_CONFIG
-    assert ("InferenceMode" in dir(inference)) == releases.DRAWING_IS_A_FLAG
+    assert (find_spec("megatron.core.inference.config") is not None) == releases.NEW_ENGINE
+    assert ("InferenceMode" in dir(inference)) == releases.NEW_ENGINE
     assert ("DynamicBatchControllerStepResult" in dir(controllers)) == releases.STEPS_SAY_WHAT_RAN
     assert ("async_strategy" in inspect.signature(dist_checkpointing.save).parameters) == bool(releases.SAVE_OPTIONS)
 
