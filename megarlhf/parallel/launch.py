@@ -73,6 +73,12 @@ def run(
     return local_ranks.start_ranks(layout.world_size, _program(argv))
 
 
+def fitted(layout: ParallelLayout) -> ParallelLayout:
+    """`layout` for the ranks that a launcher has started, where one has. Raises LayoutError where it fits none such."""
+    _adopt_slurm()
+    return layout.fitted(int(os.environ["WORLD_SIZE"])) if "RANK" in os.environ else layout
+
+
 def _program(argv: Sequence[str]) -> list[str]:
     """What Python runs in each rank: the command line, or the user's own program that was started with `argv`."""
     own, rest = Path(sys.argv[0]).name not in ("megarlhf", "cli.py"), sys.argv[1:]

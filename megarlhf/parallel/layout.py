@@ -26,6 +26,10 @@ class ParallelLayout(Config):
     virtual_pipeline: int = Field(default=1, ge=1)
     """Model chunks per pipeline rank; more than 1 selects the interleaved 1F1B schedule (Narayanan et al. 2021)."""
 
+    elastic: bool = False
+    """Take as many data ranks as a launcher's ranks make, where they are not what `data` needs: fewer nodes after a
+    requeue. Every batch size must divide by them too. false: such a start is refused."""
+
     @property
     def world_size(self) -> int:
         """Ranks this layout needs."""
@@ -53,11 +57,22 @@ class ParallelLayout(Config):
         """Raise LayoutError unless `world_size` ranks are what this layout needs."""
         if world_size != self.world_size:
             data, rest = divmod(world_size, self.tensor * self.pipeline)
-            change = f"set layout.data={data}" if data and not rest else "change the layout"
+            fits = f"set layout.data={data}, or layout.elastic=true, which does,"
+            change = fits if data and not rest else "change the layout"
             raise LayoutError(
                 f"layout needs {self.world_size} ranks (tensor {self.tensor} x pipeline {self.pipeline} x "
                 f"data {self.data}) but {world_size} were started; {change} or start {self.world_size}."
             )
+
+    def fitted(self, world_size: int) -> ParallelLayout:
+        """This layout for `world_size` ranks: with another number of data ranks where it is elastic.
+
+        Raises:   LayoutError where no number of data ranks needs so many.
+        """
+        data, rest = divmod(world_size, self.tensor * self.pipeline)
+        found = self.model_copy(update={"data": data}) if self.elastic and data and not rest else self
+        found.check_world(world_size)
+        return found
 
     def check_divides(self, what: str, value: int, axis: str, parts: int) -> None:
         """Raise LayoutError unless `parts` ranks along `axis` divide `value` of `what`."""

@@ -16,8 +16,8 @@ from packaging.version import Version
 _RELEASE = Version(version("megatron-core")).release  # nothing is imported before `cpu.install`
 
 NEW_ENGINE = _RELEASE >= (0, 18)
-"""Engine, context, controller and wrapper read one `InferenceConfig`, books are kept on the host, and models ask a flag,
-`InferenceMode`, whether they draw; before, each takes its own settings, and models draw where they are given a cache."""
+"""Engine, context, controller and wrapper read one `InferenceConfig`, books are kept on the host, and models ask
+`InferenceMode` whether they draw; before, each takes its own settings, and models draw where they have a cache."""
 STEPS_SAY_WHAT_RAN = _RELEASE >= (0, 19)
 """A controller's step says whether it only decoded; before, the engine asks the context."""
 SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if NEW_ENGINE else {}

@@ -25,11 +25,15 @@ def on_ranks(
     argv: the command line, for the ranks that are started here. Raises: as `launch.run`, and what `prepare` raises.
     """
 
+    asked = cfg.layout.data
+    cfg = cfg.model_copy(update={"layout": launch.fitted(cfg.layout)})
     found = with_models(cfg)
 
     def on_this_rank(inputs: Inputs) -> None:
         mesh = start(cfg.layout, seed=cfg.seed, timeout_s=cfg.timeout_s)
         check_same_models(found, mesh)
+        if cfg.layout.data != asked:
+            say([f"layout.data={asked} -> {cfg.layout.data}, for {cfg.layout.world_size} ranks (layout.elastic)"], mesh)
         say(taken(cfg, found), mesh)
         work(found, inputs, mesh)
         stop()  # or the interpreter, in an order of its own, would take down groups whose threads still run

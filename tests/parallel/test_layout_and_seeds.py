@@ -35,7 +35,7 @@ def test_world_and_divisibility_are_named() -> None:
     layout = ParallelLayout(tensor=2, pipeline=2, data=2)
     layout.check()
     layout.check_world(8)
-    said = r"8 ranks \(tensor 2 x pipeline 2 x data 2\) but 4 were started; set layout.data=1 or start 8"
+    said = r"8 ranks \(tensor 2 x pipeline 2 x data 2\) but 4 were started; set layout.data=1, or layout.elastic=true"
     with pytest.raises(LayoutError, match=said):
         layout.check_world(4)
     layout.check_divides("heads", 6, "tensor", 2)
@@ -85,3 +85,14 @@ def test_storages_come_and_go_under_their_views() -> None:
     dropped.to_host(views)
     dropped.to_device()
     assert not any(view.any() for view in views)
+
+
+def test_elastic_layouts_take_the_data_ranks_that_there_are() -> None:
+    layout = ParallelLayout(tensor=2, pipeline=2, data=4, elastic=True)
+    assert layout.fitted(8) == ParallelLayout(tensor=2, pipeline=2, data=2, elastic=True)
+    assert layout.fitted(16) == layout
+    for ranks in (2, 6):  # less than a copy of the model, and one and a half
+        with pytest.raises(LayoutError, match=f"but {ranks} were started; change the layout or start 16"):
+            layout.fitted(ranks)
+    with pytest.raises(LayoutError, match=r"set layout\.data=2, or layout\.elastic=true, which does, or start 16"):
+        ParallelLayout(tensor=2, pipeline=2, data=4).fitted(8)
