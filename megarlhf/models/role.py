@@ -247,7 +247,7 @@ class TrainableRole(Role):
     @property
     def learns(self) -> Learns:
         """How the role learns."""
-        return Learns(self.optim.distributed, self.mesh.size("data"))
+        return Learns(self.optim.distributed, self.mesh.size("loss"))
 
     def tensors(self, part: Part) -> list[Tensor]:
         """This rank's tensors of `part`."""

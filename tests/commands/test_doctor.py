@@ -191,7 +191,11 @@ def save_in_bfloat16(patch: Patch) -> None:
 def let_documents_meet(patch: Patch) -> None:
     """What lies end to end in a pack is attended to as one text."""
     made = Documents.of
-    patch.setattr(Documents, "of", lambda rows, device: replace(made(rows, device), lengths=(int(rows.sum()),)))
+
+    def one(rows: Any, *rest: Any) -> Documents:
+        return replace(made(rows, *rest), lengths=(int(rows.sum()),))
+
+    patch.setattr(Documents, "of", one)
 
 
 def examined(layout: ParallelLayout, folder: str, fault: Callable[[Patch], None], changes: Any) -> list[Gate]:
