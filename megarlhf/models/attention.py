@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -195,10 +196,16 @@ def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     grouped = query.shape[2] != key.shape[2]
     before = len(key) - len(query)
     # torch's own `is_causal` has the first query see the first key alone.
-    seen = query.new_ones(len(query), len(key), dtype=torch.bool).tril(before) if before else None
+    unseen = _unseen(len(query), before, query.dtype, query.device) if before else None
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    out = scaled_dot_product_attention(query, key, value, seen, is_causal=seen is None, enable_gqa=grouped)
+    out = scaled_dot_product_attention(query, key, value, unseen, is_causal=unseen is None, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
+
+
+@lru_cache(maxsize=4)
+def _unseen(queries: int, before: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[queries, before + queries]: what is added to scores. One for all layers: backward keeps it, of a bool a copy."""
+    return torch.full((queries, before + queries), -math.inf, dtype=dtype, device=device).triu(before + 1)
 
 
 def _of_context(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -206,7 +213,8 @@ def _of_context(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int
 
     Shapes:   query [T / c, B, heads, d], key, value likewise: of each text, one after another, two chunks (see
               `parallel/context.py`); lengths: of the texts, T together. Returns query's shape.
-    Ranks:    collective over context. Memory: keys and values of all T.
+    Ranks:    collective over context.
+    Memory:   keys and values of all T, and T / 2 c by T numbers of a mask, once for all layers.
     """
     ranks, rank = group.size(), group.rank()
     sizes = [length // ranks for length in lengths]

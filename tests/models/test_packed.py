@@ -148,6 +148,7 @@ def expected(models: tuple[str, str]) -> dict[str, Tensor]:
         (ParallelLayout(pipeline=2), 64),
         (ParallelLayout(pipeline=2, virtual_pipeline=2), 46),
         (ParallelLayout(data=2), 46),
+        (ParallelLayout(context=2), 46),
     ],
     ids=lambda value: name_of(value) if isinstance(value, ParallelLayout) else str(value),
 )
