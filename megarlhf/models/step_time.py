@@ -137,7 +137,7 @@ def _between_stages(job: Job, gpu: Gpu) -> float:
 
 
 def _between_copies(job: Job, gpu: Gpu) -> float:
-    """Bytes a second of a ring over context x data ranks, which leaves a node over the adapters of its members there."""
+    """Bytes a second of a ring over the copies of a weight, which leaves a node over its members' adapters there."""
     layout = job.split.layout
     if layout.tensor * layout.drawing.data <= gpu.node:
         return gpu.nvlink

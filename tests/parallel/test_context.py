@@ -200,5 +200,5 @@ def test_ranks_project_their_share_of_all_states_and_none_counts_twice(count: in
     expected = torch.zeros(72, 2)
     factors = torch.arange(1.0, count + 1) + 1
     expected[columns] = factors[:, None] * torch.tensor([1.0, 2.0])
-    assert torch.equal(sum(at for _, _, at, _ in ranks), expected)
-    assert torch.equal(sum(of for *_, of in ranks), (factors * columns).sum().expand(2))
+    assert torch.equal(torch.stack([at for _, _, at, _ in ranks]).sum(0), expected)
+    assert torch.equal(torch.stack([of for *_, of in ranks]).sum(0), (factors * columns).sum().expand(2))
