@@ -191,11 +191,7 @@ def save_in_bfloat16(patch: Patch) -> None:
 def let_documents_meet(patch: Patch) -> None:
     """What lies end to end in a pack is attended to as one text."""
     made = Documents.of
-
-    def one(rows: Any, *rest: Any) -> Documents:
-        return replace(made(rows, *rest), lengths=(int(rows.sum()),))
-
-    patch.setattr(Documents, "of", one)
+    patch.setattr(Documents, "of", lambda rows, *rest: replace(made(rows, *rest), lengths=(int(rows.sum()),)))
 
 
 def examined(layout: ParallelLayout, folder: str, fault: Callable[[Patch], None], changes: Any) -> list[Gate]:

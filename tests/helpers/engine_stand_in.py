@@ -208,7 +208,7 @@ class DotProductAttention(torch.nn.Module):
             assert attn_mask_type == "padding_causal"
             assert query.ndim == 3
             ends = self._ends(packed, len(query) * ranks)
-            return self._attended(*(x[:, None] for x in (query, key, value)), ends, ranks)[:, 0]
+            return self._attended(query[:, None], key[:, None], value[:, None], ends, ranks)[:, 0]
         assert attn_mask_type == "causal"
         return self._attended(query, key, value, torch.tensor([0, len(query) * ranks]), ranks)
 
@@ -230,7 +230,7 @@ class DotProductAttention(torch.nn.Module):
             key, value = (gathered(x, tensor_parallel_output_grad=True, group=self.context) for x in (key, value))
         text = torch.repeat_interleave(torch.arange(len(ends) - 1), ends.diff())
         there = torch.cat([_tokens_of(ends, rank, ranks) for rank in range(ranks)])
-        here = _tokens_of(ends, self.context.rank() if ranks > 1 else 0, ranks)
+        here = _tokens_of(ends, self.context.rank() if self.context is not None else 0, ranks)
         seen = (text[here][:, None] == text[there]) & (there <= here[:, None])
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)

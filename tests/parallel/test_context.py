@@ -158,7 +158,8 @@ def test_attention_over_context_ranks_is_its_formula_and_gradient(
     lengths: tuple[int, ...], rows: int, context: int
 ) -> None:
     exact = [x.double().requires_grad_() for x in qkv(sum(lengths), rows)]
-    expected = by_formula(*exact, lengths)
+    query, key, value = exact
+    expected = by_formula(query, key, value, lengths)
     theirs = torch.autograd.grad(expected, exact, upstream(sum(lengths), rows).double())
     for own, out, gradients in run_ranks(attend, context, context, lengths, rows, len(lengths) > 1):
         torch.testing.assert_close(out.double(), expected[own].detach(), rtol=0, atol=1e-6)
