@@ -54,10 +54,11 @@ def forward_only(chunks: Sequence[Any], batch: RowsT, at: Tensor, read: Read[Row
 
 
 def forward_backward(
-    chunks: Sequence[Any], batch: RowsT, at: Tensor, loss: Loss[RowsT], *, mesh: Mesh, cut: Cut
+    chunks: Sequence[Any], batch: RowsT, at: Tensor, loss: Loss[RowsT], *, mesh: Mesh, cut: Cut, everywhere: bool
 ) -> LossMeans:
     """Accumulate the gradient of the mean loss over the global batch into the chunks' gradient buffers.
 
+    everywhere: all of it on every rank; else, with the distributed optimiser, on each its shard, the rest of its own.
     Shapes:   batch: this data rank's B rows of the global batch; at [B, T + 1] bool, of its sequences.
     Ranks:    collective over the mesh; the returned means are equal on every rank.
     """
@@ -71,7 +72,7 @@ def forward_backward(
         count = sums.count if mesh.context_rank == 0 else 0
         return sums.total, torch.tensor(count, dtype=torch.int, device=hidden.device), None
 
-    _schedule(chunks, parts, judge, mesh, forward_only=False)
+    _schedule(chunks, parts, judge, mesh, forward_only=False, everywhere=everywhere)
     return _means(losses, mesh)
 
 
@@ -86,6 +87,7 @@ def _schedule(
     mesh: Mesh,
     *,
     forward_only: bool,
+    everywhere: bool = False,
 ) -> None:
     def forward_step(rows: Iterator[MicroBatch[RowsT]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         part = next(rows)
@@ -104,6 +106,7 @@ def _schedule(
         seq_length=positions * mesh.layout.context,
         micro_batch_size=rows,
         forward_only=forward_only,
+        force_all_reduce=everywhere,
         p2p_communicator=P2PCommunicator(mesh.group("pipeline"), config),
         pg_collection=mesh.groups,
     )

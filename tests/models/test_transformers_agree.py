@@ -117,5 +117,5 @@ def test_every_layout_reads_what_transformers_reads(layout: ParallelLayout, orac
         torch.testing.assert_close(rank["values"], oracle.values * mask, atol=LOGPROBS, rtol=0)
     # The last stage, and nobody else, has seen every row.
     readers = [rank for rank in ranks if rank["logits"][0]]
-    assert len(readers) == layout.tensor
+    assert len(readers) == layout.tensor * layout.context
     assert all(len(seen) == len(ROLLOUT) for rank in readers for seen in rank["logits"])
