@@ -92,16 +92,16 @@ def test_the_same_tokens_are_drawn_in_another_layout(
         assert count == 1
 
 
-def roll_at_home(layout: ParallelLayout) -> tuple[int, dict]:
-    """Where rollout.layout is that of training, how many models there are more, and what refits cost."""
+def roll_at_home(layout: ParallelLayout) -> tuple[int, dict, int]:
+    """Where rollout.layout is that of training, how many models there are more, what refits cost, and who draws."""
     sampler = drawing(actor(layout), 1, 2)
     sampler.generate(prompts(), SAMPLING, seed=7)
-    return len(sampler.copies), sampler.refits()
+    return len(sampler.copies), sampler.refits(), sampler.mesh.size("data")
 
 
 @pytest.mark.parametrize("layout", [ParallelLayout(data=2), ParallelLayout(context=2)], ids=name_of)
 def test_nothing_is_copied_to_where_it_is(layout: ParallelLayout) -> None:
-    assert run_ranks(roll_at_home, 2, layout) == [(0, {})] * 2
+    assert run_ranks(roll_at_home, 2, layout) == [(0, {}, 2)] * 2
 
 
 def by_the_library(layout: ParallelLayout, other: ParallelLayout) -> bool:
