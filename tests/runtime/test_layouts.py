@@ -157,6 +157,8 @@ def test_context_ranks_hold_what_data_ranks_hold_and_draw_as_they_do() -> None:
         if one.phase == "optimise":
             assert one.activations < 0.6 * other.activations
     assert elsewhere(shared) == elsewhere(apart)
+    drawn = [option(job, MACHINE).seconds.rollout for job in (shared, apart)]
+    assert drawn[0] == drawn[1] < 1000  # and not infinite, as of what does not fit
 
 
 def contexts(job: Job, gpus: int) -> set[int]:
