@@ -15,7 +15,7 @@ Source:   Schulman et al. 2017, eq. 7, or CISPO's loss; both as in `policy_value
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Unpack
 
 import torch
@@ -65,6 +65,16 @@ class PolicyTerms:
     entropy_coef: float = 0.0
     """Reward of a nat of entropy."""
     anchor: Anchor | None = None
+
+    def rows(self, rows: slice) -> PolicyTerms:
+        """Those of some tokens."""
+        anchor = self.anchor
+        if anchor is not None:
+            anchor = replace(anchor, logprobs=anchor.logprobs[rows], ref_logprobs=anchor.ref_logprobs[rows])
+        weights = None if self.weights is None else self.weights[rows]
+        return replace(
+            self, logprobs=self.logprobs[rows], advantages=self.advantages[rows], weights=weights, anchor=anchor
+        )
 
     def loss(self, new_logprobs: Tensor, entropy: Tensor, rows: slice, *, impl: Impl) -> tuple[Tensor, Tensor]:
         """The sum over `rows`, whose log-probs and entropy [n] are given; and what `METRICS` names, unweighted."""

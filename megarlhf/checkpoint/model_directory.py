@@ -241,7 +241,7 @@ def save_weights(role: Role, directory: Path) -> None:
 def weight_bytes(role: Role) -> int:
     """Bytes of one copy of the weights, over all ranks. Collective."""
     mine = torch.tensor(role.planned.weights, device=role.mesh.device)
-    return int(all_reduce(mine, role.mesh, "world")) // role.mesh.size("data")
+    return int(all_reduce(mine, role.mesh, "world")) // role.mesh.size("loss")
 
 
 def _write_extras(directory: Path, texts: dict[str, str]) -> None:

@@ -121,14 +121,14 @@ def _layouts(best: Sequence[Option], machine: Machine) -> Table:
     draws = best[0].job.work.drawing is not None
     title = "the fastest layouts that fit: GiB at the peak, seconds of an iteration, tokens/s a GPU, % of the bf16 peak"
     phases = [*(("rollout",) if draws else ()), "score", "train" if not draws else "optimise", "all"]
-    table = _table(title, "tp x pp x dp", "micro", "spared by", "peak", *phases, "tok/s", "MFU")
+    table = _table(title, "tp x pp x cp x dp", "micro", "spared by", "peak", *phases, "tok/s", "MFU")
     for each in best:
         split, seconds = each.split, each.seconds
         layout = split.layout
         virtual = f" (virtual {layout.virtual_pipeline})" if layout.virtual_pipeline > 1 else ""
         timed = [*((seconds.rollout,) if draws else ()), seconds.score, seconds.learn, seconds.total]
         table.add_row(
-            f"{layout.tensor} x {layout.pipeline} x {layout.data}{virtual}",
+            f"{layout.tensor} x {layout.pipeline} x {layout.context} x {layout.data}{virtual}",
             str(split.micro_batch),
             SPARED[split.recompute, split.offload],
             _gib(each.peak.total),

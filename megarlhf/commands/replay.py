@@ -31,7 +31,7 @@ from megarlhf.trainers.policy_config import PolicyConfig
 from megarlhf.trainers.trainer import Trainer
 
 ALONE = (
-    *(f"layout.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "data")),
+    *(f"layout.{axis}=1" for axis in ("tensor", "pipeline", "virtual_pipeline", "context", "data")),
     "layout.sequence_parallel=false",
 )
 """A layout of one rank."""
@@ -61,7 +61,7 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
         raise DataError(
             f"capsule={cfg.capsule}: {note.where} was no optimiser step (batch: {found}), so that there "
             "is none to take again; start the run's command again, with layout.tensor=1 layout.pipeline=1 "
-            "layout.data=1 if it shall go on here from its newest state."
+            "layout.context=1 layout.data=1 if it shall go on here from its newest state."
         )
     batch = joined(cfg.capsule, notes, learner.rows)
     mesh = start(ParallelLayout(), seed=0)  # nothing in a step is drawn

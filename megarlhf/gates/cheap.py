@@ -179,11 +179,11 @@ def probe_rows(role: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: i
 def gradients(role: TrainableRole, batch: PolicyRows, loss: Loss, cut: Cut) -> Iterator[LossMeans]:
     """The gradient of the mean loss in the role's buffers inside the block; zeroed after it, and no step taken.
 
-    With the distributed optimizer only a rank's own shard is summed over all of the batch.
+    Ranks:    all of the gradient is on each, whether the optimiser is distributed or not.
     """
     with role.resident("weights", "gradients"):
         _zero_gradients(role)
-        yield role.accumulate(batch, loss, cut)
+        yield role.accumulate(batch, loss, cut, everywhere=True)
         _zero_gradients(role)
 
 

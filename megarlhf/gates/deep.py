@@ -148,10 +148,7 @@ class Measured:
 
 
 def measure(role: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> Measured:
-    """Score and differentiate `rollout`, which every rank holds whole. The weights are left as they were.
-
-    role: prepared with `distributed=False`, so that every data rank has the whole gradient.
-    """
+    """Score and differentiate `rollout`, which every rank holds whole. The weights are left as they were."""
     batch = probe_rows(role, rollout, lesson, seed=seed)
     with gradients(role, batch, lesson.loss, role.settings.cut):
         norms = _gradient_norms(role)

@@ -3,7 +3,8 @@
 Two kinds of layers are counted, each as it is. Megatron-Core's local ones with torch's attention (a CPU): their norms
 keep two fp32 copies of what they read, their gated MLP its input alone. Transformer Engine's (a GPU): the norms keep
 what they read, and Megatron's unfused gated MLP keeps four tensors more of its width than its input. Attention of
-either kind keeps queries, keys, values, its output and a number a head; scores are never whole in memory.
+either kind keeps queries, keys, values, its output and a number a head; scores are never whole in memory. Context ranks
+have their share of the tokens; the local kind keeps keys and values of all of them.
 
 Tokens are those of a micro-batch, however it is packed. What is smaller than a number a token and channel is left out.
 """
@@ -38,12 +39,19 @@ class Arithmetic:
 
 
 class Tokens(NamedTuple):
-    """Of a micro-batch on one data rank."""
+    """Of a micro-batch on one data rank, over its context ranks."""
 
     computed: int
     """Positions, padding included."""
     read: int
     """Of these, positions that reach the head."""
+
+    def on_rank(self, context: int) -> Tokens:
+        """Those of one of so many context ranks; read are most that one has, of rows that are read at their end."""
+        chunk, read = 1 / (2 * context), self.read / self.computed
+        in_chunk = [min(max(read - (1 - (place + 1) * chunk), 0), chunk) for place in range(2 * context)]
+        most = max(in_chunk[rank] + in_chunk[-1 - rank] for rank in range(context))
+        return Tokens(self.computed // context, round(most * self.computed))
 
 
 class Passing(NamedTuple):
@@ -106,6 +114,9 @@ class Shape:
         """Bytes a token that attention keeps: the products' result, of which the values are, rotated queries and keys,
         the output, and a number a head."""
         numbers = self.queries + 2 * self.keys + self.queries + self.keys + self.queries
+        if self.layout.context > 1 and not self.of.engine:
+            # Queries, the output, and what was gathered: the product's result is not kept beside it.
+            numbers = 2 * self.queries + 2 * self.layout.context * self.keys
         return self.of.itemsize * numbers + FP32 * self.spec.heads / self.layout.tensor
 
     @property
@@ -135,9 +146,14 @@ class Shape:
         return self.of.itemsize * tokens * (stream + (5 if self.of.engine else 2) * self.ffn)
 
     def head(self, head: Head, tokens: Tokens, reads: Reads) -> tuple[float, float]:
-        """Bytes that reading needs at once on the last stage, and those of it that wait for backward."""
-        size, whole = self.of.itemsize, self.of.itemsize * tokens.computed * self.hidden
+        """Bytes that reading needs at once on the last stage, and those of it that wait for backward.
+
+        tokens: of all context ranks, each of which has all states that are read, and projects its share of them.
+        """
+        context, own = self.layout.context, tokens.on_rank(self.layout.context)
+        size, whole = self.of.itemsize, self.of.itemsize * own.computed * self.hidden
         states = size * tokens.read * self.hidden
+        tokens = Tokens(own.computed, -(-tokens.read // context))
         if head == "scalar":
             made = FP32 * tokens.read * self.hidden
             return whole + states + made, states + made
@@ -164,6 +180,7 @@ def learning(shape: Shape, head: Head, tokens: Tokens, rank: int, micro_batches:
     """
     pieces = pieces_of(shape.spec, shape.layout, rank)
     of, last = shape.of, pieces[-1].last
+    every, tokens = tokens, tokens.on_rank(shape.layout.context)
     short = tokens.read if last and shape.is_short(pieces[-1]) else tokens.computed
     here = sum(piece.layers for piece in pieces)
     whole = shape.layer(tokens.computed, tokens.computed)
@@ -182,7 +199,7 @@ def learning(shape: Shape, head: Head, tokens: Tokens, rank: int, micro_batches:
     else:
         kept = in_flight * (whole * here / len(pieces) + ends) + final - (whole - top if last else 0.0)
         working = shape.backward(tokens.computed, short)
-    at_once, waiting = shape.head(head, tokens, reads) if last else (0.0, 0.0)
+    at_once, waiting = shape.head(head, every, reads) if last else (0.0, 0.0)
     if at_once > waiting + working:
         return Passing(round(kept), 0, round(at_once))
     return Passing(round(kept), round(working), round(waiting))
@@ -199,6 +216,6 @@ def _in_flight(layout: ParallelLayout, rank: int, micro_batches: int) -> int:
 
 def scoring(shape: Shape, head: Head, tokens: Tokens, rank: int) -> Passing:
     """What a forward pass without gradients holds on pipeline rank `rank` where it holds most."""
-    layer = shape.forward(tokens.computed)
+    layer = shape.forward(tokens.on_rank(shape.layout.context).computed)
     at_once = shape.head(head, tokens, "scored")[0] if pieces_of(shape.spec, shape.layout, rank)[-1].last else 0.0
     return Passing(0, 0, round(at_once)) if at_once > layer else Passing(0, round(layer), 0)

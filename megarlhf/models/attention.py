@@ -7,21 +7,25 @@ since Megatron's unfused attention materialises the [T, T] scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import attention
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn.functional import scaled_dot_product_attention
 
 from megarlhf.models.spec import ModelSpec, RopeScaling
+from megarlhf.parallel.context import in_order, whole_sequence
 from megarlhf.parallel.cpu import has_flash_attention
 from megarlhf.parallel.micro_batches import Documents
 
@@ -152,10 +156,14 @@ class CausalAttention(MegatronModule):
     """softmax(q k^T / sqrt(head_dim)) v over right-padded rows: causality alone keeps padding out of every real row.
 
     Of documents each is attended to by itself: by flash-attn at once where it is installed, else one after another.
+    Context ranks gather keys and values, each for its own queries.
     """
 
-    def __init__(self, config: TransformerConfig, **rest: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection | None = None, **rest: Any
+    ) -> None:
         super().__init__(config=config)
+        self.context = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -167,6 +175,10 @@ class CausalAttention(MegatronModule):
         **more: Any,
     ) -> Tensor:
         """Shapes: query [T, B, heads, d]; key, value [T, B, kv_heads, d]. Returns [T, B, heads * d]."""
+        if self.context is not None:
+            one = (len(query) * self.context.size(),)
+            lengths = packed_seq_params.lengths if isinstance(packed_seq_params, Documents) else one
+            return _of_context(query, key, value, lengths, self.context).flatten(2)
         if not isinstance(packed_seq_params, Documents):
             return _causal(query, key, value).flatten(2)
         varlen = flash_varlen(query)
@@ -180,11 +192,41 @@ class CausalAttention(MegatronModule):
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[T, B, heads, d], of as many rows as there are in B."""
+    """[T, B, heads, d], of as many rows as there are in B; queries of the last T tokens, keys of all."""
     grouped = query.shape[2] != key.shape[2]
+    before = len(key) - len(query)
+    # torch's own `is_causal` has the first query see the first key alone.
+    unseen = _unseen(len(query), before, query.dtype, query.device) if before else None
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    out = scaled_dot_product_attention(query, key, value, unseen, is_causal=unseen is None, enable_gqa=grouped)
     return out.permute(2, 0, 1, 3)
+
+
+@lru_cache(maxsize=4)
+def _unseen(queries: int, before: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[queries, before + queries]: what is added to scores. One for all layers: backward keeps it, of a bool a copy."""
+    return torch.full((queries, before + queries), -math.inf, dtype=dtype, device=device).triu(before + 1)
+
+
+def _of_context(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Attention of the queries that a context rank has, to whatever is before them.
+
+    Shapes:   query [T / c, B, heads, d], key, value likewise: of each text, one after another, two chunks (see
+              `parallel/context.py`); lengths: of the texts, T together. Returns query's shape.
+    Ranks:    collective over context.
+    Memory:   keys and values of all T, and T / 2 c by T numbers of a mask, once for all layers.
+    """
+    ranks, rank = group.size(), group.rank()
+    sizes = [length // ranks for length in lengths]
+    every = whole_sequence(torch.cat([key, value], dim=-1), group).split(sizes, dim=1)
+    found: list[Tensor] = []
+    for queries, parts in zip(query.split(sizes), every, strict=True):
+        keys, values = in_order(parts).chunk(2, dim=-1)
+        size = len(queries) // 2
+        for chunk, of in zip((rank, 2 * ranks - 1 - rank), queries.split(size), strict=True):
+            end = (chunk + 1) * size
+            found.append(_causal(of, keys[:end], values[:end]))
+    return torch.cat(found)
 
 
 def flash_varlen(query: Tensor) -> Callable[..., Tensor] | None:

@@ -81,14 +81,14 @@ class Learns(NamedTuple):
     """How a role learns."""
 
     distributed: bool
-    """Optimiser state is shared by the data ranks."""
-    data: int
-    """Data ranks."""
+    """Optimiser state is shared by the ranks that hold the same weights."""
+    copies: int
+    """Those: data x context ranks."""
 
     @property
     def shares(self) -> int:
         """Into how many parts optimiser state is cut."""
-        return self.data if self.distributed else 1
+        return self.copies if self.distributed else 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def held(numbers: int, itemsize: int, learns: Learns | None = None) -> Held:
     """What a role of `numbers` weights on a rank keeps; `itemsize`: bytes of a weight.
 
     The distributed optimiser gathers masters and both moments, in fp32 and one after another, on the device of every
-    data rank, and all three on its host, so that a state can be read in any layout.
+    copy, and all three on its host, so that a state can be read in any layout.
     """
     weights = itemsize * numbers
     if learns is None:
@@ -141,7 +141,7 @@ def held(numbers: int, itemsize: int, learns: Learns | None = None) -> Held:
 def saved_bytes(of: Held, itemsize: int, learns: Learns) -> int:
     """A rank's share of the numbers in a saved state: weights, and what the optimiser has for each."""
     masters = FP32 * of.weights // itemsize
-    return (of.weights + masters) // learns.data + of.optimiser // (1 if learns.distributed else learns.data)
+    return (of.weights + masters) // learns.copies + of.optimiser // (1 if learns.distributed else learns.copies)
 
 
 def cache_bytes_per_token(spec: ModelSpec, layers: int, tensor: int, itemsize: int) -> int:

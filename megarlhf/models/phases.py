@@ -70,7 +70,7 @@ def role_bytes(job: Job, role: RoleWork, rank: int) -> Held:
 
 def learns_of(job: Job, role: RoleWork) -> Learns | None:
     """How a role learns, if it does."""
-    return Learns(role.distributed, job.split.layout.data) if role.learns else None
+    return Learns(role.distributed, job.split.layout.drawing.data) if role.learns else None
 
 
 def phases_of(job: Job, memory: int) -> list[PhaseBytes]:
@@ -130,7 +130,7 @@ def _phase(
 
 def _rollout(job: Job, drawing: Drawing, rank: int, memory: int) -> PhaseBytes:
     role, layout = job.work.roles[0], job.split.layout
-    share = -(-drawing.prompts // layout.data) * job.work.prompt_tokens
+    share = -(-drawing.prompts // layout.drawing.data) * job.work.prompt_tokens
     columns = job.specs[role.name].vocab_size if rank == layout.pipeline - 1 else 0
     shape = shape_of(job, role)
     prefill = round(shape.forward(min(drawing.prefill_tokens, share)))
@@ -157,7 +157,7 @@ def rows_at_once(job: Job, memory: int) -> int:
     for rank in sorted({0, layout.pipeline - 1}):
         resident = _phase(job, "rollout", job.work.roles[0], rank, NOTHING, here=()).total
         fits.append(rows_that_fit(memory - resident, drawing.memory_share, _cache_row(job, rank)))
-    wanted = min(drawing.rows, -(-job.work.rows // layout.data))
+    wanted = min(drawing.rows, -(-job.work.rows // layout.drawing.data))
     return min(wanted, *fits) // layout.tensor * layout.tensor
 
 
@@ -190,7 +190,7 @@ def elsewhere(job: Job) -> Elsewhere:
         learns = learns_of(job, role)
         if learns is not None:
             parts = (saved_bytes(role_bytes(job, role, rank), itemsize, learns) for rank in ranks)
-            state += layout.tensor * layout.data * sum(parts)
+            state += layout.tensor * learns.copies * sum(parts)
     return Elsewhere(
         away=max(away) if job.split.offload else 0,
         pinned=max(pinned) if job.split.offload else 0,

@@ -247,7 +247,7 @@ class TrainableRole(Role):
     @property
     def learns(self) -> Learns:
         """How the role learns."""
-        return Learns(self.optim.distributed, self.mesh.size("data"))
+        return Learns(self.optim.distributed, self.mesh.size("loss"))
 
     def tensors(self, part: Part) -> list[Tensor]:
         """This rank's tensors of `part`."""
@@ -277,12 +277,13 @@ class TrainableRole(Role):
             self.schedule.step(increment=1)
         return Update(means=means, grad_norm=norm, learning_rate=learning_rate, stepped=stepped)
 
-    def accumulate(self, batch: TokenRows, loss: Loss, cut: Cut) -> LossMeans:
+    def accumulate(self, batch: TokenRows, loss: Loss, cut: Cut, *, everywhere: bool = False) -> LossMeans:
         """Add the gradient of the mean loss over the global `batch` to the role's buffers, which must be resident.
 
-        cut: what one forward takes on one data rank; which rows that has is for the settings to say.
+        cut: what one forward takes on one data rank; which rows that has is for the settings to say. everywhere: all of
+        the gradient on every rank that has the weight, and not the shard alone that it takes its step on.
         Ranks and errors as in `update`.
         """
         check_divides(batch, self.mesh)
         own = self._begin(batch, self.reading, passes=3)
-        return forward_backward(self.wrapped, own.rows, own.at, loss, mesh=self.mesh, cut=cut)
+        return forward_backward(self.wrapped, own.rows, own.at, loss, mesh=self.mesh, cut=cut, everywhere=everywhere)

@@ -3,6 +3,7 @@
     products     FLOPs / (peak x MATMUL x n / (n + HALF)), n tokens of a micro-batch on a rank
     tensor       4 collectives a layer forward, 6 backward, of the residual stream, over NVLink, not overlapped
     pipeline     (m + (p - 1) / v) times the slowest stage, m micro-batches; messages between stages
+    context      keys and values passed round a ring, backward twice, not overlapped
     data         fp32 gradients reduced, weights gathered, once an optimiser step, not overlapped
     decoding     a step reads weights and cache once; tensor ranks sum twice a layer; stages work in turn
     offloading   weights there and back in every phase, optimiser state in learning, over PCIe
@@ -102,7 +103,7 @@ def _keys(tokens: int) -> int:
 def _stage(job: Job, role: RoleWork, gpu: Gpu, passes: int, collectives: int) -> float:
     """Seconds of a micro-batch on the slowest stage. passes: forwards' worth of products; collectives: of a layer."""
     layout, spec, of = job.split.layout, job.specs[role.name], job.arithmetic
-    tokens = job.work.tokens(role, job.split.micro_batch).computed
+    tokens = job.work.tokens(role, job.split.micro_batch).computed / layout.context
     whole = _rows_flops(job, role, job.split.micro_batch)
     projection = 2 * job.work.tokens(role, job.split.micro_batch).read * spec.vocab_size * spec.hidden_size
     head = projection if role.head == "language" else 0
@@ -116,20 +117,29 @@ def _stage(job: Job, role: RoleWork, gpu: Gpu, passes: int, collectives: int) ->
         share = (layout.tensor - 1) / layout.tensor
         summed = collectives * layers * share * stream / (LINK * gpu.nvlink)
         sent = 2 * layout.virtual_pipeline * stream / (LINK * _between_stages(job, gpu)) if layout.pipeline > 1 else 0.0
-        slowest = max(slowest, passes * flops / layout.tensor / rate + summed + sent)
+        # A pass is one round of the ring, of whose keys and values each rank sends all but its own.
+        ring = passes * layers * (layout.context - 1) * of.itemsize * tokens * 2 * spec.kv_heads * spec.head_dim
+        passed = ring / layout.tensor / (LINK * _round_ring(job, gpu))
+        slowest = max(slowest, passes * flops / layout.tensor / layout.context / rate + summed + passed + sent)
     return slowest
 
 
+def _round_ring(job: Job, gpu: Gpu) -> float:
+    """Bytes a second from one context rank to the next, tensor ranks apart."""
+    layout = job.split.layout
+    return gpu.nvlink if layout.tensor * layout.context <= gpu.node else gpu.network
+
+
 def _between_stages(job: Job, gpu: Gpu) -> float:
-    """Bytes a second from stage to stage: neighbours of the pipeline are tensor x data ranks apart."""
+    """Bytes a second from stage to stage: neighbours of the pipeline are tensor x context x data ranks apart."""
     layout = job.split.layout
     return gpu.nvlink if layout.world_size <= gpu.node else gpu.network
 
 
 def _between_copies(job: Job, gpu: Gpu) -> float:
-    """Bytes a second of a ring over the data ranks, which leaves a node over the adapters of its members there."""
+    """Bytes a second of a ring over the copies of a weight, which leaves a node over its members' adapters there."""
     layout = job.split.layout
-    if layout.tensor * layout.data <= gpu.node:
+    if layout.tensor * layout.drawing.data <= gpu.node:
         return gpu.nvlink
     return min(gpu.nvlink, gpu.network * max(1, gpu.node // layout.tensor))
 
@@ -162,14 +172,15 @@ def _learning(job: Job, role: RoleWork, gpu: Gpu) -> float:
     # Gradients are zeroed, masters and moments read and written.
     of = max((role_bytes(job, role, rank) for rank in (0, layout.pipeline - 1)), key=lambda each: each.all)
     stepped = (2 * of.gradients + 2 * of.optimiser + of.weights) / (HBM * gpu.hbm)
-    share = (layout.data - 1) / layout.data
+    others = layout.drawing.data
+    share = (others - 1) / others
     copies = share * (of.gradients + of.weights) if role.distributed else 2 * share * of.gradients
     reduced = copies / (LINK * _between_copies(job, gpu))
     return steps * (_bubbles(job, micro_batches) * stage + stepped + reduced) + _moved(job, role, gpu, all_parts=True)
 
 
 def _rollout(job: Job, drawing: Drawing, gpu: Gpu, memory: int) -> float:
-    work, layout, role, of = job.work, job.split.layout, job.work.roles[0], job.arithmetic
+    work, layout, role, of = job.work, job.split.layout.drawing, job.work.roles[0], job.arithmetic
     spec, at_once = job.specs[role.name], rows_at_once(job, memory)
     if not at_once:
         return float("inf")

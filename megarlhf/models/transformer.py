@@ -32,6 +32,7 @@ from megarlhf.models.heads import ScalarHead
 from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.spec import ModelSpec
+from megarlhf.parallel.context import HeadShare
 from megarlhf.parallel.gradients import main_grad
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Documents
@@ -85,18 +86,30 @@ class LlamaModel(GPTModel):
         self.spec = spec
         self.head = head
         self.rotary_pos_emb.inv_freq = rope_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
+        # Its angles stay whole: tokens say themselves where they stand, and a rollout's are of no context rank.
+        self.rotary_pos_emb.cp_group = None
         if head == "scalar" and self.post_process:
             self.output_layer = ScalarHead(self.config)
 
-    def _preprocess(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **rest: Any) -> tuple[Any, ...]:
-        packed: Any = packed_seq_params
-        first, angles, *others = super()._preprocess(*args, packed_seq_params=packed, **rest)
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *args: Any,
+        inference_context: BaseInferenceContext | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **rest: Any,
+    ) -> tuple[Any, ...]:
+        given: Any = {"inference_context": inference_context, "packed_seq_params": packed_seq_params}
+        first, angles, *others = super()._preprocess(input_ids, position_ids, *args, **given, **rest)
         if first is not None and isinstance(packed_seq_params, Documents):
             # Transposed, one line has strides for which torch would multiply each token by itself.
             first = first[:, 0][:, None]
         if angles is not None and isinstance(packed_seq_params, Documents):
             # Megatron's are those of the longest document; here every token gets its own, once for all layers.
             angles = angles[packed_seq_params.positions]
+        elif angles is not None and inference_context is None and self.config.context_parallel_size > 1:
+            angles = angles[position_ids[0]]  # which every row has
         return first, angles, *others
 
     def _postprocess(
@@ -117,32 +130,36 @@ class LlamaModel(GPTModel):
         Shapes:   hidden [n, H]; labels [n] int64. Returns (logprobs, entropy) [n] fp32; entropy [0] without
                   `with_entropy`.
         Units:    nats.
-        Ranks:    tensor: one gather of four numbers a row; the same result on each.
+        Ranks:    tensor: one gather of four numbers a row; context: each projects its share, one gather of the results,
+                  the same on each.
         """
-        return linear_logprob(
-            hidden,
+        share = self._share(hidden)
+        logprobs, entropy = linear_logprob(
+            hidden[share.own],
             self.vocab_weight,
-            labels,
+            labels[share.own],
             temperature=temperature,
             with_entropy=with_entropy,
             weight_grad=self._vocab_weight_grad,
             **self._vocab_shard(),
         )
+        return share.whole(logprobs), share.whole(entropy) if with_entropy else entropy
 
     def policy_loss(self, hidden: Tensor, labels: Tensor, terms: PolicyTerms) -> tuple[Tensor, dict[str, Tensor]]:
         """`terms` summed over labels [n] after hidden states [n, H]; and the loss's metrics, summed alike.
 
-        Backward must weigh the loss by 1, as the pipeline driver does.
+        Backward must weigh the loss by 1, as the pipeline driver does. Ranks as in `label_logprobs`.
         """
+        share = self._share(hidden)
         loss, metrics, *_ = linear_ppo(
-            hidden,
+            hidden[share.own],
             self.vocab_weight,
-            labels,
-            terms,
+            labels[share.own],
+            terms.rows(share.own),
             weight_grad=self._vocab_weight_grad,
             **self._vocab_shard(),
         )
-        return loss, dict(zip(METRICS, metrics.unbind(), strict=True))
+        return share.total(loss), dict(zip(METRICS, share.total(metrics).unbind(), strict=True))
 
     def policy_kl(self, hidden: Tensor, policy: Projected, *, temperature: float) -> Tensor:
         """KL of a policy's distribution to this model's, after each state, over the whole vocabulary. No gradient.
@@ -150,12 +167,20 @@ class LlamaModel(GPTModel):
         Shapes:   hidden [n, H], of this model; policy: its states [n, H'] and its rows of the projection. Returns [n].
         Ranks:    as `label_logprobs`, five numbers a row.
         """
-        own = Projected(hidden, self.vocab_weight)
-        return linear_kl(policy, own, temperature=temperature, **self._vocab_shard())
+        share = self._share(hidden)
+        own, theirs = (
+            Projected(hidden[share.own], self.vocab_weight),
+            Projected(policy.hidden[share.own], policy.weight),
+        )
+        return share.whole(linear_kl(theirs, own, temperature=temperature, **self._vocab_shard()))
 
     def scalars(self, hidden: Tensor) -> Tensor:
         """The scalar head at every position: hidden [n, H] -> [n] fp32."""
-        return self.output_layer(hidden)
+        share = self._share(hidden)
+        return share.whole(self.output_layer(hidden[share.own]))
+
+    def _share(self, hidden: Tensor) -> HeadShare:
+        return HeadShare(len(hidden), self.pg_collection.cp)
 
     @property
     def vocab_weight(self) -> Tensor:
@@ -195,6 +220,8 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        cp_comm_type="p2p",  # of Transformer Engine's attention: the one that takes documents, and overlaps
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=compute.dtype,
         params_dtype=compute.dtype,

@@ -27,19 +27,20 @@ class Variable(NamedTuple):
 def wanted(layout: ParallelLayout) -> tuple[Variable, ...]:
     """What a run in this layout wants of a machine with GPUs.
 
-    Source:   Megatron-Core's warnings and assertions (tensor_parallel/layers.py, transformer/cuda_graphs.py), and the
-              recipes for Llama 3 on H100 of NVIDIA's Megatron-Bridge.
+    Source:   Megatron-Core's warnings and assertions (tensor_parallel/layers.py, transformer/cuda_graphs.py), for
+              context ranks Megatron-LM's (training/arguments.py), and the recipes for Llama 3 on H100 of NVIDIA's
+              Megatron-Bridge.
     """
     always = (
         Variable(ALLOCATOR, "expandable_segments:True", "models come and go: segments of a fixed size leave gaps"),
         Variable("NCCL_GRAPH_REGISTER", "0", "captured collectives fault in memory of expandable segments"),
         Variable("NCCL_NVLS_ENABLE", "0", "NVLink SHARP keeps GPU memory for each group, and a run has one an axis"),
     )
-    tensor = Variable(
+    connections = Variable(
         "CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start as launched: a collective before what hides it"
     )
     pipeline = Variable("NCCL_P2P_NET_CHUNKSIZE", "2097152", "activations go between nodes by 2 MiB, not by 128 KiB")
-    return (*always, *[tensor] * (layout.tensor > 1), *[pipeline] * (layout.pipeline > 1))
+    return (*always, *[connections] * (layout.tensor * layout.context > 1), *[pipeline] * (layout.pipeline > 1))
 
 
 def settle(layout: ParallelLayout, environment: MutableMapping[str, str] = os.environ) -> None:

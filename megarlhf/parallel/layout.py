@@ -12,13 +12,16 @@ FP8_MULTIPLE = 16
 
 
 class ParallelLayout(Config):
-    """Tensor x pipeline x data parallelism of every model in the run."""
+    """Tensor x pipeline x context x data parallelism of every model in the run."""
 
     tensor: int = Field(default=1, ge=1)
     """Ranks that share each weight matrix (Megatron's tensor parallelism); divides heads, query groups and FFN size."""
     pipeline: int = Field(default=1, ge=1)
     """Ranks that share the stack of layers (pipeline stages). Must divide the number of layers, or that number and 2:
     embedding and head then count as a layer each."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share each sequence (Megatron's context parallelism): activations fall in proportion, so that rows may
+    be that much longer. While rollouts are drawn these ranks are data ranks."""
     data: int = Field(default=1, ge=1)
     """Copies of the model, each on its own rollouts. Must divide every batch size."""
     sequence_parallel: bool = False
@@ -33,7 +36,12 @@ class ParallelLayout(Config):
     @property
     def world_size(self) -> int:
         """Ranks this layout needs."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def drawing(self) -> ParallelLayout:
+        """The same ranks while they draw rollouts, when context ranks are data ranks."""
+        return self.model_copy(update={"context": 1, "data": self.context * self.data})
 
     @property
     def stages(self) -> int:
@@ -56,11 +64,12 @@ class ParallelLayout(Config):
     def check_world(self, world_size: int) -> None:
         """Raise LayoutError unless `world_size` ranks are what this layout needs."""
         if world_size != self.world_size:
-            data, rest = divmod(world_size, self.tensor * self.pipeline)
+            data, rest = divmod(world_size, self.world_size // self.data)
             fits = f"set layout.data={data}, or layout.elastic=true, which does,"
             change = fits if data and not rest else "change the layout"
+            context = f"context {self.context} x " if self.context > 1 else ""
             raise LayoutError(
-                f"layout needs {self.world_size} ranks (tensor {self.tensor} x pipeline {self.pipeline} x "
+                f"layout needs {self.world_size} ranks (tensor {self.tensor} x pipeline {self.pipeline} x {context}"
                 f"data {self.data}) but {world_size} were started; {change} or start {self.world_size}."
             )
 
@@ -69,7 +78,7 @@ class ParallelLayout(Config):
 
         Raises:   LayoutError where no number of data ranks needs so many.
         """
-        data, rest = divmod(world_size, self.tensor * self.pipeline)
+        data, rest = divmod(world_size, self.world_size // self.data)
         found = self.model_copy(update={"data": data}) if self.elastic and data and not rest else self
         found.check_world(world_size)
         return found

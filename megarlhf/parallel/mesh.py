@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -24,8 +25,9 @@ from megarlhf.observe.work import Work
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.rng import seed_model_parallel
 
-Axis = Literal["tensor", "pipeline", "data", "model", "world"]
-"""`model` is tensor x pipeline: the ranks that hold one copy of a model."""
+Axis = Literal["tensor", "pipeline", "context", "data", "model", "loss", "world"]
+"""`model` is tensor x pipeline: the ranks that hold one copy of a model; `loss` is context x data: those that hold the
+same weights, over whose tokens a gradient is summed."""
 
 
 NCCL_GRACE_S = 60.0
@@ -68,6 +70,11 @@ class Mesh:
         return self.groups.dp.rank()
 
     @property
+    def context_rank(self) -> int:
+        """Which chunks of a sequence this rank has."""
+        return self.groups.cp.rank()
+
+    @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
@@ -79,10 +86,14 @@ class Mesh:
                 return self.groups.tp
             case "pipeline":
                 return self.groups.pp
+            case "context":
+                return self.groups.cp
             case "data":
                 return self.groups.dp
             case "model":
                 return self.groups.mp
+            case "loss":
+                return self.groups.dp_cp
             case "world":
                 world = dist.group.WORLD
                 if world is None:
@@ -103,6 +114,16 @@ class Mesh:
         """Ranks along `axis`."""
         return self.group(axis).size()
 
+    @property
+    def drawing(self) -> Mesh:
+        """The same ranks while they draw rollouts, when context ranks are data ranks. Nothing is made anew."""
+        if self.layout.context == 1:
+            return self
+        groups = copy(self.groups)
+        # The group of this rank by itself is that of an axis that there is not.
+        groups.dp, groups.cp = self.groups.dp_cp, self.groups.ep
+        return replace(self, layout=self.layout.drawing, groups=groups)
+
     def arranged(self, layout: ParallelLayout) -> Mesh:
         """The same ranks in another layout, tensor x data alone. Megatron's global state stays that of this one.
 
@@ -111,8 +132,11 @@ class Mesh:
         Raises:   LayoutError where the layout is of other ranks; ValueError where it has stages.
         """
         layout.check_world(self.layout.world_size)
-        if layout.pipeline > 1:
-            raise ValueError(f"a second mesh has no stages, but pipeline={layout.pipeline}; use tensor and data.")
+        if layout.pipeline > 1 or layout.context > 1:
+            raise ValueError(
+                f"a second mesh has tensor and data ranks alone, but pipeline={layout.pipeline} and "
+                f"context={layout.context}; set both to 1."
+            )
         if layout not in self._others:
             groups = _tensor_data_groups(layout, alone=self.groups.ep, patience_s=self.patience_s)
             self._others[layout] = replace(self, layout=layout, groups=groups, _others={})
@@ -171,6 +195,7 @@ def start(layout: ParallelLayout, *, seed: int, timeout_s: float = 600.0) -> Mes
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         distributed_timeout_minutes=patience_s / 60,  # type: ignore[arg-type] (ends in a timedelta)
     )

@@ -2,6 +2,7 @@
 
 This file alone knows. A reading names the positions whose final hidden states it wants, and is handed those states,
 [n, H]; a loss likewise. Where they came from, and what padding was computed beside them, is nobody else's business.
+Context ranks have the same micro-batches, each its own columns of them (`parallel/context.py`), and all of the states.
 
 Data ranks may have different numbers of micro-batches: nothing is summed over them before the last. Stages that are
 interleaved have a multiple of the pipeline's, all of one shape (`parallel/pipeline.py`).
@@ -20,8 +21,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megarlhf.batch.base import RowsT, TokenRows
+from megarlhf.parallel.context import Spread, chunks, own_columns, whole_states
 from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
 from megarlhf.parallel.packing import Index, first_fit, in_multiples
 
@@ -84,18 +87,19 @@ class Read(Protocol[RowsT_contra]):
 class Documents(PackedSeqParams):
     """Sequences that lie end to end, as attention must know them; Megatron's name for it is `thd`.
 
-    Shapes:   positions [N] int64: of each token in its own document; lengths: of every document, N together.
+    Shapes:   positions [N / c] int64: of each token that this of c context ranks has, in its own document; lengths: of
+              every document over all of them, N together.
     """
 
     positions: Tensor = field(default_factory=lambda: torch.empty(0))
     lengths: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, lengths: Index, device: torch.device) -> Documents:
-        """Documents of these lengths, one after another."""
+    def of(cls, lengths: Index, device: torch.device, columns: Index) -> Documents:
+        """Documents of these lengths, one after another, of which this rank has `columns`."""
         starts = np.pad(np.cumsum(lengths), (1, 0)).astype(np.int32)
         ends, longest = _tensor(starts).to(device, non_blocking=True), int(lengths.max())
-        positions = _within(lengths)
+        positions = _within(lengths)[columns]
         return cls(
             qkv_format="thd",
             cu_seqlens_q=ends,
@@ -111,13 +115,15 @@ class Documents(PackedSeqParams):
 class MicroBatch(Generic[RowsT]):
     """Some rows of a batch as a model gets them, on its device: each in a line of its own, or all in one.
 
-    Shapes:   inputs [b, s] int64, or [1, N] of documents; `read`, as inputs, bool: the positions that are read; line,
-              column [n]: where those are in inputs; row, position, sequence [n]: where in the rows of the micro-batch,
-              and of which sequence of the batch.
+    Shapes:   inputs [b, s] int64, or [1, N] of documents, of c context ranks s / c or N / c; places [s]: of what is in
+              inputs, in its text; `read`, as inputs, bool: the positions that are read; line, column: where those are
+              in inputs, of the n_r that this rank has; row, position, sequence [n]: where each of all n is in the rows
+              of the micro-batch, and of which sequence of the batch.
     """
 
     rows: RowsT
     inputs: Tensor
+    places: Tensor
     documents: Documents | None
     """None: each row has its line."""
     read: Tensor
@@ -126,23 +132,37 @@ class MicroBatch(Generic[RowsT]):
     row: Tensor
     position: Tensor
     sequence: Tensor
+    gathered: Gathered | None
+    """How the states are put together; None where this rank has them all."""
 
     def forward(self, model: Any) -> Tensor:
         """Final hidden states [b, s, H] on the last stage; on the others, what is sent to the next."""
-        documents = self.documents
-        places = torch.arange(self.inputs.shape[1], device=self.inputs.device) if not documents else documents.positions
         # "Padding" is what Megatron calls positions that need no work.
         return model(
-            self.inputs, places.expand_as(self.inputs), None, padding_mask=~self.read, packed_seq_params=documents
+            self.inputs,
+            self.places.expand_as(self.inputs),
+            None,
+            padding_mask=~self.read,
+            packed_seq_params=self.documents,
         )
 
-    def states(self, hidden: Tensor) -> States:
-        """Those states of `hidden` [b, s, H] that are read."""
-        return States(hidden[self.line, self.column], self.row, self.position)
+    def states(self, hidden: Tensor, context: ProcessGroup | None = None) -> States:
+        """Those states of `hidden` [b, s, H] that are read; context: the ranks that share the sequences."""
+        found = hidden[self.line, self.column]
+        if self.gathered is not None and context is not None:
+            found = whole_states(found, self.gathered.place, self.gathered.most, context)
+        return States(found, self.row, self.position)
 
     def place(self, numbers: Tensor, out: Tensor) -> None:
         """Put `numbers` [n] where they belong in `out` [sequences of the batch, T + 1]."""
         out[self.sequence, self.position] = numbers
+
+
+class Gathered(NamedTuple):
+    """As in `Spread`."""
+
+    place: Tensor
+    most: int
 
 
 class InRows(NamedTuple):
@@ -176,6 +196,7 @@ class Shapes(NamedTuple):
     layout: ParallelLayout
     fp8: bool
     device: torch.device
+    context_rank: int = 0
 
     @property
     def interleaved(self) -> bool:
@@ -234,20 +255,12 @@ def _padded(batch: RowsT, reads: NDArray[np.bool_], chosen: Index, end: int, sha
     """The rows `chosen`, none of whose tokens from `end` on are read, each in a line of its own."""
     rows, sequences = _chosen(batch, reads, chosen, end, shapes)
     read = reads[sequences, :end]
-    where = read.nonzero()
-    row, position = (_placed(numbers, shapes) for numbers in where)
     missing = -end % sequence_multiple(len(sequences), shapes.layout, fp8=shapes.fp8)
-    return MicroBatch(
-        rows=rows,
-        inputs=torch.nn.functional.pad(rows.tokens[:, :end], (0, missing)),
-        documents=None,
-        read=_placed(np.pad(read, ((0, 0), (0, missing))), shapes),
-        line=row,
-        column=position,
-        row=row,
-        position=position,
-        sequence=_placed(sequences[where[0]], shapes),
-    )
+    tokens = torch.nn.functional.pad(rows.tokens[:, :end], (0, missing))
+    line, column = read.nonzero()
+    found = _Found(line, column, row=line, position=column, sequence=sequences[line])
+    lengths = np.array([end + missing])
+    return _placed_on(rows, tokens, np.pad(read, ((0, 0), (0, missing))), found, lengths, shapes, packed=False)
 
 
 def _packs(
@@ -260,7 +273,8 @@ def _packs(
     elif shapes.interleaved:
         packs = in_multiples(packs, shapes.layout.pipeline)
     multiple = sequence_multiple(1, shapes.layout, fp8=shapes.fp8)
-    sizes = [-(-int(ends[rows].sum()) // multiple) * multiple for rows in packs]
+    laid = _rounded(ends, chunks(shapes.layout.context))
+    sizes = [-(-int(laid[rows].sum()) // multiple) * multiple for rows in packs]
     if shapes.interleaved:
         sizes = [max(sizes)] * len(sizes)
     return [_packed(batch, reads, ends, rows, size, shapes) for rows, size in zip(packs, sizes, strict=True)]
@@ -269,29 +283,71 @@ def _packs(
 def _packed(
     batch: RowsT, reads: NDArray[np.bool_], ends: Index, chosen: Index, size: int, shapes: Shapes
 ) -> MicroBatch[RowsT]:
-    """The sequences of the rows `chosen` end to end, filled up to `size` tokens."""
+    """The sequences of the rows `chosen` end to end, each filled up to what context ranks can share, and all to `size`.
+
+    What fills a text up counts as part of it: it stands behind the text, where nothing that is read sees it.
+    """
     lengths = ends[chosen].reshape(-1)
-    longest, filled = int(lengths.max()), int(lengths.sum())
-    rows, sequences = _chosen(batch, reads, chosen, longest, shapes)
+    laid = _rounded(lengths, chunks(shapes.layout.context))
+    longest, filled = int(laid.max()), int(laid.sum())
+    rows, sequences = _chosen(batch, reads, chosen, int(lengths.max()), shapes)
     # What fills up is documents too, none longer than the others: whatever reads the pack need not know of them.
     filler = [min(longest, size - first) for first in range(filled, size, longest)]
-    documents = Documents.of(np.concatenate([lengths, np.array(filler, dtype=np.int64)]), shapes.device)
-    starts = np.cumsum(lengths) - lengths
-    line = np.repeat(np.arange(len(lengths)), lengths)
-    place = _within(lengths)
-    row, position = reads[sequences, :longest].nonzero()
-    tokens = rows.tokens[_placed(line, shapes), documents.positions[:filled]]
-    column = _placed(starts[row] + position, shapes)
+    starts = np.cumsum(laid) - laid
+    line, place = np.repeat(np.arange(len(lengths)), lengths), _within(lengths)
+    at = starts[line] + place
+    tokens = rows.tokens.new_zeros(1, size)
+    tokens[0, _placed(at, shapes)] = rows.tokens[_placed(line, shapes), _placed(place, shapes)]
+    read = np.zeros((1, size), dtype=np.bool_)
+    read[0, at] = reads[sequences[line], place]
+    row, position = reads[sequences, : int(lengths.max())].nonzero()
+    found = _Found(np.zeros_like(row), starts[row] + position, row, position, sequences[row])
+    every = np.concatenate([laid, np.array(filler, dtype=np.int64)])
+    return _placed_on(rows, tokens, read, found, every, shapes, packed=True)
+
+
+class _Found(NamedTuple):
+    """[n] each: where the states that are read are, in the lines of all context ranks, in the rows and in the batch."""
+
+    line: Index
+    column: Index
+    row: Index
+    position: Index
+    sequence: Index
+
+
+def _placed_on(
+    rows: RowsT,
+    tokens: Tensor,
+    read: NDArray[np.bool_],
+    found: _Found,
+    lengths: Index,
+    shapes: Shapes,
+    *,
+    packed: bool,
+) -> MicroBatch[RowsT]:
+    """The columns that this context rank has of `tokens` [b, s], which are texts of these lengths in each line."""
+    context, rank = shapes.layout.context, shapes.context_rank
+    line, column, gathered = found.line, found.column, None
+    own = own_columns(lengths, rank, context)
+    if context > 1:
+        spread = Spread.of(column, lengths, rank, context)
+        line, column = line[spread.own], spread.columns
+        gathered = Gathered(_placed(spread.place, shapes), spread.most)
+        tokens, read = tokens[:, _placed(own, shapes)], read[:, own]
+    documents = Documents.of(lengths, shapes.device, own) if packed else None
     return MicroBatch(
         rows=rows,
-        inputs=torch.nn.functional.pad(tokens, (0, size - filled))[None],
+        inputs=tokens,
+        places=_placed(own, shapes) if documents is None else documents.positions,
         documents=documents,
-        read=_placed(np.pad(reads[sequences[line], place], (0, size - filled))[None], shapes),
-        line=torch.zeros_like(column),
-        column=column,
-        row=_placed(row, shapes),
-        position=_placed(position, shapes),
-        sequence=_placed(sequences[row], shapes),
+        read=_placed(read, shapes),
+        line=_placed(line, shapes),
+        column=_placed(column, shapes),
+        row=_placed(found.row, shapes),
+        position=_placed(found.position, shapes),
+        sequence=_placed(found.sequence, shapes),
+        gathered=gathered,
     )
 
 
@@ -300,6 +356,11 @@ def _chosen(batch: RowsT, reads: NDArray[np.bool_], chosen: Index, end: int, sha
     each, width = len(reads) // len(batch), reads.shape[1]
     rows = batch.rows(_tensor(chosen)).trimmed(min(end, width - 1)).to(shapes.device)
     return rows, (chosen[:, None] * each + np.arange(each)).reshape(-1)
+
+
+def _rounded(numbers: Index, multiple: int) -> Index:
+    """Up to a multiple, each."""
+    return numbers + -numbers % multiple
 
 
 def _within(lengths: Index) -> Index:
@@ -318,6 +379,8 @@ def _tensor(numbers: NDArray[Any]) -> Tensor:
 
 def sequence_multiple(rows: int, layout: ParallelLayout, *, fp8: bool) -> int:
     """Of what the padded length of `rows` rows must be a multiple: tensor ranks hold equal slices of the sequence under
-    sequence parallelism, and what a rank holds, b x s positions, goes into FP8 products."""
+    sequence parallelism, context ranks two equal chunks of it, and what a rank holds, b x s positions, goes into FP8
+    products."""
     slices = layout.tensor if layout.sequence_parallel else 1
-    return slices * (FP8_MULTIPLE // math.gcd(FP8_MULTIPLE, rows) if fp8 else 1)
+    own = slices * (FP8_MULTIPLE // math.gcd(FP8_MULTIPLE, rows) if fp8 else 1)
+    return math.lcm(chunks(layout.context), layout.context * own)

@@ -1,7 +1,7 @@
 """Forward and backward passes over any layout, on Megatron-Core's schedules; the one place that divides losses.
 
 Losses are sums; they and their gradients are divided once, by the count over all micro-batches and data ranks, so no
-split can change the result.
+split can change the result. Context ranks compute the same loss, and each a part of its gradient.
 
 Interleaved stages get micro-batches of one shape: with two pipeline ranks the next stage and the one before are the
 same rank, and Megatron-Core 0.16.1 then takes the shape of an activation for that of a gradient.
@@ -39,13 +39,13 @@ def forward_only(chunks: Sequence[Any], batch: RowsT, at: Tensor, read: Read[Row
     """Run the model over `batch` without gradients and return what `read` says at the positions `at`.
 
     Shapes:   at [B, T + 1] bool, of the batch's sequences. Returns [B, T + 1] fp32, 0 where nothing is read.
-    Ranks:    the same tensor on every tensor and pipeline rank; data ranks pass their own rows.
+    Ranks:    the same tensor on every tensor, context and pipeline rank; data ranks pass their own rows.
     """
     parts = split(batch, at, _shapes(chunks, mesh, cut), may_repeat=True)
     result = torch.zeros(at.shape, dtype=torch.float32, device=mesh.device)
 
     def keep(hidden: Tensor, part: MicroBatch[RowsT]) -> tuple[Tensor, Tensor, None]:
-        part.place(read(part.states(hidden), part.rows), result)
+        part.place(read(part.states(hidden, mesh.group("context")), part.rows), result)
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
 
     with torch.no_grad():
@@ -54,10 +54,11 @@ def forward_only(chunks: Sequence[Any], batch: RowsT, at: Tensor, read: Read[Row
 
 
 def forward_backward(
-    chunks: Sequence[Any], batch: RowsT, at: Tensor, loss: Loss[RowsT], *, mesh: Mesh, cut: Cut
+    chunks: Sequence[Any], batch: RowsT, at: Tensor, loss: Loss[RowsT], *, mesh: Mesh, cut: Cut, everywhere: bool
 ) -> LossMeans:
     """Accumulate the gradient of the mean loss over the global batch into the chunks' gradient buffers.
 
+    everywhere: all of it on every rank; else, with the distributed optimiser, on each its shard, the rest of its own.
     Shapes:   batch: this data rank's B rows of the global batch; at [B, T + 1] bool, of its sequences.
     Ranks:    collective over the mesh; the returned means are equal on every rank.
     """
@@ -65,16 +66,18 @@ def forward_backward(
     losses: list[LossSums] = []
 
     def judge(hidden: Tensor, part: MicroBatch[RowsT]) -> tuple[Tensor, Tensor, None]:
-        sums = loss(part.states(hidden), part.rows)
+        sums = loss(part.states(hidden, mesh.group("context")), part.rows)
         losses.append(replace(sums, total=sums.total.detach()))
-        return sums.total, torch.tensor(sums.count, dtype=torch.int, device=hidden.device), None
+        # Megatron sums counts over the context ranks too, each of which has seen the whole.
+        count = sums.count if mesh.context_rank == 0 else 0
+        return sums.total, torch.tensor(count, dtype=torch.int, device=hidden.device), None
 
-    _schedule(chunks, parts, judge, mesh, forward_only=False)
+    _schedule(chunks, parts, judge, mesh, forward_only=False, everywhere=everywhere)
     return _means(losses, mesh)
 
 
 def _shapes(chunks: Sequence[Any], mesh: Mesh, cut: Cut) -> Shapes:
-    return Shapes(cut, mesh.layout, chunks[0].config.fp8 is not None, mesh.device)
+    return Shapes(cut, mesh.layout, chunks[0].config.fp8 is not None, mesh.device, mesh.context_rank)
 
 
 def _schedule(
@@ -84,6 +87,7 @@ def _schedule(
     mesh: Mesh,
     *,
     forward_only: bool,
+    everywhere: bool = False,
 ) -> None:
     def forward_step(rows: Iterator[MicroBatch[RowsT]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         part = next(rows)
@@ -98,10 +102,11 @@ def _schedule(
         data_iterator=[iter(parts) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(parts),
-        # The shape of every micro-batch between interleaved stages; other stages tell each other.
-        seq_length=positions,
+        # The shape of every micro-batch between interleaved stages; other stages tell each other. Of all context ranks.
+        seq_length=positions * mesh.layout.context,
         micro_batch_size=rows,
         forward_only=forward_only,
+        force_all_reduce=everywhere,
         p2p_communicator=P2PCommunicator(mesh.group("pipeline"), config),
         pg_collection=mesh.groups,
     )

@@ -70,7 +70,7 @@ class RolloutEngine:
         self._copy = None if other is None else RolloutCopy(role, other, keep=settings.keep)
         self.role = self._copy or role
         """That responses are drawn from: `role` itself, or its copy in another layout."""
-        self.mesh = self.role.mesh
+        self.mesh = self.role.mesh.drawing
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self.max_sequence_length = max_sequence_length

@@ -66,7 +66,7 @@ def elsewhere(layout: ParallelLayout, rollout: RolloutConfig) -> ParallelLayout 
     if rollout.layout is None:
         return None
     other = ParallelLayout(tensor=rollout.layout.tensor, data=rollout.layout.data)
-    return None if other == layout else other
+    return None if other == layout.drawing else other
 
 
 def check_rolls_out(layout: ParallelLayout, rollout: RolloutConfig, *, offload: str, fp8: bool) -> None:

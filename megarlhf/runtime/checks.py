@@ -79,6 +79,7 @@ def check_budget(what: str, tokens: int, cfg: RanksConfig) -> None:
     multiple = sequence_multiple(1, layout, fp8=fp8)
     if budget % multiple:
         parts = [f"layout.tensor={layout.tensor} with layout.sequence_parallel"] if layout.sequence_parallel else []
+        parts += [f"layout.context={layout.context}"] if layout.context > 1 else []
         why = " and ".join([*parts, *([f"compute.fp8={cfg.compute.fp8}"] if fp8 else [])])
         near = [str(each) for each in (budget // multiple * multiple, -(-budget // multiple) * multiple) if each]
         raise ConfigError(

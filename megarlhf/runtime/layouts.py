@@ -19,6 +19,9 @@ from megarlhf.runtime.checks import check_batch
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 VIRTUAL = (1, 2, 3, 4, 5, 6, 8, 10)
+CONTEXT = (2, 4, 8, 16, 32)
+CHUNK = 256
+"""Tokens of a sequence's chunk below which context ranks are not tried: products of so few are slow."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,14 @@ def _layouts(job: Job, gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
     interleaved = VIRTUAL if job.work.drawing is None else (1,)
     for tensor in (size for size in (1, 2, 4, 8) if size <= gpu.node and gpus % size == 0):
         for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
-            for virtual in interleaved if pipeline > 1 else (1,):
+            copies = gpus // tensor // pipeline
+            contexts = [size for size in CONTEXT if copies % size == 0 and job.work.width >= 2 * size * CHUNK]
+            for context, virtual in product([1, *contexts], interleaved if pipeline > 1 else (1,)):
                 yield ParallelLayout(
                     tensor=tensor,
                     pipeline=pipeline,
-                    data=gpus // tensor // pipeline,
+                    context=context,
+                    data=copies // context,
                     sequence_parallel=tensor > 1,
                     virtual_pipeline=virtual,
                 )

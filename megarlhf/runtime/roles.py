@@ -28,6 +28,10 @@ def role_settings(cfg: RanksConfig, mesh: Mesh) -> RoleSettings:
     if isinstance(cut, InTokens):
         packed = Choice("micro-batches", f"rows end to end, up to {cut.tokens:,} tokens", "micro_batch_tokens")
         compute = replace(compute, choices=(*compute.choices, packed))
+    if mesh.layout.context > 1:
+        how = "passed round" if compute.transformer_engine else "gathered"
+        shared = Choice("sequences", f"on {mesh.layout.context} ranks, keys and values {how}", "layout.context")
+        compute = replace(compute, choices=(*compute.choices, shared))
     return RoleSettings(compute=compute, cut=cut, offload=cfg.offload)
 
 

@@ -28,7 +28,8 @@ class RanksConfig(Config):
     micro_batch_tokens: Annotated[int | None, FreeToChange()] = Field(default=None, ge=1)
     """Tokens of one forward pass on one data rank, in place of micro_batch, which then says nothing: rows lie end to
     end in it without padding, and data ranks get equal work. Must hold the longest row, of pairs the longest pair.
-    Changes no result. null: micro_batch rows."""
+    Changes no result. With layout.context each text is filled up to a multiple of 2 x context, which is not counted.
+    null: micro_batch rows."""
     offload: Annotated[Literal["host", "none"], FreeToChange()] = "host"
     """Where a model's bytes wait while another works: host memory (pinned where there is a GPU), or where they are."""
     date: datetime.date | None = None

@@ -191,7 +191,7 @@ def save_in_bfloat16(patch: Patch) -> None:
 def let_documents_meet(patch: Patch) -> None:
     """What lies end to end in a pack is attended to as one text."""
     made = Documents.of
-    patch.setattr(Documents, "of", lambda rows, device: replace(made(rows, device), lengths=(int(rows.sum()),)))
+    patch.setattr(Documents, "of", lambda rows, *rest: replace(made(rows, *rest), lengths=(int(rows.sum()),)))
 
 
 def examined(layout: ParallelLayout, folder: str, fault: Callable[[Patch], None], changes: Any) -> list[Gate]:
@@ -228,8 +228,9 @@ def test_every_gate_holds_on_a_correct_run(layout: ParallelLayout, models: str) 
 PACKED = {"micro_batch_tokens": 96}
 
 
-def test_every_gate_holds_on_a_packed_run(models: str) -> None:
-    for gates in run_ranks(examined, 2, ParallelLayout(data=2), models, no_fault, PACKED):
+@pytest.mark.parametrize("layout", [ParallelLayout(data=2), ParallelLayout(context=2)], ids=name_of)
+def test_every_gate_holds_on_a_packed_run(layout: ParallelLayout, models: str) -> None:
+    for gates in run_ranks(examined, 2, layout, models, no_fault, PACKED):
         assert {gate.name for gate in gates if gate.holds} == SEVERAL, list(map(str, gates))
         (packs,) = [gate for gate in gates if gate.name == "micro-batches"]
         assert "between micro_batch_tokens=96 and micro_batch=1" in packs.measure

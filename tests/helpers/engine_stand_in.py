@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -186,8 +187,13 @@ class RMSNorm(torch.nn.Module):
 
 
 class DotProductAttention(torch.nn.Module):
-    def __init__(self, num_attention_heads: int, kv_channels: int, **rest: Any) -> None:
+    """Of c context ranks each has chunk r and chunk 2 c - 1 - r of a text. TE passes keys and values round a ring."""
+
+    def __init__(self, *sizes: Any, cp_group: Any = None, cp_comm_type: str = "p2p", **rest: Any) -> None:
         super().__init__()
+        assert cp_comm_type == "p2p"
+        assert cp_group is None or (rest["cp_stream"] is not None and len(rest["cp_global_ranks"]) == cp_group.size())
+        self.context = cp_group
 
     def forward(
         self,
@@ -200,29 +206,47 @@ class DotProductAttention(torch.nn.Module):
         **packed: Any,
     ) -> Tensor:
         """[s, b, heads, d] -> [s, b, heads * d]; in the format `thd` [t, heads, d] -> [t, heads * d]."""
+        ranks = self.context.size() if self.context is not None else 1
         if qkv_format == "thd":
             assert attn_mask_type == "padding_causal"
-            return self._documents(query, key, value, packed)
+            assert query.ndim == 3
+            ends = self._ends(packed, len(query) * ranks)
+            return self._attended(query[:, None], key[:, None], value[:, None], ends, ranks)[:, 0]
         assert attn_mask_type == "causal"
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return self._attended(query, key, value, torch.tensor([0, len(query) * ranks]), ranks)
 
-    def _documents(self, query: Tensor, key: Tensor, value: Tensor, packed: dict[str, Any]) -> Tensor:
+    def _ends(self, packed: dict[str, Any], tokens: int) -> Tensor:
         given = {name: value for name, value in packed.items() if value is not None}
         assert given.keys() == {"cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv"}
         ends, lengths = given["cu_seqlens_q"], given["cu_seqlens_q"].diff()
         assert ends.dtype == torch.int32
         assert torch.equal(ends, given["cu_seqlens_kv"])
-        assert query.ndim == 3
-        assert len(query) == int(ends[-1])
+        assert tokens == int(ends[-1])
         assert given["max_seqlen_q"] == given["max_seqlen_kv"] == int(lengths.max())
-        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        place = torch.arange(len(query))
-        seen = (document[:, None] == document) & (place <= place[:, None])
-        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return ends
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, ranks: int) -> Tensor:
+        """Each token to those of its own text that are not behind it; ends: of the texts, over all ranks."""
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region as gathered
+
+        if ranks > 1:
+            key, value = (gathered(x, tensor_parallel_output_grad=True, group=self.context) for x in (key, value))
+        text = torch.repeat_interleave(torch.arange(len(ends) - 1), ends.diff())
+        there = torch.cat([_tokens_of(ends, rank, ranks) for rank in range(ranks)])
+        here = _tokens_of(ends, self.context.rank() if self.context is not None else 0, ranks)
+        seen = (text[here][:, None] == text[there]) & (there <= here[:, None])
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-        return out[0].transpose(0, 1).flatten(1)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _tokens_of(ends: Tensor, rank: int, ranks: int) -> Tensor:
+    """Which tokens a context rank has."""
+    if ranks == 1:
+        return torch.arange(int(ends[-1]))
+    assert not (ends % (2 * ranks)).any(), "TE wants every text to be a multiple of 2 x context"
+    chunks = [torch.arange(a, b).chunk(2 * ranks) for a, b in pairwise(ends.tolist())]
+    return torch.cat([text[place] for text in chunks for place in (rank, 2 * ranks - 1 - rank)])
 
 
 class FusedAdam(torch.optim.Optimizer):

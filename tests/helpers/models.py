@@ -48,7 +48,13 @@ LAYOUTS = [
 
 def name_of(layout: ParallelLayout) -> str:
     """A layout as a test id: tp2-pp2-sp."""
-    parts = {"tp": layout.tensor, "pp": layout.pipeline, "dp": layout.data, "vp": layout.virtual_pipeline}
+    parts = {
+        "tp": layout.tensor,
+        "pp": layout.pipeline,
+        "cp": layout.context,
+        "dp": layout.data,
+        "vp": layout.virtual_pipeline,
+    }
     named = [f"{name}{value}" for name, value in parts.items() if value > 1]
     return "-".join(named + ["sp"] * layout.sequence_parallel) or "one"
 
@@ -168,8 +174,10 @@ def whole_weights(role: Role) -> dict[str, Tensor]:
         for key, tensor in stage.items():
             assert key not in weights or torch.equal(weights[key], tensor), f"{key} differs between stages"
             weights[key] = tensor
-    for twin in _every(weights, role.mesh, "data"):
-        assert all(torch.equal(twin[key], weights[key]) for key in weights), "data ranks hold different weights"
+    for twin in _every(weights, role.mesh, "loss"):
+        assert all(torch.equal(twin[key], weights[key]) for key in weights), (
+            "context or data ranks hold different weights"
+        )
     return weights
 
 

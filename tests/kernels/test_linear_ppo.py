@@ -199,3 +199,14 @@ def test_split_vocabularies_equal_the_whole_and_each_other(ranks, columns, vocab
     assert worst([*results[0][:2], d_weight[:vocab]], expected) <= 2 * plain + 1e-5
     assert d_weight[vocab:].abs().sum() == 0.0
     assert not math.isclose(float(expected[0]), 0.0, abs_tol=1e-3)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_terms_of_some_tokens_are_theirs(loss: str) -> None:
+    """A part of the tokens by itself: as a chunk of all of them."""
+    terms, chosen = LOSSES[loss](a_case(24, 50)), slice(5, 17)
+    new, entropy = torch.linspace(-3, -1, 12), torch.linspace(0, 2, 12)
+    of_all = terms.loss(new, entropy, chosen, impl="reference")
+    alone = terms.rows(chosen).loss(new, entropy, slice(None), impl="reference")
+    assert torch.equal(of_all[0], alone[0])
+    assert torch.equal(of_all[1], alone[1])

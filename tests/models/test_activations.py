@@ -99,3 +99,39 @@ def test_scoring_keeps_nothing() -> None:
     assert found.kept == 0
     # The residual stream, its norm and what comes out, and five of the MLP's width.
     assert found.total == 1000 * 2 * (3 * 4096 + 5 * 14_336)
+
+
+def test_context_ranks_have_their_share_of_the_tokens() -> None:
+    """Two ranks: rank 0 has the first and the last quarter of each row, rank 1 what lies between."""
+    assert Tokens(800, 200).on_rank(2) == Tokens(400, 200)  # a response as long as the last quarter
+    assert Tokens(800, 400).on_rank(2) == Tokens(400, 200)
+    assert Tokens(800, 600).on_rank(2) == Tokens(400, 400)  # all of rank 1's
+    assert Tokens(800, 100).on_rank(4) == Tokens(200, 100)
+    assert Tokens(801, 77).on_rank(1) == Tokens(801, 77)
+    one, two = (Shape(B8, ParallelLayout(context=context), ENGINE) for context in (1, 2))
+    half = Tokens(TOKENS.computed // 2, TOKENS.read)
+    for recompute in (False, True):
+        of = replace(ENGINE, recompute=recompute)
+        shared, short = (
+            learning(replace(shape, of=of), "scalar", tokens, 0, 4, "fused")
+            for shape, tokens in ((two, TOKENS), (one, half))
+        )
+        assert (shared.kept, shared.working) == (short.kept, short.working)
+    assert scoring(two, "scalar", TOKENS, 0) == scoring(one, "scalar", half, 0)
+
+
+def test_local_layers_keep_keys_and_values_of_all_context_ranks() -> None:
+    # Rotated queries and the output, and of two tokens keys and values: 2 x 4096 + 2 x 2 x 1024.
+    one, two = (Shape(B8, ParallelLayout(context=context), LOCAL) for context in (1, 2))
+    assert two.attention == 4 * (2 * 4096 + 4 * 1024) + 4 * 32
+    assert Shape(B8, ParallelLayout(context=2), ENGINE).attention == Shape(B8, ParallelLayout(), ENGINE).attention
+    assert two.norm == one.norm
+
+
+def test_a_head_has_all_states_and_projects_its_share() -> None:
+    shape = Shape(B8, ParallelLayout(context=2), ENGINE)
+    rows = (1 << 29) // 128_256
+    at_once, waiting = shape.head("language", Tokens(20_000, 20_000), "fused")
+    # Own hidden states, those that are read, and the fp32 gradient of 10,000 of them.
+    assert at_once == rows * 128_256 * (4 + 2) + 4096 * (10_000 * 2 + 20_000 * 2 + 10_000 * 4)
+    assert waiting == 20_000 * 4096 * 2

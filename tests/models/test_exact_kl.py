@@ -64,7 +64,7 @@ def measured(layout: ParallelLayout, folder: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, ParallelLayout(data=2)], ids=name_of)
+@pytest.mark.parametrize("layout", [*LAYOUTS, ParallelLayout(data=2), ParallelLayout(context=2)], ids=name_of)
 def test_it_is_that_of_transformers(layout: ParallelLayout, folder: str) -> None:
     expected = by_transformers(folder)
     for rank in run_ranks(measured, layout.world_size, layout, folder):

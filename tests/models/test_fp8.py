@@ -96,7 +96,14 @@ def score_and_learn(layout: ParallelLayout) -> tuple[float, float, float]:
     return float(gap), norms[0] / norms[1], float(rounded.resident_bytes() > exact.resident_bytes())
 
 
-@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, sequence_parallel=True)], ids=name_of)
+LAYOUTS = [
+    ParallelLayout(),
+    ParallelLayout(tensor=2, sequence_parallel=True),
+    ParallelLayout(context=2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_ragged_micro_batches_are_filled_up(layout: ParallelLayout) -> None:
     """Rows of 5 to 22 tokens, three at a time: 3 x 21 positions were refused."""
     for gap, ratio, copies_count in run_with_engine(score_and_learn, layout.world_size, layout):
@@ -117,10 +124,17 @@ def pack_with_engine(layout: ParallelLayout) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=2, sequence_parallel=True)], ids=name_of)
-def test_packs_go_through_transformer_engine_as_rows_do(layout: ParallelLayout) -> None:
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return run_with_engine(pack_with_engine, 1, ParallelLayout())[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_packs_go_through_transformer_engine_as_rows_do(layout: ParallelLayout, alone: dict[str, Any]) -> None:
     for found in run_with_engine(pack_with_engine, layout.world_size, layout):
         (padded, norm), (packed, norm_packed), (rounded, norm_rounded) = found.values()
+        torch.testing.assert_close(padded, alone["padded"][0], atol=2e-5, rtol=0)
+        assert norm == pytest.approx(alone["padded"][1], rel=2e-5)
         torch.testing.assert_close(packed, padded, atol=2e-5, rtol=0)
         assert norm_packed == pytest.approx(norm, rel=2e-5)
         # Packs are filled up to 16 positions a rank, which products of FP8 numbers take.

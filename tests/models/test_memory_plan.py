@@ -47,7 +47,7 @@ def test_8b_on_two_tensor_and_four_data_ranks() -> None:
     numbers = 32 * (109_051_904 + 8_192) + 2 * 262_668_288 + 4_096
     assert numbers_of(B8, "language", layout, 0) == numbers == 4_015_263_744
     # bf16 weights, fp32 gradients, and of masters and two moments in fp32 a quarter: 12 bytes a number over 4 ranks.
-    assert held(numbers, 2, Learns(distributed=True, data=4)) == Held(
+    assert held(numbers, 2, Learns(distributed=True, copies=4)) == Held(
         weights=8_030_527_488,
         gradients=16_061_054_976,
         masters=4_015_263_744,
@@ -99,7 +99,7 @@ def test_precision_and_sharing() -> None:
 
 def test_a_saved_state_is_eighteen_bytes_a_weight_of_bf16() -> None:
     # bf16 weights, their fp32 twins, and the optimiser's three of fp32: 2 + 4 + 12.
-    learns = Learns(distributed=True, data=4)
+    learns = Learns(distributed=True, copies=4)
     assert 4 * saved_bytes(held(1000, 2, learns), 2, learns) == 18_000
 
 

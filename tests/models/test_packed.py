@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -45,7 +46,7 @@ PPO = PPOConfig.model_validate({"run_dir": "unused"})
 
 
 def documents(*lengths: int) -> Documents:
-    return Documents.of(torch.tensor(lengths).numpy(), torch.device("cpu"))
+    return Documents.of(np.array(lengths), torch.device("cpu"), np.arange(sum(lengths)))
 
 
 def qkv(seed: int = 1) -> list[Tensor]:
@@ -147,6 +148,7 @@ def expected(models: tuple[str, str]) -> dict[str, Tensor]:
         (ParallelLayout(pipeline=2), 64),
         (ParallelLayout(pipeline=2, virtual_pipeline=2), 46),
         (ParallelLayout(data=2), 46),
+        (ParallelLayout(context=2), 46),
     ],
     ids=lambda value: name_of(value) if isinstance(value, ParallelLayout) else str(value),
 )

@@ -24,6 +24,7 @@ LAYOUTS = [
     ParallelLayout(),
     ParallelLayout(tensor=2, sequence_parallel=True),
     ParallelLayout(pipeline=2, virtual_pipeline=2),
+    ParallelLayout(context=2),
 ]
 
 

@@ -29,10 +29,10 @@ def training(model: str, layout: ParallelLayout, tokens: int, batch: int) -> Job
 
 TP4 = ParallelLayout(tensor=4, pipeline=4, sequence_parallel=True, data=2, virtual_pipeline=5)
 PUBLISHED = [
-    # Llama 3.1 8B, 8 GPUs; theirs has two context ranks, ours twice the data ranks. NVIDIA DGX Cloud, 2025.
-    (training("llama3.1-8b", ParallelLayout(data=8), 8192, 128), 10_254),
+    # Llama 3.1 8B, 8 GPUs, two context ranks. NVIDIA DGX Cloud, 2025.
+    (training("llama3.1-8b", ParallelLayout(context=2, data=4), 8192, 128), 10_254),
     # Llama 3.1 70B, 64 GPUs, 4 x 4 x 5 virtual; likewise.
-    (training("llama3.1-70b", TP4.model_copy(update={"data": 4}), 8192, 128), 1_121),
+    (training("llama3.1-70b", TP4.model_copy(update={"context": 2}), 8192, 128), 1_121),
     # Llama 3 70B, SFT of rows of 4096 packed tokens, 32 GPUs.
     (training("llama3-70b", TP4, 4096, 32), 1_219),
 ]
@@ -126,6 +126,28 @@ def test_copies_are_reduced_over_the_adapters_of_their_nodes(tensor: int, adapte
     slower = seconds_of(job, half, MEMORY).learn - seconds_of(job, H100, MEMORY).learn
     moved = 15 / 16 * 6 * numbers_of(PRESETS["llama3-8b"], "language", layout, 0)
     assert slower == pytest.approx(moved / (LINK * adapters) * (1 / 25e9 - 1 / 50e9), rel=1e-6)
+
+
+@pytest.mark.parametrize(("tensor", "link"), [(1, H100.nvlink), (8, H100.network)])
+def test_context_ranks_pass_keys_and_values_round(tensor: int, link: float) -> None:
+    """Three rounds a layer, of which backward has two; each rank sends 2047.5 tokens of 2 x 8 x 128 numbers in bf16."""
+    layout = ParallelLayout(tensor=tensor, context=2, sequence_parallel=tensor > 1)
+    job = training("llama3-8b", layout, 4096, 4)
+    half = replace(H100, nvlink=H100.nvlink / 2) if tensor == 1 else replace(H100, network=H100.network / 2)
+    slower = seconds_of(job, half, MEMORY).learn - seconds_of(job, H100, MEMORY).learn
+    passed = 4 * 3 * 32 * 2047.5 * 2 * 8 * 128 * 2 / tensor
+    # Beside it gradients and weights of the two copies: half of 4 + 2 bytes a weight.
+    reduced = 0.5 * 6 * numbers_of(PRESETS["llama3-8b"], "language", layout, 0)
+    assert slower == pytest.approx((passed + reduced) / (LINK * link), rel=1e-6)
+
+
+def test_context_ranks_share_the_products() -> None:
+    """Half of the FLOPs each, at the rate of half the tokens."""
+    one, two = (training("llama3-8b", ParallelLayout(context=context), 8192, 800) for context in (1, 2))
+    fast = replace(H100, nvlink=1e30)
+    rate = (8191 / (8191 + HALF)) / (8191 / 2 / (8191 / 2 + HALF))
+    ratio = seconds_of(two, fast, MEMORY).learn / seconds_of(one, fast, MEMORY).learn
+    assert ratio == pytest.approx(rate / 2, rel=1e-3)
 
 
 def test_offloading_moves_bytes_over_pcie() -> None:

@@ -25,6 +25,8 @@ LOGITS = 1e-4
 LOGPROBS = 2e-5
 ROLLOUT = ragged_rollout()
 TEMPERATURE = 0.7
+SHARED = [ParallelLayout(context=3), ParallelLayout(context=2, tensor=2, sequence_parallel=True)]
+"""A sequence is shared too; of 22 tokens three ranks make six chunks of four."""
 MICRO_BATCH = 3
 """Does not divide the 8 rows: the last micro-batch is short, or filled up between interleaved stages."""
 
@@ -99,7 +101,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     return Oracle([str(folder / name) for name in variants], str(folder / "judge"), logits, scores, values)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *SHARED], ids=name_of)
 def test_every_layout_reads_what_transformers_reads(layout: ParallelLayout, oracle: Oracle) -> None:
     ranks = run_ranks(read, layout.world_size, layout, oracle.language, oracle.scored)
     mask = ROLLOUT.response_mask
@@ -115,5 +117,5 @@ def test_every_layout_reads_what_transformers_reads(layout: ParallelLayout, orac
         torch.testing.assert_close(rank["values"], oracle.values * mask, atol=LOGPROBS, rtol=0)
     # The last stage, and nobody else, has seen every row.
     readers = [rank for rank in ranks if rank["logits"][0]]
-    assert len(readers) == layout.tensor
+    assert len(readers) == layout.tensor * layout.context
     assert all(len(seen) == len(ROLLOUT) for rank in readers for seen in rank["logits"])

@@ -25,6 +25,7 @@ def settled(layout: ParallelLayout, **user: str) -> dict[str, str]:
 def test_a_layout_gets_what_its_axes_want() -> None:
     assert settled(ParallelLayout(data=8)) == ALWAYS
     assert settled(ParallelLayout(tensor=2)) == ALWAYS | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert settled(ParallelLayout(context=2)) == ALWAYS | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     assert settled(ParallelLayout(pipeline=2)) == ALWAYS | {"NCCL_P2P_NET_CHUNKSIZE": "2097152"}
 
 

@@ -13,8 +13,9 @@ from megarlhf.parallel.rng import derive_seed, generator
 
 
 def test_arithmetic() -> None:
-    layout = ParallelLayout(tensor=2, pipeline=3, data=4, virtual_pipeline=5)
-    assert (layout.world_size, layout.stages) == (24, 15)
+    layout = ParallelLayout(tensor=2, pipeline=3, context=7, data=4, virtual_pipeline=5)
+    assert (layout.world_size, layout.stages) == (168, 15)
+    assert layout.drawing == ParallelLayout(tensor=2, pipeline=3, data=28, virtual_pipeline=5)
     assert ParallelLayout().world_size == ParallelLayout().stages == 1
 
 
@@ -38,12 +39,15 @@ def test_world_and_divisibility_are_named() -> None:
     said = r"8 ranks \(tensor 2 x pipeline 2 x data 2\) but 4 were started; set layout.data=1, or layout.elastic=true"
     with pytest.raises(LayoutError, match=said):
         layout.check_world(4)
+    said = r"12 ranks \(tensor 2 x pipeline 1 x context 3 x data 2\) but 18 were started; set layout.data=3 or start 12"
+    with pytest.raises(LayoutError, match=said):
+        ParallelLayout(tensor=2, context=3, data=2).check_world(18)
     layout.check_divides("heads", 6, "tensor", 2)
     with pytest.raises(LayoutError, match=r"heads=6 .*layout\.tensor=4"):
         layout.check_divides("heads", 6, "tensor", 4)
 
 
-@pytest.mark.parametrize("field", ["tensor", "pipeline", "data", "virtual_pipeline"])
+@pytest.mark.parametrize("field", ["tensor", "pipeline", "context", "data", "virtual_pipeline"])
 def test_no_axis_is_empty(field: str) -> None:
     with pytest.raises(ValidationError):
         ParallelLayout.model_validate({field: 0})

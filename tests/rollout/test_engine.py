@@ -47,6 +47,7 @@ LAYOUTS = [
     ParallelLayout(pipeline=3),
     ParallelLayout(tensor=2, pipeline=2),
     ParallelLayout(data=2),
+    ParallelLayout(context=2, pipeline=2),
 ]
 
 

@@ -31,6 +31,7 @@ from megarlhf.rollout.sampling import (
     check_rolls_out,
 )
 from megarlhf.trainers.sft import next_token_loss
+from tests.helpers.models import name_of
 from tests.helpers.ranks import run_ranks
 from tests.rollout.worlds import EOS, PAD, SPEC, actor, as_tensors, engine, prompts, random_weights
 
@@ -68,6 +69,7 @@ CASES = [
     (ParallelLayout(pipeline=4), 2, 2),
     (ParallelLayout(data=4), 2, 2),
     (ParallelLayout(tensor=2, data=2), 1, 4),
+    (ParallelLayout(context=2, pipeline=2), 2, 2),
     (ParallelLayout(pipeline=3), 1, 3),  # of 4 layers: embedding and head count as one each
 ]
 
@@ -90,15 +92,16 @@ def test_the_same_tokens_are_drawn_in_another_layout(
         assert count == 1
 
 
-def roll_at_home() -> tuple[int, dict]:
-    """Where rollout.layout is that of training, how many models there are more, and what refits cost."""
-    sampler = drawing(actor(ParallelLayout(data=2)), 1, 2)
+def roll_at_home(layout: ParallelLayout) -> tuple[int, dict, int]:
+    """Where rollout.layout is that of training, how many models there are more, what refits cost, and who draws."""
+    sampler = drawing(actor(layout), 1, 2)
     sampler.generate(prompts(), SAMPLING, seed=7)
-    return len(sampler.copies), sampler.refits()
+    return len(sampler.copies), sampler.refits(), sampler.mesh.size("data")
 
 
-def test_nothing_is_copied_to_where_it_is() -> None:
-    assert run_ranks(roll_at_home, 2) == [(0, {})] * 2
+@pytest.mark.parametrize("layout", [ParallelLayout(data=2), ParallelLayout(context=2)], ids=name_of)
+def test_nothing_is_copied_to_where_it_is(layout: ParallelLayout) -> None:
+    assert run_ranks(roll_at_home, 2, layout) == [(0, {}, 2)] * 2
 
 
 def by_the_library(layout: ParallelLayout, other: ParallelLayout) -> bool:

@@ -144,6 +144,39 @@ def test_what_is_not_allowed(layout: ParallelLayout, micro_batch: int, error: ty
         check_split(ppo("llama3-8b", layout, micro_batch))
 
 
+def test_context_ranks_hold_what_data_ranks_hold_and_draw_as_they_do() -> None:
+    shared, apart = (
+        ppo("llama3-8b", ParallelLayout(tensor=2, context=context, data=4 // context, sequence_parallel=True))
+        for context in (2, 1)
+    )
+    assert rows_at_once(shared, MACHINE.memory) == rows_at_once(apart, MACHINE.memory) == 128
+    for one, other in zip(phases_of(shared, MACHINE.memory), phases_of(apart, MACHINE.memory), strict=True):
+        kept = [(each.weights, each.gradients, each.optimiser, each.cache) for each in (one, other)]
+        assert kept[0] == kept[1]
+        assert (one == other) == (one.phase in ("rollout", "save"))
+        if one.phase == "optimise":
+            assert one.activations < 0.6 * other.activations
+    assert elsewhere(shared) == elsewhere(apart)
+    drawn = [option(job, MACHINE).seconds.rollout for job in (shared, apart)]
+    assert drawn[0] == drawn[1] < 1000  # and not infinite, as of what does not fit
+
+
+def contexts(job: Job, gpus: int) -> set[int]:
+    return {each.split.layout.context for each in options(job, gpus, MACHINE)}
+
+
+def test_context_ranks_are_tried_where_rows_are_long() -> None:
+    job = ppo("llama3-8b", TP2)
+    assert contexts(job, 8) == {1, 2}  # chunks of 1536 / 4 tokens, but not of 1536 / 8
+    long = replace(job, work=replace(job.work, prompt_tokens=7168))
+    assert contexts(long, 8) == {1, 2, 4, 8}
+    # A row of 64 Ki tokens that no GPU has room for alone.
+    longer = replace(job, work=replace(job.work, prompt_tokens=64 << 10, rows=8, step_rows=8))
+    best = options(longer, 64, MACHINE)[0]
+    assert best.fits
+    assert best.split.layout.context > 1
+
+
 def test_405b_on_512_gpus() -> None:
     layout = ParallelLayout(tensor=8, pipeline=16, data=4, sequence_parallel=True)
     job = ppo("llama3.1-405b", layout, micro_batch=1)

@@ -59,7 +59,7 @@ def test_every_case_is_committed_with_what_is_planned_now() -> None:
 
 def test_the_cases_cover_what_changes_memory() -> None:
     layouts = [case.layout for case in CASES]
-    for axis in ("tensor", "pipeline", "data", "virtual_pipeline"):
+    for axis in ("tensor", "pipeline", "context", "data", "virtual_pipeline"):
         assert any(dict(layout)[axis] > 1 for layout in layouts)
     assert any(layout.sequence_parallel for layout in layouts)
     for values in (

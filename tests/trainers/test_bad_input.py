@@ -72,6 +72,11 @@ def test_settings(command: tuple[str, ...], override: str, message: str, refused
             ["layout.virtual_pipeline=2", "layout.pipeline=2"],
             "layout.virtual_pipeline=2 cannot roll out: .*; set layout.virtual_pipeline=1",
         ),
+        (
+            PPO,
+            ["layout.context=2", "layout.tensor=2", "rollout.layout.tensor=1", "rollout.layout.data=2"],
+            "rollout.layout is of 2 ranks .* but layout is of 4, .*rollout.layout.tensor=1 rollout.layout.data=4 or ",
+        ),
     ],
 )
 def test_layouts(
@@ -87,6 +92,8 @@ def test_rank_counts(ranks: str, refused: Callable[..., str], monkeypatch: pytes
         monkeypatch.setenv(name, value)
     said = refused(PPO, "layout.tensor=2", "layout.data=2")
     assert_matches(said, f"layout needs 4 ranks (tensor 2 x pipeline 1 x data 2) but {ranks} were started; .*start 4")
+    said = refused(PPO, "layout.context=2", "layout.data=2")
+    assert_matches(said, f"layout needs 4 ranks .* x context 2 x data 2) but {ranks} were started; .*start 4")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +198,11 @@ def test_numbers(command: tuple[str, ...], overrides: list[str], message: str, r
             SFT,
             ["layout.tensor=2", "layout.sequence_parallel=true", "micro_batch_tokens=511"],
             "micro_batch_tokens=511 is not a multiple of 2, as layout.tensor=2 with .* needs; set it to 510 or 512",
+        ),
+        (
+            SFT,
+            ["layout.context=3", "micro_batch_tokens=512"],
+            "micro_batch_tokens=512 is not a multiple of 6, as layout.context=3 needs; set it to 510 or 516",
         ),
         (
             PPO,

@@ -25,6 +25,7 @@ LAYOUTS = [
     pytest.param(ParallelLayout(tensor=2, sequence_parallel=True), marks=pytest.mark.slow),
     ParallelLayout(pipeline=2),
     ParallelLayout(data=2),
+    ParallelLayout(context=2),
     ParallelLayout(tensor=2, pipeline=2),
 ]
 SLACK = 1.05

@@ -83,6 +83,10 @@ SPLITS = [
     Split(ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), 2),
     Split(ParallelLayout(pipeline=2, data=2), 2, distributed=True),
     Split(ParallelLayout(tensor=2, data=2, sequence_parallel=True), 2, distributed=True),
+    Split(ParallelLayout(context=2), 2, distributed=True),
+    Split(ParallelLayout(context=2, pipeline=2), 2),
+    pytest.param(Split(ParallelLayout(context=2, data=2), 4, distributed=True), marks=pytest.mark.slow),
+    pytest.param(Split(ParallelLayout(context=4), 1), marks=pytest.mark.slow),  # 8 chunks of rows of up to 22 tokens
     # Rows have up to 22 tokens, pairs 44. A budget of 46 takes one pair or two, 64 up to three; 1,000 everything.
     Split(ParallelLayout(), InTokens(46), distributed=True),
     pytest.param(Split(ParallelLayout(), InTokens(1000)), marks=pytest.mark.slow),
@@ -93,6 +97,12 @@ SPLITS = [
     Split(ParallelLayout(tensor=2, pipeline=2, sequence_parallel=True), InTokens(46)),
     Split(ParallelLayout(pipeline=2, data=2), InTokens(64)),
     Split(ParallelLayout(tensor=2, data=2, sequence_parallel=True), InTokens(64), distributed=True),
+    Split(ParallelLayout(context=2), InTokens(46)),
+    Split(ParallelLayout(context=2, tensor=2, sequence_parallel=True), InTokens(64), distributed=True),
+    Split(ParallelLayout(context=2, data=2), InTokens(46), distributed=True),
+    pytest.param(
+        Split(ParallelLayout(context=2, pipeline=2, virtual_pipeline=2), InTokens(64)), marks=pytest.mark.slow
+    ),
 ]
 
 

@@ -74,5 +74,9 @@ CASES = (
     Case("pipeline 2 x virtual 2", ParallelLayout(pipeline=2, virtual_pipeline=2), micro_batch=2),
     Case("tensor 2 x pipeline 2", ParallelLayout(tensor=2, pipeline=2), dtype="bfloat16"),
     Case("tensor 2 x data 2, recompute", ParallelLayout(tensor=2, data=2), recompute=True, dtype="bfloat16"),
+    Case("context 2", ParallelLayout(context=2)),
+    Case("context 2, critic, recompute", ParallelLayout(context=2), role="critic", recompute=True),
+    Case("context 2, supervised, bfloat16", ParallelLayout(context=2), role="model", dtype="bfloat16"),
+    Case("context 2 x pipeline 2", ParallelLayout(context=2, pipeline=2), offload=False),
     Case("pipeline 2 x data 2", ParallelLayout(pipeline=2, data=2), role="model", offload=False),
 )

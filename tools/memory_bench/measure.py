@@ -50,7 +50,8 @@ def _beside(work: Callable[[], object], role: TrainableRole) -> dict[str, int]:
         resident[part] = resident_bytes([*weights, *role.tensors(part)]) - resident["weights"]
     return {
         **resident,
-        "peak": sum(resident.values()) + peak_bytes(work, REPEATS if role.mesh.layout.tensor > 1 else 1),
+        "peak": sum(resident.values())
+        + peak_bytes(work, REPEATS if max(role.mesh.layout.tensor, role.mesh.layout.context) > 1 else 1),
     }
 
 
