@@ -32,10 +32,10 @@ from megarlhf.parallel.mesh import leave
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers.dpo import DPOConfig
 from megarlhf.trainers.grpo import GRPOConfig
-from megarlhf.trainers.policy_config import FrozenConfig, LearnerConfig
 from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.process_reward import ProcessRewardConfig
 from megarlhf.trainers.reward import RewardConfig
+from megarlhf.trainers.role_config import FrozenConfig, LearnerConfig
 from megarlhf.trainers.sft import SftConfig
 
 __all__ = [

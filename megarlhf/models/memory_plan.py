@@ -118,8 +118,8 @@ class Held:
         return self.weights + self.gradients + self.optimiser
 
 
-def held(numbers: int, itemsize: int, learns: Learns | None = None) -> Held:
-    """What a role of `numbers` weights on a rank keeps; `itemsize`: bytes of a weight.
+def held(numbers: int, itemsize: int, learns: Learns | None = None, learnt: int | None = None) -> Held:
+    """What a role of `numbers` weights on a rank keeps; `itemsize`: bytes of a weight; learnt: how many learn, or all.
 
     The distributed optimiser gathers masters and both moments, in fp32 and one after another, on the device of every
     data rank, and all three on its host, so that a state can be read in any layout.
@@ -127,21 +127,21 @@ def held(numbers: int, itemsize: int, learns: Learns | None = None) -> Held:
     weights = itemsize * numbers
     if learns is None:
         return Held(weights)
-    shared = -(-numbers // learns.shares)
+    learnt = numbers if learnt is None else learnt
+    shared = -(-learnt // learns.shares)
     return Held(
         weights,
-        gradients=FP32 * numbers,
+        gradients=FP32 * learnt,
         masters=FP32 * shared if itemsize < FP32 else 0,
         moments=2 * FP32 * shared,
-        staged=3 * FP32 * numbers if learns.distributed else 0,
-        gathered=FP32 * (numbers + shared) if learns.distributed else 0,
+        staged=3 * FP32 * learnt if learns.distributed else 0,
+        gathered=FP32 * (learnt + shared) if learns.distributed else 0,
     )
 
 
-def saved_bytes(of: Held, itemsize: int, learns: Learns) -> int:
-    """A rank's share of the numbers in a saved state: weights, and what the optimiser has for each."""
-    masters = FP32 * of.weights // itemsize
-    return (of.weights + masters) // learns.data + of.optimiser // (1 if learns.distributed else learns.data)
+def saved_bytes(of: Held, learns: Learns) -> int:
+    """A rank's share of a saved state: weights, and of those that learn an fp32 copy and what the optimiser has."""
+    return (of.weights + of.gradients) // learns.data + of.optimiser // (1 if learns.distributed else learns.data)
 
 
 def cache_bytes_per_token(spec: ModelSpec, layers: int, tensor: int, itemsize: int) -> int:

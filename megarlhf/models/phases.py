@@ -189,7 +189,7 @@ def elsewhere(job: Job) -> Elsewhere:
     for role in work.roles:
         learns = learns_of(job, role)
         if learns is not None:
-            parts = (saved_bytes(role_bytes(job, role, rank), itemsize, learns) for rank in ranks)
+            parts = (saved_bytes(role_bytes(job, role, rank), learns) for rank in ranks)
             state += layout.tensor * layout.data * sum(parts)
     return Elsewhere(
         away=max(away) if job.split.offload else 0,

@@ -90,6 +90,9 @@ class LlamaModel(GPTModel):
     def _preprocess(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **rest: Any) -> tuple[Any, ...]:
         packed: Any = packed_seq_params
         first, angles, *others = super()._preprocess(*args, packed_seq_params=packed, **rest)
+        if first is not None and self.config.recompute_granularity and torch.is_grad_enabled():
+            # Layers that are computed again have gradients only where their input does: also over a frozen embedding.
+            first = first if first.requires_grad else first.requires_grad_()
         if first is not None and isinstance(packed_seq_params, Documents):
             # Transposed, one line has strides for which torch would multiply each token by itself.
             first = first[:, 0][:, None]

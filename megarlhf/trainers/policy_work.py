@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from megarlhf.errors import ConfigError
 from megarlhf.models.workload import Drawing, RoleWork, Workload
-from megarlhf.trainers.policy_config import SPEAKERS, LearnerConfig, PolicyConfig
+from megarlhf.trainers.policy_config import SPEAKERS, PolicyConfig
+from megarlhf.trainers.role_config import LearnerConfig
 
 
 def policy_workload(cfg: PolicyConfig, learners: Collection[str]) -> Workload:
