@@ -194,10 +194,8 @@ def kept(layout: ParallelLayout, dtype: str, directory: str) -> dict[str, tuple[
     for name, role in roles.items():
         role.update(lessons(0)[0], policy_loss(role, PPO))
         state, weights = (sum(t.nbytes for t in role.tensors(part)) for part in ("optimizer", "weights"))
-        found[f"{name} gradients"] = (
-            role.planned.gradients,
-            sum(b.nbytes for w in role.wrapped for b in gradient_buffers(w)),
-        )
+        buffers = [buffer for wrapped in role.wrapped for buffer in gradient_buffers(wrapped)]
+        found[f"{name} gradients"] = role.planned.gradients, sum(buffer.nbytes for buffer in buffers)
         found[f"{name} optimiser"] = role.planned.optimiser, state
         found[f"{name} weights"] = role.planned.weights, weights
     return found

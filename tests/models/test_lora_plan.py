@@ -1,0 +1,91 @@
+"""What adapters take, from sizes alone: as the models that are built have it, and of Llama 3 70B by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megarlhf.models.activations import Arithmetic
+from megarlhf.models.gpus import gpu_named
+from megarlhf.models.lora import LoraConfig, sizes
+from megarlhf.models.phases import elsewhere, phases_of, role_bytes
+from megarlhf.models.spec import preset
+from megarlhf.models.step_time import model_flops, seconds_of
+from megarlhf.models.workload import Job, RoleWork, Split, Workload
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.trainers.grpo import GRPOConfig
+from megarlhf.trainers.policy_work import policy_workload
+from megarlhf.trainers.ppo import PPOConfig
+
+B70, LORA = preset("llama3-70b"), LoraConfig(rank=16)
+LAYOUT = ParallelLayout(tensor=4, pipeline=4, data=2)
+ACTOR = RoleWork("actor", "actor.init", "llama3-70b", "language", learns=True, scores=1, lora=LORA)
+REFERENCE = RoleWork("reference", "reference.init", "llama3-70b", "language", scores=1, beside="actor")
+
+
+def job(*roles: RoleWork, offload: bool = True) -> Job:
+    work = Workload(roles, 256, 256, rows=64, step_rows=64, step_setting="global_batch")
+    split = Split(LAYOUT, 1, recompute=False, offload=offload)
+    return Job(work, {role.name: B70 for role in roles}, split, Arithmetic(2, engine=True, recompute=False))
+
+
+def test_the_adapters_of_a_layer_by_hand() -> None:
+    # Over 4 ranks: A whole and B cut of qkv and fc1, A cut and B whole of proj and fc2.
+    assert sizes(LORA, B70, 4) == [
+        *(16 * 8192, 16 * 80 * 128 // 4),
+        *(16 * 8192 // 4, 16 * 8192),
+        *(16 * 8192, 16 * 2 * 28_672 // 4),
+        *(16 * 28_672 // 4, 16 * 8192),
+    ]
+
+
+def test_only_adapters_have_gradients_and_moments() -> None:
+    learnt = 20 * sum(sizes(LORA, B70, 4))  # 20 of 80 layers
+    plain = role_bytes(job(replace(ACTOR, lora=None)), replace(ACTOR, lora=None), 1)
+    of = role_bytes(job(ACTOR), ACTOR, 1)
+    assert of.weights == plain.weights + 2 * learnt
+    assert (of.gradients, of.masters, of.moments) == (4 * learnt, 2 * learnt, 4 * learnt)
+    assert of.all < 0.3 * plain.all
+
+
+def test_a_critics_head_learns_beside_its_adapters() -> None:
+    critic = replace(ACTOR, name="critic", head="scalar")
+    first, last = (role_bytes(job(critic), critic, rank).gradients for rank in (0, 3))
+    assert last - first == 4 * 8192
+
+
+def test_the_reference_is_where_the_actor_is() -> None:
+    own = replace(REFERENCE, beside="")
+    assert role_bytes(job(ACTOR, REFERENCE), REFERENCE, 0).all == 0
+    view, copy = (job(ACTOR, role) for role in (REFERENCE, own))
+    assert elsewhere(view).away < 0.6 * elsewhere(copy).away
+    phases = {phase.name: phase for phase in phases_of(view, 10**11)}
+    assert phases["score reference"].weights == phases["score actor"].weights > 0
+    stay = {phase.name: phase for phase in phases_of(job(ACTOR, REFERENCE, offload=False), 10**11)}
+    assert stay["score reference"].weights == phases["score actor"].weights  # once, and not twice
+
+
+def test_a_step_of_adapters_takes_two_thirds_of_the_products() -> None:
+    whole, some = (job(replace(ACTOR, lora=lora, scores=0)) for lora in (None, LORA))
+    assert 3 * model_flops(some) == 2 * model_flops(whole)
+    gpu = gpu_named("h100-80gb")
+    assert seconds_of(some, gpu, 10**11).learn < 0.9 * seconds_of(whole, gpu, 10**11).learn
+
+
+@pytest.mark.parametrize("reference", ["", "llama3-8b", "llama3.1-8b"])
+def test_settings_say_it(reference: str) -> None:
+    settings = {
+        "run_dir": "unused",
+        "actor": {"init": "llama3-8b", "lora": {"rank": 8}},
+        "critic": {"init": "llama3-8b", "lora": {"rank": 4}},
+        "reference": {"init": reference},
+    }
+    cfg = PPOConfig.model_validate(settings)
+    roles = {role.name: role for role in policy_workload(cfg, ("actor", "critic")).roles}
+    assert roles["actor"].lora == LoraConfig(rank=8)
+    assert roles["critic"].lora == LoraConfig(rank=4)
+    assert roles["reference"].beside == ("" if reference == "llama3.1-8b" else "actor")
+    del settings["critic"]
+    whole = GRPOConfig.model_validate({**settings, "actor": {"init": "llama3-8b"}})
+    assert all(not role.beside for role in policy_workload(whole, ("actor",)).roles)
