@@ -26,6 +26,7 @@ from megarlhf.errors import DONE, STOPPED, MegarlhfError, RunFinished, RunStoppe
 from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.process_model import ProcessJudgeConfig
 from megarlhf.judges.rules import RuleConfig
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import leave
@@ -52,6 +53,7 @@ __all__ = [
     "LabelStepsConfig",
     "LabelledData",
     "LearnerConfig",
+    "LoraConfig",
     "MegarlhfError",
     "OptimConfig",
     "PPOConfig",

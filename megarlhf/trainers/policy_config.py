@@ -30,6 +30,7 @@ from megarlhf.runs.measuring import check_measuring
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
+    check_adapters,
     check_batch,
     check_budget,
     check_room,
@@ -379,8 +380,7 @@ def _checked(role: str, init: str, cfg: PolicyConfig) -> Model:
     setting = cfg.setting_of(role)
     needs = "language" if role in SPEAKERS else "scalar"
     found = checked_model(init, cfg.layout, setting, needs=needs)
-    if role in cfg.adapters:
-        cfg.adapters[role].check(found.spec, f"{role}.lora")
+    check_adapters(cfg.adapters.get(role), found.spec, f"{role}.lora")
     if role == "actor":
         check_drawn_by(found.spec, cfg.layout, cfg.rollout, setting)
     return Model(setting, init, found)

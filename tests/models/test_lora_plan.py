@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from megarlhf.commands.plan import job_of, settings_of
+from megarlhf.errors import ConfigError
 from megarlhf.models.activations import Arithmetic
 from megarlhf.models.gpus import gpu_named
 from megarlhf.models.lora import LoraConfig, sizes
@@ -17,6 +19,7 @@ from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.trainers.grpo import GRPOConfig
 from megarlhf.trainers.policy_work import policy_workload
 from megarlhf.trainers.ppo import PPOConfig
+from megarlhf.trainers.sft import workload
 
 B70, LORA = preset("llama3-70b"), LoraConfig(rank=16)
 LAYOUT = ParallelLayout(tensor=4, pipeline=4, data=2)
@@ -89,3 +92,17 @@ def test_settings_say_it(reference: str) -> None:
     del settings["critic"]
     whole = GRPOConfig.model_validate({**settings, "actor": {"init": "llama3-8b"}})
     assert all(not role.beside for role in policy_workload(whole, ("actor",)).roles)
+
+
+def test_a_rank_that_no_model_has_is_not_planned() -> None:
+    cfg = settings_of("ppo").model_validate(
+        {
+            "actor": {"init": "tiny-s", "lora": {"rank": 128}},
+            "critic": {"init": "tiny-xs", "lora": {"rank": 100}},
+        }
+    )
+    with pytest.raises(ConfigError, match=r"critic\.lora\.rank=100 is more than 64"):
+        job_of(policy_workload(cfg, ("actor", "critic")), cfg)
+    sft = settings_of("sft").model_validate({"model": "tiny-xs", "lora": {"rank": 65}})
+    with pytest.raises(ConfigError, match=r"^lora\.rank=65 .* at most 64"):
+        job_of(workload(sft), sft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megarlhf.models.role import FrozenRole
 from megarlhf.models.unadapted import UnadaptedRole
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
-from megarlhf.trainers import grpo, ppo
+from megarlhf.trainers import dpo, grpo, ppo, reward, sft
 from tests.helpers.models import frozen, policy_and_judge, ragged_rollout, whole_weights
 from tests.helpers.ranks import run_ranks
 from tests.runs.test_resume import CLOCKED, ITERATIONS, ppo_settings, stopped_after
@@ -156,3 +157,30 @@ def test_a_rank_that_the_model_does_not_have_is_refused_before_it_is_built(folde
     wide = cfg.critic.model_copy(update={"lora": cfg.critic.lora.model_copy(update={"rank": 40})})  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"critic\.lora\.rank=40 .* at most 32"):
         ppo.TRAINER.prepare(cfg.model_copy(update={"critic": wide}))
+
+
+def supervised(folder: str, where: str) -> dict[str, Any]:
+    """DPO, SFT and a reward model by adapters: the first loss of DPO, and the tensors of each that PEFT would load."""
+    data = {"source": "arithmetic", "template": "plain", "arithmetic": {"rows": 16, "seed": 4}}
+    shared = {"tokenizer": "arithmetic", "micro_batch": 2, "tensorboard": False, "lora": LORA, "optim": OPTIM}
+    start_at = {**shared, "model": f"{folder}/actor"}
+    runs = {
+        "dpo": (dpo, dpo.DPOConfig, {"pairs": data, "global_batch": 8}),
+        "sft": (sft, sft.SftConfig, {"data": data, "global_batch": 8}),
+        "reward": (reward, reward.RewardConfig, {"pairs": data, "pairs_batch": 8}),
+    }
+    found, mesh = {}, start(ParallelLayout(), seed=1)
+    for name, (module, config, rest) in runs.items():
+        cfg = config.model_validate({**start_at, **rest, "run_dir": f"{where}/{name}"})
+        module.TRAINER.run(cfg, module.TRAINER.prepare(cfg), [], mesh)
+        found[name] = load_file(f"{where}/{name}/model/adapter/adapter_model.safetensors")
+    return found
+
+
+def test_supervised_trainers_learn_adapters_too(folder: str, tmp_path: Path) -> None:
+    found = run_ranks(supervised, 1, folder, str(tmp_path))[0]
+    for name, tensors in found.items():
+        heads = {"base_model.model.score.weight"} if name == "reward" else set()
+        assert len(tensors) == 4 * 7 * 2 + len(heads), name
+        assert all(bool(t.abs().max() > 0) for key, t in tensors.items() if ".lora_B." in key or key in heads), name
+    assert logged(str(tmp_path / "dpo"))[0]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-7)
