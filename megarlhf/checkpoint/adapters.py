@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megarlhf.checkpoint.hf_names import LAYER, shape_of
@@ -112,7 +112,8 @@ def write_peft(
     for (key, layer), (a, b) in beside(spec, lora).items():
         tensors |= dict(_as_peft(key.removeprefix("decoder.layers."), layer, read(a)[0], read(b)[0], spec))
     directory.mkdir()
-    save_file(tensors, directory / PEFT_WEIGHTS, metadata={"format": "pt"})
+    # Not `save_file`, whose files nobody else may read.
+    (directory / PEFT_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     modules = [_parts(f"{MODULES[target]}.weight") for target in lora.targets]
     config = {
         "peft_type": "LORA",

@@ -66,6 +66,8 @@ def learn(split: Split, language: str, scalar: str) -> dict[str, Any]:
         role = adapted_learner(directory, settings(mesh, split.micro_batch), mesh, optim)
         reference = UnadaptedRole("reference", role)
         before, at_start = frozen_bits(role), reference.score(ROWS)
+        heads = {key for key, p in named_parameters(role.chunks) if p.requires_grad and ".lora." not in key}
+        assert heads == ({"output_layer.weight"} if name == "critic" and role.model.post_process else set())
         loss = policy_loss(role, PPO) if name == "actor" else value_loss(role, PPO)
         updates = [role.update(lessons(i)[name == "critic"], loss) for i in range(STEPS)]
         assert all(update.stepped for update in updates)
