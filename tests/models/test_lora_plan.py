@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megarlhf.commands.plan import job_of, settings_of
+from megarlhf.config import load_config
 from megarlhf.errors import ConfigError
 from megarlhf.models.activations import Arithmetic
 from megarlhf.models.gpus import gpu_named
 from megarlhf.models.lora import LoraConfig, sizes
+from megarlhf.models.memory_plan import Held
 from megarlhf.models.phases import elsewhere, phases_of, role_bytes
 from megarlhf.models.spec import preset
 from megarlhf.models.step_time import model_flops, seconds_of
 from megarlhf.models.workload import Job, RoleWork, Split, Workload
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import start
+from megarlhf.trainers import ppo
 from megarlhf.trainers.grpo import GRPOConfig
 from megarlhf.trainers.policy_work import policy_workload
 from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.sft import workload
+from tests.helpers.ranks import run_ranks
+from tests.trainers.test_workload import POLICY
 
 B70, LORA = preset("llama3-70b"), LoraConfig(rank=16)
 LAYOUT = ParallelLayout(tensor=4, pipeline=4, data=2)
@@ -106,3 +113,21 @@ def test_a_rank_that_no_model_has_is_not_planned() -> None:
     sft = settings_of("sft").model_validate({"model": "tiny-xs", "lora": {"rank": 65}})
     with pytest.raises(ConfigError, match=r"^lora\.rank=65 .* at most 64"):
         job_of(workload(sft), sft)
+
+
+def built(folder: str) -> dict[str, tuple[Held, Held]]:
+    """What each role of PPO by adapters keeps on this rank, and what the plan says of it."""
+    more = ["actor.lora.rank=4", "critic.lora.rank=5", "critic.lora.targets=[qkv,fc2]", "layout.tensor=2"]
+    cfg = load_config(settings_of("ppo"), None, [f"run_dir={folder}", *POLICY, *more, "compute.dtype=float32"])
+    models = ppo.TRAINER.models(cfg, ppo.TRAINER.prepare(cfg), start(cfg.layout, seed=1))
+    work = ppo.TRAINER.workload(cfg)
+    job, roles = job_of(work, cfg), {role.name: role for role in work.roles}
+    return {role.name: (role.planned, role_bytes(job, roles[role.name], 0)) for role in models.every}
+
+
+def test_the_plan_is_of_the_roles_that_are_built(tmp_path: Path) -> None:
+    for rank in run_ranks(built, 2, str(tmp_path / "run")):
+        assert set(rank) == {"actor", "reference", "critic", "reward"}
+        assert rank["reference"][0].all == 0
+        for name, (there, planned) in rank.items():
+            assert there == planned, name
