@@ -21,6 +21,7 @@ from megarlhf.checkpoint.model_directory import Card, describe_model, save_model
 from megarlhf.data.arithmetic import words
 from megarlhf.data.tokenizer import build_tiny_tokenizer
 from megarlhf.errors import CheckpointError
+from megarlhf.models.lora import adapted
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, PositionValues
 from megarlhf.parallel.layout import ParallelLayout
@@ -57,7 +58,9 @@ def read(folder: str) -> dict[str, Tensor]:
     """What the saved models say where nothing knows of adapters."""
     mesh = start(ParallelLayout(), seed=1)
     readings = {"language": LabelLogprobs(0.7), "scalar": PositionValues()}
-    return {name: frozen(f"{folder}/{name}", reading, mesh).score(ROWS) for name, reading in readings.items()}
+    roles = {name: frozen(f"{folder}/{name}", reading, mesh) for name, reading in readings.items()}
+    assert not [each for role in roles.values() for each in adapted(role.chunks)], "the adapters are still there"
+    return {name: role.score(ROWS) for name, role in roles.items()}
 
 
 @pytest.fixture(scope="module")
