@@ -26,16 +26,17 @@ from megarlhf.errors import DONE, STOPPED, MegarlhfError, RunFinished, RunStoppe
 from megarlhf.judges.function import FunctionConfig
 from megarlhf.judges.process_model import ProcessJudgeConfig
 from megarlhf.judges.rules import RuleConfig
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import leave
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers.dpo import DPOConfig
 from megarlhf.trainers.grpo import GRPOConfig
-from megarlhf.trainers.policy_config import FrozenConfig, LearnerConfig
 from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.process_reward import ProcessRewardConfig
 from megarlhf.trainers.reward import RewardConfig
+from megarlhf.trainers.role_config import FrozenConfig, LearnerConfig
 from megarlhf.trainers.sft import SftConfig
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "LabelStepsConfig",
     "LabelledData",
     "LearnerConfig",
+    "LoraConfig",
     "MegarlhfError",
     "OptimConfig",
     "PPOConfig",

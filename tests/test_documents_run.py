@@ -23,7 +23,7 @@ from tests.helpers.documents import blocks
 from tests.helpers.models import language_model
 from tests.test_cli_runs import PPO, RANKED, REWARD, ROOT, SFT
 
-DOCUMENTS = ("README.md", "docs/algorithms.md", "docs/judges.md", "docs/install.md")
+DOCUMENTS = ("README.md", "docs/algorithms.md", "docs/judges.md", "docs/install.md", "docs/lora.md")
 FILE = re.compile(r"`(\w+\.(?:jsonl|py))`[^`]*(?:`[^`]+`[^`]*)*?\n\n```(?:json|python)\n(.*?)\n```", re.DOTALL)
 TIMEOUT_S = 250
 

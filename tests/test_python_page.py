@@ -179,6 +179,7 @@ SIGNATURES = {
         "reasoning_gym scale"
     ),
     "LearnerConfig": "init optim",
+    "LoraConfig": "rank alpha targets",
     "OptimConfig": "lr min_lr schedule warmup_steps weight_decay beta1 beta2 eps max_grad_norm distributed",
     "PPOConfig": (
         "seed layout compute micro_batch offload date timeout_s *run_dir resume save_every keep_last keep_every "

@@ -36,11 +36,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megarlhf.checkpoint.adapters import adapter_sizes, beside, merged
 from megarlhf.checkpoint.buckets import COMMON, FORMAT
 from megarlhf.checkpoint.hf_files import CODES, check_finite
 from megarlhf.checkpoint.hf_pieces import Piece, sizes_of
 from megarlhf.checkpoint.plain_metadata import PlainReader
 from megarlhf.errors import CheckpointError
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
 
@@ -74,7 +76,9 @@ def write_pieces(
     save_config(FORMAT, str(directory))
 
 
-def saved_tensors(reader: PlainReader, spec: ModelSpec, head: HeadKind) -> dict[str, TensorStorageMetadata]:
+def saved_tensors(
+    reader: PlainReader, spec: ModelSpec, head: HeadKind, lora: LoraConfig | None
+) -> dict[str, TensorStorageMetadata]:
     """What a checkpoint's metadata say of its tensors, once they are those of the model.
 
     Raises:   CheckpointError naming the tensor that is missing, surplus or of another shape or type.
@@ -89,7 +93,7 @@ def saved_tensors(reader: PlainReader, spec: ModelSpec, head: HeadKind) -> dict[
     everything: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     # A training state keeps the optimiser's beside the weights.
     tensors = {key: tensor for key, tensor in everything.items() if not key.startswith(OPTIMIZER)}
-    sizes = sizes_of(spec, head)
+    sizes = sizes_of(spec, head) | adapter_sizes(spec, lora)
     missing, extra = sorted(sizes.keys() - tensors.keys()), sorted(tensors.keys() - sizes.keys())
     if missing or extra:
         what = f"{missing[0]} is missing" if missing else f"{extra[0]!r} is not of the model that model.json describes"
@@ -113,20 +117,38 @@ class CheckpointReader:
     Raises:   CheckpointError naming the tensor or file that is missing, surplus, truncated or of another shape or type.
     """
 
-    def __init__(self, directory: Path, spec: ModelSpec, head: HeadKind, pieces: Sequence[Piece]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        spec: ModelSpec,
+        head: HeadKind,
+        pieces: Sequence[Piece],
+        lora: LoraConfig | None = None,
+    ) -> None:
         self._directory = directory
         self._reader = PlainReader(directory, AGAIN.rstrip("."))
-        self._tensors = saved_tensors(self._reader, spec, head)
+        self._tensors = saved_tensors(self._reader, spec, head, lora)
         self._reader.set_up_storage_reader(self._reader.read_metadata(), is_coordinator=True)
         self._check_files()
-        self._plans = {piece: self._plan(piece) for piece in pieces}
+        self._scale = lora.scale if lora else 0.0
+        self._beside = beside(spec, lora)
+        every = [*pieces, *(piece for both in self._beside.values() for piece in both)]
+        self._plans = {piece: self._plan(piece) for piece in every}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """The type of every tensor."""
         return {key: tensor.properties.dtype for key, tensor in self._tensors.items()}
 
     def read(self, piece: Piece) -> Tensor:
-        """The numbers of a piece, whatever boxes they were saved in."""
+        """The numbers of a piece, whatever boxes they were saved in; of a weight with an adapter, merged with it."""
+        box = self.stored(piece)
+        found = self._beside.get((piece.key, piece.offset[0]))
+        if found is None:
+            return box
+        return merged(box, piece, self.stored(found.a), self.stored(found.b), self._scale)
+
+    def stored(self, piece: Piece) -> Tensor:
+        """The numbers of a piece, or of an adapter's, as they are."""
         target = torch.empty(piece.shape, dtype=self._tensors[piece.key].properties.dtype)
         try:
             self._reader.read_data(LoadPlan(self._plans[piece]), _Into(target)).wait()

@@ -136,7 +136,7 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
 def to_hf(source: Path, target: Path, options: Options | None = None) -> Conversion:
     """Convert the model directory `source`, saved in any layout, into one that transformers' `from_pretrained` loads.
 
-    A run, or a saved state of one, is taken for its model.
+    A run, or a saved state of one, is taken for its model. Adapters become part of the weights.
 
     Raises:   as `to_megatron`.
     """
@@ -148,7 +148,8 @@ def to_hf(source: Path, target: Path, options: Options | None = None) -> Convers
     spec, head = described.spec, described.head
     groups = pieces_of(spec, head, layer_cuts=1, vocabulary_cuts=READ_CUTS)
     check_checksums(source / WEIGHTS, "save the model again")
-    reader = CheckpointReader(source / WEIGHTS, spec, head, [piece for group in groups for piece in group])
+    pieces = [piece for group in groups for piece in group]
+    reader = CheckpointReader(source / WEIGHTS, spec, head, pieces, described.lora)
     stored = reader.dtypes()
     run = _Run(
         spec,

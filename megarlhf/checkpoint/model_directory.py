@@ -2,8 +2,9 @@
 
     DIR/model.json       architecture and head
     DIR/tokenizer/       Hugging Face tokenizer
-    DIR/weights/         sharded weights, loadable in any layout, and their checksums
+    DIR/weights/         sharded weights and adapters, loadable in any layout, and their checksums
     DIR/huggingface/     of a model that comes from there: what training does not need and the way back does
+    DIR/adapter/         of a model with adapters: these once more, in PEFT's form
     DIR/checksums.json   of all but the weights, by way of theirs of these too
 
 A directory is written under a temporary name and renamed when it is whole, so a partial one never looks complete.
@@ -25,6 +26,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megarlhf.checkpoint.adapters import ADAPTER, sharded_adapters, write_peft
 from megarlhf.checkpoint.buckets import planned, write_now
 from megarlhf.checkpoint.checksums import (
     CHECKSUMS,
@@ -34,11 +36,12 @@ from megarlhf.checkpoint.checksums import (
     write_checksums,
 )
 from megarlhf.checkpoint.disk import check_room, saving
-from megarlhf.checkpoint.dist_files import saved_tensors
+from megarlhf.checkpoint.dist_files import CheckpointReader, saved_tensors
 from megarlhf.checkpoint.hf_extras import EXTRAS, end_ids, kept
 from megarlhf.checkpoint.hf_files import SafetensorsDirectory
 from megarlhf.checkpoint.hf_load import load_tensors
 from megarlhf.checkpoint.hf_names import OURS, normalisation
+from megarlhf.checkpoint.hf_pieces import pieces_of
 from megarlhf.checkpoint.nearby import MODEL, check_place
 from megarlhf.checkpoint.plain_metadata import PlainLoad, PlainReader
 from megarlhf.checkpoint.random_weights import RandomTensors
@@ -47,6 +50,7 @@ from megarlhf.data.rows import BUILT_IN, DataConfig
 from megarlhf.data.tokenizer import Template, Tokenizer
 from megarlhf.errors import CheckpointError, TrainingError, printable
 from megarlhf.models.finite import not_finite
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.readings import PositionValues, SequenceScores, StepScores
 from megarlhf.models.role import Role
 from megarlhf.models.spec import CONFIG, PRESETS, ModelSpec, RopeScaling, preset, read_config
@@ -85,6 +89,8 @@ class ModelDescription(Config):
     """Ids that end a response, whatever the tokenizer says; those of Hugging Face's configurations."""
     task: Literal["", "arithmetic"] = ""
     """The built-in task, where the model was last trained on that."""
+    lora: LoraConfig | None = None
+    """The adapters that lie beside its weights, and are part of what the model is; null where there are none."""
 
     def scores(self) -> SequenceScores:
         """How a reward model's scores are read."""
@@ -136,7 +142,12 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
     body_only = role.head != found.head
     if (Path(init) / MODEL).is_file():
         check_checksums(Path(init) / WEIGHTS, AGAIN, role.mesh)
+        merges = found.lora is not None and role.lora is None
+        if found.lora is not None and merges:
+            role.adapt(found.lora)
         load_weights(role, Path(init) / WEIGHTS, body_only=body_only)
+        if merges:
+            role.merge()
     else:
         check_hugging_face(Path(init), role.mesh)
         files = SafetensorsDirectory(Path(init), role.spec, found.head)
@@ -175,6 +186,7 @@ class Card:
             date=self.tokenizer.date,
             eos_ids=self.tokenizer.eos_ids,
             task="arithmetic" if data and data.source == BUILT_IN else "",
+            lora=role.lora,
         )
         (directory / MODEL).write_text(json.dumps(description.model_dump(mode="json"), indent=2) + "\n")
         self.tokenizer.save(directory / TOKENIZER)
@@ -202,6 +214,8 @@ def save_model(role: Role, directory: Path, card: Card) -> None:
         old = directory.with_name(directory.name + ".old")
         with saving(partial):
             card.write(role, partial)
+            if role.lora is not None:
+                _write_adapter(role, role.lora, partial, card.origin)
             write_checksums(partial)
             if directory.exists():
                 directory.rename(old)
@@ -236,6 +250,14 @@ def save_weights(role: Role, directory: Path) -> None:
         leave_checksums(directory, role.mesh.rank)
     barrier(role.mesh)
     on_main(sum_up, role.mesh)
+
+
+def _write_adapter(role: Role, lora: LoraConfig, directory: Path, base: str) -> None:
+    """Put what was saved of adapters into a folder of their own, as PEFT has them."""
+    last = pieces_of(role.spec, role.head, layer_cuts=1, vocabulary_cuts=1)[-1][-1:] if role.head == "scalar" else []
+    reader = CheckpointReader(directory / WEIGHTS, role.spec, role.head, last, lora)
+    head = reader.stored(last[0]) if last else None
+    write_peft(directory / ADAPTER, reader.stored, role.spec, lora, base, head)
 
 
 def weight_bytes(role: Role) -> int:
@@ -290,7 +312,8 @@ def _describe_saved(directory: Path) -> ModelDescription:
     check_checksums(directory, AGAIN, within=(MODEL, TOKENIZER, EXTRAS, WEIGHTS))
     check_checksums(directory / WEIGHTS, AGAIN, but=".distcp")
     found = _read_description(directory / MODEL)
-    saved_tensors(PlainReader(directory / WEIGHTS, f"the directory is damaged, {AGAIN}"), found.spec, found.head)
+    reader = PlainReader(directory / WEIGHTS, f"the directory is damaged, {AGAIN}")
+    saved_tensors(reader, found.spec, found.head, found.lora)
     return found
 
 
@@ -305,7 +328,8 @@ def _read_description(path: Path) -> ModelDescription:
         spec, scaling = said.get("spec"), None
         if isinstance(spec, dict):
             scaling = spec.get("rope_scaling")
-        for names, part in ((_required(), said), (ModelSpec.model_fields, spec), (RopeScaling.model_fields, scaling)):
+        parts = ((ModelSpec, spec), (RopeScaling, scaling), (LoraConfig, said.get("lora")))
+        for names, part in ((_required(), said), *((kind.model_fields, part) for kind, part in parts)):
             lost = [name for name in names if isinstance(part, dict) and name not in part]
             if lost:
                 raise ValueError(f"{lost[0]} is missing")
@@ -336,7 +360,8 @@ def sharded_weights(role: Role) -> dict[str, Any]:
     """Of each model chunk, what Megatron needs to save its weights or to load them in any layout."""
     metadata = {"dp_cp_group": role.mesh.groups.dp_cp}
     chunks = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(role.chunks)}
-    return {name: _tensors_only(state) for name, state in chunks.items()}
+    adapters = sharded_adapters(role)
+    return {name: _tensors_only(state) | adapters[name] for name, state in chunks.items()}
 
 
 def _tensors_only(state: dict[str, Any]) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class StateWriter:
 
 def saved_bytes(role: TrainableRole) -> int:
     """This rank's share of the numbers in a saved state of `role`: weights, and what the optimiser has for each."""
-    return memory_plan.saved_bytes(role.planned, role.settings.compute.dtype.itemsize, role.learns)
+    return memory_plan.saved_bytes(role.planned, role.learns)
 
 
 def _started(request: Any, directory: Path, rank: int) -> _Part:

@@ -52,9 +52,9 @@ from megarlhf.runtime.checks import Model, checked_model, resolve_tokenizer
 from megarlhf.runtime.outputs import check_directory, sole_writer
 from megarlhf.runtime.roles import frozen
 from megarlhf.trainers import ppo, reward, sft
-from megarlhf.trainers.policy_config import FrozenConfig, LearnerConfig
 from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.reward import RewardConfig
+from megarlhf.trainers.role_config import FrozenConfig, LearnerConfig
 from megarlhf.trainers.sft import SftConfig
 from megarlhf.trainers.trainer import Trainer
 

@@ -62,8 +62,9 @@ from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
 from megarlhf.runtime.models_named import taken, with_models
 from megarlhf.runtime.roles import learner
 from megarlhf.trainers.find import trainer_named
-from megarlhf.trainers.policy_config import LearnerConfig, PolicyConfig, PolicyInputs
+from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs
 from megarlhf.trainers.policy_loop import Cast
+from megarlhf.trainers.role_config import LearnerConfig
 from megarlhf.trainers.trainer import Trainer
 
 PolicyTrainer = Trainer[Any, PolicyInputs, Cast]
@@ -213,7 +214,7 @@ def build_probe(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Trainabl
     """A second actor, to be trained; each data rank has its whole gradient and optimiser state."""
     reading = LabelLogprobs(cfg.sampling.temperature)
     optim = cfg.actor.optim.model_copy(update={"distributed": False})
-    return learner("probe", inputs.models["actor"], reading, optim, cfg.actor_steps, cfg, mesh)
+    return learner("probe", inputs.models["actor"], reading, optim, cfg.actor_steps, cfg, mesh, cfg.actor.lora)
 
 
 def _lesson(trainer: PolicyTrainer, actor: TrainableRole, cfg: PolicyConfig) -> Lesson:

@@ -28,6 +28,7 @@ from megarlhf.models.workload import Job, RoleWork, Split, Workload
 from megarlhf.observe.files import writing
 from megarlhf.observe.terminal import Terminal
 from megarlhf.runs.settings import RunConfig
+from megarlhf.runtime.checks import check_adapters
 from megarlhf.runtime.layouts import (
     Machine,
     Option,
@@ -117,7 +118,8 @@ def main(name: str, cfg: Any, argv: Sequence[str]) -> int:
 def job_of(work: Workload, cfg: Any) -> Job:
     """What is planned: the run's own split, of models of known sizes.
 
-    Raises:   ConfigError for packed micro-batches, of which nothing counts how full they are.
+    Raises:   ConfigError for packed micro-batches, of which nothing counts how full they are, and for adapters of a
+              rank that a model has no matrix for.
     """
     if cfg.micro_batch_tokens is not None:
         raise ConfigError(
@@ -125,9 +127,12 @@ def job_of(work: Workload, cfg: Any) -> Job:
             "micro_batch of rows of the greatest length that are as many tokens."
         )
     recompute, itemsize = cfg.compute.recompute == "full", 4 if cfg.compute.dtype == "float32" else 2
+    specs = specs_of(work, cfg.shape)
+    for role in work.roles:
+        check_adapters(role.lora, specs[role.name], ".".join([*role.setting.split(".")[:-1], "lora"]))
     return Job(
         work,
-        specs_of(work, cfg.shape),
+        specs,
         Split(cfg.layout, cfg.micro_batch, recompute, cfg.offload == "host"),
         Arithmetic(itemsize, engine=cfg.compute.layers != "local", recompute=recompute),
         fp8=cfg.compute.fp8 != "off",

@@ -24,6 +24,7 @@ from megarlhf.parallel.gradients import main_grad
 from megarlhf.parallel.micro_batches import InRows, InTokens, States
 from megarlhf.parallel.pipeline import forward_only
 from megarlhf.parallel.rng import generator
+from megarlhf.rollout.shards import cut_of
 
 
 def hugging_face_gate(actor: Role, init: str) -> Gate:
@@ -144,7 +145,7 @@ class Measured:
 
     logprobs: Tensor
     gradient_norms: dict[str, float]
-    """L2 norm of each whole gradient, by the Hugging Face names of what the tensor is made of."""
+    """L2 norm of each whole gradient, by the Hugging Face names of what the tensor is made of; adapters by our own."""
 
 
 def measure(role: TrainableRole, rollout: Rollout, lesson: Lesson, *, seed: int) -> Measured:
@@ -203,8 +204,10 @@ def relative(difference: float, size: float) -> float:
 
 
 def _gradient_tensors(role: TrainableRole) -> Iterator[tuple[str, Tensor]]:
-    """This rank's fp32 gradient of every parameter, in Megatron's buffers, inside `gradients`."""
+    """This rank's fp32 gradient of every parameter that learns, in Megatron's buffers, inside `gradients`."""
     for name, parameter in named_parameters(role.chunks):
+        if not parameter.requires_grad:
+            continue  # beside adapters, which learn in its place
         gradient = main_grad(parameter)
         if gradient is None:
             raise ValueError(f"{name} of the {role.name} has no gradient; prepare the role first.")
@@ -214,10 +217,12 @@ def _gradient_tensors(role: TrainableRole) -> Iterator[tuple[str, Tensor]]:
 def _gradient_norms(role: TrainableRole) -> dict[str, float]:
     squares: dict[str, float] = {}
     for name, gradient in _gradient_tensors(role):
-        origin = source_of(name, role.spec, role.head)
         square = gradient.double().square().sum()
-        if origin.cut != "whole":
-            square = all_reduce(square, role.mesh, "tensor")
-        # Tied embeddings are on the first stage and on the last, with one gradient.
-        squares[", ".join(origin.names)] = float(square)
+        if ".lora." in name:
+            known, whole = name, cut_of(name) is None
+        else:
+            origin = source_of(name, role.spec, role.head)
+            # Tied embeddings are on the first stage and on the last, with one gradient.
+            known, whole = ", ".join(origin.names), origin.cut == "whole"
+        squares[known] = float(square if whole else all_reduce(square, role.mesh, "tensor"))
     return {name: square**0.5 for name, square in squares.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from megarlhf.models.lora import LoraConfig, sizes
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 
@@ -55,19 +56,33 @@ def end_sizes(spec: ModelSpec, head: Head, tensor: int, piece: Piece) -> list[in
     piece are one, and else a copy on either end. A scalar head is whole on each tensor rank.
     """
     vocabulary = spec.padded_vocab(tensor) // tensor * spec.hidden_size
-    sizes = [vocabulary] if piece.first else []
+    found = [vocabulary] if piece.first else []
     if piece.last:
         tied = spec.tie_embeddings and head == "language" and piece.first
-        sizes += [spec.hidden_size] + ([] if tied else [spec.hidden_size if head == "scalar" else vocabulary])
-    return sizes
+        found += [spec.hidden_size] + ([] if tied else [spec.hidden_size if head == "scalar" else vocabulary])
+    return found
+
+
+def adapter_sizes(spec: ModelSpec, layout: ParallelLayout, rank: int, lora: LoraConfig | None) -> list[int]:
+    """Numbers in each tensor of adapters on pipeline rank `rank`."""
+    layers = sum(piece.layers for piece in pieces_of(spec, layout, rank))
+    return layers * sizes(lora, spec, layout.tensor) if lora else []
+
+
+def learnt_of(spec: ModelSpec, head: Head, layout: ParallelLayout, rank: int, lora: LoraConfig | None) -> int | None:
+    """Numbers that learn on pipeline rank `rank` where adapters do, with a scalar head; None where all weights do."""
+    if lora is None:
+        return None
+    here = head == "scalar" and pieces_of(spec, layout, rank)[-1].last
+    return sum(adapter_sizes(spec, layout, rank, lora)) + (spec.hidden_size if here else 0)
 
 
 def weight_sizes(spec: ModelSpec, head: Head, layout: ParallelLayout, rank: int) -> list[int]:
-    """Numbers in each weight on pipeline rank `rank`."""
-    sizes: list[int] = []
+    """Numbers in each weight on pipeline rank `rank`; not in adapters."""
+    found: list[int] = []
     for piece in pieces_of(spec, layout, rank):
-        sizes += end_sizes(spec, head, layout.tensor, piece) + piece.layers * layer_sizes(spec, layout.tensor)
-    return sizes
+        found += end_sizes(spec, head, layout.tensor, piece) + piece.layers * layer_sizes(spec, layout.tensor)
+    return found
 
 
 def numbers_of(spec: ModelSpec, head: Head, layout: ParallelLayout, rank: int) -> int:
@@ -118,8 +133,8 @@ class Held:
         return self.weights + self.gradients + self.optimiser
 
 
-def held(numbers: int, itemsize: int, learns: Learns | None = None) -> Held:
-    """What a role of `numbers` weights on a rank keeps; `itemsize`: bytes of a weight.
+def held(numbers: int, itemsize: int, learns: Learns | None = None, learnt: int | None = None) -> Held:
+    """What a role of `numbers` weights on a rank keeps; `itemsize`: bytes of a weight; learnt: how many learn, or all.
 
     The distributed optimiser gathers masters and both moments, in fp32 and one after another, on the device of every
     copy, and all three on its host, so that a state can be read in any layout.
@@ -127,21 +142,21 @@ def held(numbers: int, itemsize: int, learns: Learns | None = None) -> Held:
     weights = itemsize * numbers
     if learns is None:
         return Held(weights)
-    shared = -(-numbers // learns.shares)
+    learnt = numbers if learnt is None else learnt
+    shared = -(-learnt // learns.shares)
     return Held(
         weights,
-        gradients=FP32 * numbers,
+        gradients=FP32 * learnt,
         masters=FP32 * shared if itemsize < FP32 else 0,
         moments=2 * FP32 * shared,
-        staged=3 * FP32 * numbers if learns.distributed else 0,
-        gathered=FP32 * (numbers + shared) if learns.distributed else 0,
+        staged=3 * FP32 * learnt if learns.distributed else 0,
+        gathered=FP32 * (learnt + shared) if learns.distributed else 0,
     )
 
 
-def saved_bytes(of: Held, itemsize: int, learns: Learns) -> int:
-    """A rank's share of the numbers in a saved state: weights, and what the optimiser has for each."""
-    masters = FP32 * of.weights // itemsize
-    return (of.weights + masters) // learns.copies + of.optimiser // (1 if learns.distributed else learns.copies)
+def saved_bytes(of: Held, learns: Learns) -> int:
+    """A rank's share of a saved state: weights, and of those that learn an fp32 copy and what the optimiser has."""
+    return (of.weights + of.gradients) // learns.copies + of.optimiser // (1 if learns.distributed else learns.copies)
 
 
 def cache_bytes_per_token(spec: ModelSpec, layers: int, tensor: int, itemsize: int) -> int:
@@ -159,6 +174,6 @@ def rows_that_fit(free: int, share: float, row_bytes: int) -> int:
     return max(0, int(share * free) // row_bytes - 1)
 
 
-def pinned_bytes(sizes: list[int]) -> int:
+def pinned_bytes(blocks: list[int]) -> int:
     """Host memory of so many blocks, as torch pins it: each in a power of two."""
-    return sum(1 << (size - 1).bit_length() for size in sizes if size)
+    return sum(1 << (size - 1).bit_length() for size in blocks if size)

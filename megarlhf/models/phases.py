@@ -10,10 +10,12 @@ from megarlhf.models.memory_plan import (
     CUDA_BLOCK_TOKENS,
     Held,
     Learns,
+    adapter_sizes,
     cache_bytes_per_token,
     cache_row_bytes,
     held,
     layer_sizes,
+    learnt_of,
     numbers_of,
     pieces_of,
     pinned_bytes,
@@ -64,8 +66,17 @@ class PhaseBytes:
 
 def role_bytes(job: Job, role: RoleWork, rank: int) -> Held:
     """What a role keeps on pipeline rank `rank`."""
-    layout, spec = job.split.layout, job.specs[role.name]
-    return held(numbers_of(spec, role.head, layout, rank), job.arithmetic.itemsize, learns_of(job, role))
+    layout, spec, lora = job.split.layout, job.specs[role.name], role.lora
+    if role.beside:
+        return Held(0)
+    numbers = numbers_of(spec, role.head, layout, rank) + sum(adapter_sizes(spec, layout, rank, lora))
+    learnt = learnt_of(spec, role.head, layout, rank, lora)
+    return held(numbers, job.arithmetic.itemsize, learns_of(job, role), learnt)
+
+
+def read_from(job: Job, role: RoleWork) -> RoleWork:
+    """The role whose weights are there while this one is read: itself, but for a reference without any."""
+    return next((each for each in job.work.roles if each.name == role.beside), role)
 
 
 def learns_of(job: Job, role: RoleWork) -> Learns | None:
@@ -112,7 +123,7 @@ def _phase(
 ) -> PhaseBytes:
     """here: which parts are on the device beside the weights. Without offloading all of every role is."""
     layout, spec, away = job.split.layout, job.specs[role.name], job.split.offload
-    roles = [role_bytes(job, each, rank) for each in ([role] if away else job.work.roles)]
+    roles = [role_bytes(job, each, rank) for each in ([read_from(job, role)] if away else job.work.roles)]
     layers = sum(piece.layers for piece in pieces_of(spec, layout, rank))
     copies = FP8_COPIES * layers * sum(layer_sizes(spec, layout.tensor)[:4]) if job.fp8 else 0
     return PhaseBytes(
@@ -189,7 +200,7 @@ def elsewhere(job: Job) -> Elsewhere:
     for role in work.roles:
         learns = learns_of(job, role)
         if learns is not None:
-            parts = (saved_bytes(role_bytes(job, role, rank), itemsize, learns) for rank in ranks)
+            parts = (saved_bytes(role_bytes(job, role, rank), learns) for rank in ranks)
             state += layout.tensor * learns.copies * sum(parts)
     return Elsewhere(
         away=max(away) if job.split.offload else 0,
@@ -203,11 +214,16 @@ def elsewhere(job: Job) -> Elsewhere:
 
 
 def _pinned(job: Job, role: RoleWork, rank: int) -> int:
-    """A learner's weights are one block, those of a role that is read one each; of state a rank has its share."""
-    layout, itemsize = job.split.layout, job.arithmetic.itemsize
-    sizes = weight_sizes(job.specs[role.name], role.head, layout, rank)
+    """Weights that learn are one block, those that are only read one each; of state a rank has its share."""
+    layout, itemsize, spec = job.split.layout, job.arithmetic.itemsize, job.specs[role.name]
+    if role.beside:
+        return 0
+    read, learnt = weight_sizes(spec, role.head, layout, rank), adapter_sizes(spec, layout, rank, role.lora)
     learns = learns_of(job, role)
     if learns is None:
-        return pinned_bytes([itemsize * size for size in sizes])
-    state = pinned_bytes([4 * size for size in sizes]) * (3 if itemsize < 4 else 2)
-    return pinned_bytes([itemsize * sum(sizes)]) + state // learns.shares
+        return pinned_bytes([itemsize * size for size in read])
+    if role.lora is None:
+        read, learnt = [], read
+    state = pinned_bytes([4 * size for size in learnt]) * (3 if itemsize < 4 else 2)
+    weights = pinned_bytes([*(itemsize * size for size in read), itemsize * sum(learnt)])
+    return weights + state // learns.shares

@@ -17,6 +17,7 @@ from torch import Tensor
 from megarlhf.batch.base import TokenRows
 from megarlhf.models.compute import Compute
 from megarlhf.models.fp8 import drop_fp8_copies, fp8_copies
+from megarlhf.models.lora import LoraConfig, attach, draw, merge
 from megarlhf.models.memory_plan import Held, Learns, held
 from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, guarded_step
 from megarlhf.models.readings import Reading
@@ -69,6 +70,7 @@ class Role:
         self.settings = settings
         self.mesh = mesh
         self.chunks = build_chunks(spec, head, settings.compute, mesh)
+        self.lora: LoraConfig | None = None
         self.version = 0
         """Counts the times that weights were loaded or moved by a step: what was made of them before is out of date."""
         self._offloaders = {part: Offloader(keep_contents=part != "gradients") for part in self.parts}
@@ -95,8 +97,20 @@ class Role:
     @property
     def planned(self) -> Held:
         """Bytes of each part on this rank, resident or not (state: once it exists)."""
-        numbers = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
-        return held(numbers, self.settings.compute.dtype.itemsize, self.learns)
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        numbers = sum(parameter.numel() for parameter in parameters)
+        learnt = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return held(numbers, self.settings.compute.dtype.itemsize, self.learns, learnt)
+
+    def adapt(self, lora: LoraConfig) -> None:
+        """Put adapters beside the model's matrices, their numbers to be loaded or drawn."""
+        attach(self.chunks, lora)
+        self.lora = lora
+
+    def merge(self) -> None:
+        """Make the adapters part of the model's own weights."""
+        merge(self.chunks)
+        self.lora = None
 
     def resident_bytes(self) -> int:
         """Bytes of this role on the device now."""
@@ -229,6 +243,18 @@ class TrainableRole(Role):
         """What this role keeps in memory."""
         return ("weights", "gradients", "optimizer")
 
+    def learn_adapters(self, lora: LoraConfig, seed: int) -> None:
+        """Have adapters learn in place of the model's own weights, which are loaded; they add nothing yet.
+
+        A scalar head learns as well. seed: the run's; a role draws numbers of its own from it.
+        """
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+            if self.head == "scalar" and chunk.post_process:
+                chunk.output_layer.requires_grad_(True)
+        self.adapt(lora)
+        draw(self.chunks, self.spec, (seed, self.name), self.mesh.tensor_rank, self.mesh.size("tensor"))
+
     def prepare(self, optim: OptimConfig, steps: int) -> None:
         """Wrap for training and build the optimiser, once the weights are loaded. `steps`: optimiser steps to come."""
         self.optim = optim
@@ -285,5 +311,6 @@ class TrainableRole(Role):
         Ranks and errors as in `update`.
         """
         check_divides(batch, self.mesh)
-        own = self._begin(batch, self.reading, passes=3)
+        # Of frozen weights backward makes no gradients; the adapters' own products are few.
+        own = self._begin(batch, self.reading, passes=3 if self.lora is None else 2)
         return forward_backward(self.wrapped, own.rows, own.at, loss, mesh=self.mesh, cut=cut, everywhere=everywhere)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from megarlhf.models.gpus import Gpu
 from megarlhf.models.memory_plan import FP32, cache_bytes_per_token, numbers_of, pieces_of
-from megarlhf.models.phases import role_bytes, rows_at_once
+from megarlhf.models.phases import read_from, role_bytes, rows_at_once
 from megarlhf.models.workload import Drawing, Job, RoleWork
 
 MATMUL = 0.62
@@ -71,11 +71,11 @@ def seconds_of(job: Job, gpu: Gpu, memory: int) -> Seconds:
 
 
 def model_flops(job: Job) -> int:
-    """Of an iteration, over all GPUs, by the convention of `observe/work.py`: backward is twice forward, and neither
-    padding nor recomputation counts."""
+    """Of an iteration, over all GPUs, by the convention of `observe/work.py`: backward is twice forward, where
+    adapters learn once, and neither padding nor recomputation counts."""
     work, total = job.work, 0
     for role in work.roles:
-        passes = role.scores + (3 * work.passes if role.learns else 0)
+        passes = role.scores + (role.passes * work.passes if role.learns else 0)
         total += passes * _rows_flops(job, role, work.rows)
     if work.drawing is not None:
         spec, prompts, rows = job.specs[work.roles[0].name], work.drawing.prompts, work.rows
@@ -154,7 +154,8 @@ def _moved(job: Job, role: RoleWork, gpu: Gpu, *, all_parts: bool) -> float:
     """Seconds to bring a role's bytes and take them away again."""
     if not job.split.offload:
         return 0.0
-    of = max((role_bytes(job, role, rank) for rank in (0, job.split.layout.pipeline - 1)), key=lambda each: each.all)
+    ends, there = (0, job.split.layout.pipeline - 1), read_from(job, role)
+    of = max((role_bytes(job, there, rank) for rank in ends), key=lambda each: each.all)
     return 2 * (of.weights + (of.optimiser if all_parts else 0)) / (LINK * gpu.pcie)
 
 
@@ -168,13 +169,14 @@ def _learning(job: Job, role: RoleWork, gpu: Gpu) -> float:
     layout, work, again = job.split.layout, job.work, job.split.recompute
     steps = work.passes * work.rows / work.step_rows
     micro_batches = work.step_rows / layout.data / job.split.micro_batch
-    stage = _stage(job, role, gpu, 4 if again else 3, 14 if again else 10)
+    stage = _stage(job, role, gpu, role.passes + again, 14 if again else 10)
     # Gradients are zeroed, masters and moments read and written.
     of = max((role_bytes(job, role, rank) for rank in (0, layout.pipeline - 1)), key=lambda each: each.all)
-    stepped = (2 * of.gradients + 2 * of.optimiser + of.weights) / (HBM * gpu.hbm)
+    updated = job.arithmetic.itemsize * of.gradients // FP32
+    stepped = (2 * of.gradients + 2 * of.optimiser + updated) / (HBM * gpu.hbm)
     others = layout.drawing.data
     share = (others - 1) / others
-    copies = share * (of.gradients + of.weights) if role.distributed else 2 * share * of.gradients
+    copies = share * (of.gradients + updated) if role.distributed else 2 * share * of.gradients
     reduced = copies / (LINK * _between_copies(job, gpu))
     return steps * (_bubbles(job, micro_batches) * stage + stepped + reduced) + _moved(job, role, gpu, all_parts=True)
 

@@ -102,6 +102,9 @@ class LlamaModel(GPTModel):
     ) -> tuple[Any, ...]:
         given: Any = {"inference_context": inference_context, "packed_seq_params": packed_seq_params}
         first, angles, *others = super()._preprocess(input_ids, position_ids, *args, **given, **rest)
+        if first is not None and self.config.recompute_granularity and torch.is_grad_enabled():
+            # Layers that are computed again have gradients only where their input does: also over a frozen embedding.
+            first = first if first.requires_grad else first.requires_grad_()
         if first is not None and isinstance(packed_seq_params, Documents):
             # Transposed, one line has strides for which torch would multiply each token by itself.
             first = first[:, 0][:, None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megarlhf.models.activations import Arithmetic, Reads, Tokens
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.memory_plan import Head
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
@@ -27,6 +28,15 @@ class RoleWork:
     scores: int = 0
     """Forward passes over an iteration's rows, before anything is learnt."""
     loss: Reads = "composed"
+    lora: LoraConfig | None = None
+    """Adapters that learn in place of its weights."""
+    beside: str = ""
+    """The role whose weights it reads, its adapters off: it has none of its own."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes' worth of products that learning from rows once takes: frozen weights get no gradient."""
+        return 3 if self.lora is None else 2
 
 
 class Drawing(NamedTuple):

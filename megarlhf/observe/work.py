@@ -18,7 +18,7 @@ WORKED = ("rollout", "score", "optimise", "train")
 
 CONVENTION = (
     "2 FLOPs a multiply-add of matrix products and causal attention (its triangle alone), backward counted as twice "
-    "forward, padding and recomputation not at all"
+    "forward (once where weights are frozen beside adapters), padding and recomputation not at all"
 )
 """What a model FLOP is, here and beside every number that is made of them."""
 

@@ -82,6 +82,8 @@ class RolloutCopy(FrozenRole):
     def __init__(self, source: Role, layout: ParallelLayout, *, keep: bool) -> None:
         mesh = source.mesh.arranged(layout)
         super().__init__("rollout copy", source.spec, source.head, source.reading, source.settings, mesh)
+        if source.lora is not None:
+            self.adapt(source.lora)
         self.refits = Refits()
         self._source = source
         self._keep = keep

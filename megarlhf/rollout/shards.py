@@ -44,9 +44,13 @@ _CUTS: dict[str, Cut | None] = {
 def cut_of(name: str) -> Cut | None:
     """How the weight `name` is split; None of one that every tensor rank has whole.
 
+    Of an adapter, .lora.b is split as the outputs of its weight are, and .lora.a as the inputs.
+
     Raises:   KeyError for a name that no language model of ours has.
     """
-    return _CUTS[re.sub(r"^decoder\.layers\.\d+\.", "", name).removesuffix(".weight")]
+    weight, dot, part = re.sub(r"^decoder\.layers\.\d+\.", "", name).removesuffix(".weight").partition(".lora.")
+    cut = _CUTS[weight]
+    return None if dot and (cut is None or cut.dim != {"a": 1, "b": 0}[part]) else cut
 
 
 class Span(NamedTuple):

@@ -10,6 +10,7 @@ from megarlhf.checkpoint.model_directory import ModelDescription, describe_model
 from megarlhf.data import arithmetic, programs
 from megarlhf.data.tokenizer import Tokenizer, build_tiny_tokenizer, load_tokenizer
 from megarlhf.errors import CheckpointError, ConfigError
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.spec import PRESETS, ModelSpec
 from megarlhf.models.transformer import HeadKind
 from megarlhf.parallel.layout import ParallelLayout
@@ -38,6 +39,12 @@ def checked_model(init: str, layout: ParallelLayout, name: str, *, needs: HeadKi
         )
     found.spec.check_layout(layout, name)
     return found
+
+
+def check_adapters(lora: LoraConfig | None, spec: ModelSpec, name: str) -> None:
+    """Raise ConfigError where there are adapters, and a matrix has a side shorter than their rank; `name`: setting."""
+    if lora is not None:
+        lora.check(spec, name)
 
 
 def check_batch(name: str, batch: int, layout: ParallelLayout, cut: Cut) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megarlhf.checkpoint.model_directory import load_model
 from megarlhf.models.compute import Choice, resolve
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import HeadReading
 from megarlhf.models.role import FrozenRole, Role, RoleSettings, TrainableRole
@@ -43,11 +44,20 @@ def frozen(name: str, model: Model, reading: HeadReading, cfg: RanksConfig, mesh
 
 
 def learner(
-    name: str, model: Model, reading: HeadReading, optim: OptimConfig, steps: int, cfg: RanksConfig, mesh: Mesh
+    name: str,
+    model: Model,
+    reading: HeadReading,
+    optim: OptimConfig,
+    steps: int,
+    cfg: RanksConfig,
+    mesh: Mesh,
+    lora: LoraConfig | None = None,
 ) -> TrainableRole:
-    """A role that is to take `steps` optimiser steps, its weights loaded. Collective."""
+    """A role that is to take `steps` optimiser steps, its weights loaded; with `lora` adapters learn. Collective."""
     role = TrainableRole(name, model.description.spec, reading.head, reading, role_settings(cfg, mesh), mesh)
     load_model(role, model.init, seed=cfg.seed)
+    if lora is not None:
+        role.learn_adapters(lora, cfg.seed)
     role.prepare(optim, steps)
     return role
 

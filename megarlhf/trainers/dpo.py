@@ -27,9 +27,11 @@ from megarlhf.data.preferences import PreferenceSet, load_preferences
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.eval.intervals import effective
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import FrozenRole, TrainableRole
+from megarlhf.models.unadapted import UnadaptedRole
 from megarlhf.models.workload import RoleWork, Workload
 from megarlhf.observe.about import About
 from megarlhf.observe.clock import Clock
@@ -45,6 +47,7 @@ from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.checks import (
     Model,
+    check_adapters,
     check_batch,
     check_budget,
     check_longest,
@@ -88,10 +91,18 @@ class DPOConfig(RunConfig):
     Source: 0 in Rafailov et al. 2023; above it conservative DPO (Mitchell 2023)."""
     optim: OptimConfig = OptimConfig(lr=5e-7)
     """Optimiser. Source of the rate and its linear decay: Zephyr (arXiv 2310.16944), Tulu 3 (arXiv 2411.15124)."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters that learn in place of the policy's own weights; a reference of the same start is then the
+    policy with its adapters off, and no second model. null: all weights learn."""
     epochs: Annotated[float, FreeToChange(said=True, ends=True)] = Field(default=1.0, gt=0)
     """Passes over the pairs. Source: 1 in Tulu 3. A run that is done goes on with more."""
     global_batch: int = Field(default=64, ge=1)
     """Pairs per optimiser step, over all data ranks; a row of micro_batch is a pair. Source: Rafailov et al. 2023."""
+
+    @property
+    def reads_policy_as_reference(self) -> bool:
+        """Whether the reference is the policy with its adapters off, and no second model is there."""
+        return self.lora is not None and self.reference in ("", self.model)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,7 @@ def prepare(cfg: DPOConfig) -> DPOInputs:
     logged, of_heldout = names_of("dpo") - measured, measured if cfg.heldout else set[str]()
     check_measuring(cfg, logged, of_heldout, "set heldout.source to pairs that are not learnt from")
     policy = Model("model", cfg.model, checked_model(cfg.model, cfg.layout, "model", needs="language"))
+    check_adapters(cfg.lora, policy.description.spec, "lora")
     reference = policy
     if cfg.reference:
         found = checked_model(cfg.reference, cfg.layout, "reference", needs="language")
@@ -229,14 +241,18 @@ def _say_start(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> About:
 def models(cfg: DPOConfig, inputs: DPOInputs, mesh: Mesh) -> DPOModels:
     """Both models, one after the other, each moved off the device before the next arrives. Collective."""
     logprobs = LabelLogprobs(1.0)
-    policy = away(learner("policy", inputs.policy, logprobs, cfg.optim, inputs.steps, cfg, mesh))
+    policy = away(learner("policy", inputs.policy, logprobs, cfg.optim, inputs.steps, cfg, mesh, cfg.lora))
+    if cfg.reads_policy_as_reference:
+        return DPOModels(policy, UnadaptedRole("reference", policy))
     return DPOModels(policy, away(frozen("reference", inputs.reference, logprobs, cfg, mesh)))
 
 
 def workload(cfg: DPOConfig) -> Workload:
     """What a step does, in numbers: the reference is read, and the policy learns."""
-    policy = RoleWork("policy", "model", cfg.model, "language", learns=True, distributed=cfg.optim.distributed)
-    reference = RoleWork("reference", "reference" if cfg.reference else "model", cfg.reference or cfg.model, "language")
+    learns, beside = cfg.optim.distributed, "policy" if cfg.reads_policy_as_reference else ""
+    policy = RoleWork("policy", "model", cfg.model, "language", learns=True, distributed=learns, lora=cfg.lora)
+    setting, init = ("reference", cfg.reference) if cfg.reference else ("model", cfg.model)
+    reference = RoleWork("reference", setting, init, "language", beside=beside)
     rows, longest = cfg.global_batch, cfg.pairs.max_tokens
     return Workload(
         (policy, replace(reference, scores=1)),

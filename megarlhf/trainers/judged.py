@@ -23,6 +23,7 @@ from megarlhf.data.preferences import LabelledData, LabelledSet, PreferenceSet, 
 from megarlhf.data.rows import DataConfig
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.errors import ConfigError
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.workload import RoleWork, Workload
 from megarlhf.observe.about import About
@@ -31,6 +32,7 @@ from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.about import about
 from megarlhf.runtime.checks import (
     Model,
+    check_adapters,
     check_batch,
     check_budget,
     check_longest,
@@ -75,6 +77,8 @@ class JudgedConfig(RunConfig):
     Source: centre is Huang et al. 2024; standardise is Ziegler et al. 2019."""
     optim: OptimConfig = OptimConfig(lr=1e-5)
     """Optimiser."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters that learn, with the scalar head, in place of the model's other weights; null: all of them."""
     epochs: Annotated[float, FreeToChange(said=True, ends=True)] = Field(default=1.0, gt=0)
     """Passes over the largest of the data sets; more tend to over-fit. Source: Huang et al. 2024 use 1.
     A run that is done goes on with more."""
@@ -109,7 +113,8 @@ class JudgedConfig(RunConfig):
 
 def judged_workload(cfg: JudgedConfig) -> Workload:
     """What a step does, in numbers: the model learns from couples of sequences, each read at a token or a few."""
-    role = RoleWork("reward", "model", cfg.model, "scalar", learns=True, distributed=cfg.optim.distributed)
+    learns = cfg.optim.distributed
+    role = RoleWork("reward", "model", cfg.model, "scalar", learns=True, distributed=learns, lora=cfg.lora)
     said, couples = cfg.couples
     longest = max(rows.max_tokens for rows, _ in cfg.learnt.values() if rows)
     return Workload((role,), longest - 1, 1, rows=couples, step_rows=couples, step_setting=said, sequences=2)
@@ -164,6 +169,7 @@ def read_inputs(cfg: JudgedConfig) -> JudgedInputs:
         if name != "pairs" and batch % 2:
             raise ConfigError(f"{name}_batch={batch} is odd; responses travel two by two, use an even number.")
     model = checked_model(cfg.model, cfg.layout, "model")
+    check_adapters(cfg.lora, model.spec, "lora")
     start_from = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")

@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from megarlhf.config import Config
 from megarlhf.config.base import FreeToChange
 from megarlhf.data.prompts import PromptSet, check_prompt_count, load_prompts
 from megarlhf.data.rows import DataConfig
@@ -24,13 +23,14 @@ from megarlhf.judges.shaping import ShapingConfig
 from megarlhf.judges.texts import TextJudgeConfig
 from megarlhf.judges.verifiers import AutoVerifier, Decider, chosen_verifier, is_told_right
 from megarlhf.models.compute import Choice
-from megarlhf.models.optim import OptimConfig
+from megarlhf.models.lora import LoraConfig
 from megarlhf.observe.metrics import GAPS, OF_STEPS, names_of
 from megarlhf.rollout.sampling import RolloutConfig, SamplingConfig, check_drawn_by, check_rolls_out
 from megarlhf.runs.measuring import check_measuring
 from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import (
     Model,
+    check_adapters,
     check_batch,
     check_budget,
     check_room,
@@ -44,25 +44,8 @@ from megarlhf.runtime.texts import chosen_data
 from megarlhf.trainers.correction import SamplerCorrectionConfig
 from megarlhf.trainers.heldout import HeldOut, held_out
 from megarlhf.trainers.kl_coefficient import KLCoefficient
+from megarlhf.trainers.role_config import FrozenConfig, LearnerConfig
 from megarlhf_kernels import Clip
-
-
-class LearnerConfig(Config):
-    """A role that learns."""
-
-    init: str = ""
-    """Where its weights start: a Hugging Face or megarlhf directory, or a preset drawn from `seed`. The actor needs
-    one; empty for a critic means that of the reward model."""
-    optim: OptimConfig = OptimConfig()
-    """Its optimiser."""
-
-
-class FrozenConfig(Config):
-    """A role that is only read."""
-
-    init: str = ""
-    """Its weights: a Hugging Face or megarlhf directory, or a preset drawn from `seed`. Empty for the reference means
-    the actor's start, for the reward model that there is none."""
 
 
 class PolicyConfig(RunConfig):
@@ -241,6 +224,17 @@ class PolicyConfig(RunConfig):
         return self.reference.init or self.actor.init
 
     @property
+    def reads_actor_as_reference(self) -> bool:
+        """Whether the reference is the actor with its adapters off, and no second model is there."""
+        return self.actor.lora is not None and self.reference_init == self.actor.init
+
+    @property
+    def adapters(self) -> dict[str, LoraConfig]:
+        """Of each role that learns by adapters, which."""
+        learners = {name: value for name, value in self if isinstance(value, LearnerConfig)}
+        return {name: value.lora for name, value in learners.items() if value.lora is not None}
+
+    @property
     def inits(self) -> dict[str, str]:
         """Where the model of each role starts."""
         judges = {name: judge.init for name, judge in self.panel.items() if isinstance(judge, ScalarModelConfig)}
@@ -386,6 +380,7 @@ def _checked(role: str, init: str, cfg: PolicyConfig) -> Model:
     setting = cfg.setting_of(role)
     needs = "language" if role in SPEAKERS else "scalar"
     found = checked_model(init, cfg.layout, setting, needs=needs)
+    check_adapters(cfg.adapters.get(role), found.spec, f"{role}.lora")
     if role == "actor":
         check_drawn_by(found.spec, cfg.layout, cfg.rollout, setting)
     return Model(setting, init, found)

@@ -24,7 +24,8 @@ from megarlhf.judges.shaping import Shaper
 from megarlhf.judges.texts import Reader
 from megarlhf.judges.verifiers import verifier_remark
 from megarlhf.models.readings import LabelLogprobs
-from megarlhf.models.role import Role, TrainableRole, Update
+from megarlhf.models.role import FrozenRole, Role, TrainableRole, Update
+from megarlhf.models.unadapted import UnadaptedRole
 from megarlhf.observe.about import About
 from megarlhf.observe.clock import Clock
 from megarlhf.observe.metrics import Metrics
@@ -138,11 +139,11 @@ def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
     """Load the models one after another, each moved off the device before the next arrives. Collective."""
     logprobs = LabelLogprobs(cfg.sampling.temperature)
     court = Court(inputs.models, Reader(inputs.prompts, inputs.tokenizer, mesh, cfg.timeout_s), cfg)
-    actor = away(learner("actor", inputs.models["actor"], logprobs, cfg.actor.optim, cfg.actor_steps, cfg, mesh))
+    start, learns = inputs.models["actor"], cfg.actor
+    actor = away(learner("actor", start, logprobs, learns.optim, cfg.actor_steps, cfg, mesh, learns.lora))
     panel = build_panel(cfg.panel, inputs.verifier, court)
     longest = inputs.prompts.longest + cfg.sampling.max_new_tokens
-    model = inputs.models.get("reference")
-    reference = None if model is None else away(frozen("reference", model, logprobs, cfg, mesh))
+    reference = build_reference(cfg, inputs, actor)
     return Cast(
         actor=actor,
         sampler=RolloutEngine.of(actor, inputs.tokenizer, longest, cfg.rollout),
@@ -157,6 +158,16 @@ def build_cast(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> Cast:
         ),
         kl=cfg.kl_coefficient,
     )
+
+
+def build_reference(cfg: PolicyConfig, inputs: PolicyInputs, actor: TrainableRole) -> FrozenRole | None:
+    """What the actor is kept near, where anything is: a model, or the actor's own weights where adapters learn."""
+    model = inputs.models.get("reference")
+    if model is None:
+        return None
+    if cfg.reads_actor_as_reference:
+        return UnadaptedRole("reference", actor)
+    return away(frozen("reference", model, LabelLogprobs(cfg.sampling.temperature), cfg, actor.mesh))
 
 
 def policy_trainer(

@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from megarlhf.errors import ConfigError
 from megarlhf.models.workload import Drawing, RoleWork, Workload
-from megarlhf.trainers.policy_config import SPEAKERS, LearnerConfig, PolicyConfig
+from megarlhf.trainers.policy_config import SPEAKERS, PolicyConfig
+from megarlhf.trainers.role_config import LearnerConfig
 
 
 def policy_workload(cfg: PolicyConfig, learners: Collection[str]) -> Workload:
@@ -33,6 +34,8 @@ def policy_workload(cfg: PolicyConfig, learners: Collection[str]) -> Workload:
             distributed=name in settings and settings[name].optim.distributed,
             scores=int(name != "actor" or cfg.old_logprobs == "trainer"),
             loss="fused" if name == "actor" and cfg.fuses_loss else "composed",
+            lora=settings[name].lora if name in settings else None,
+            beside="actor" if name == "reference" and cfg.reads_actor_as_reference else "",
         )
 
     rollout = cfg.rollout

@@ -24,7 +24,7 @@ from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Loss, LossSums, States
 from megarlhf.runtime.roles import away, learner
 from megarlhf.trainers.anchored import AnchoredConfig
-from megarlhf.trainers.policy_config import LearnerConfig, PolicyInputs
+from megarlhf.trainers.policy_config import PolicyInputs
 from megarlhf.trainers.policy_loop import Cast, Iteration, Turn, build_cast, old_logprobs, optimise, policy_trainer
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.policy_metrics import (
@@ -37,6 +37,7 @@ from megarlhf.trainers.policy_metrics import (
     step_metrics,
     value_metrics,
 )
+from megarlhf.trainers.role_config import LearnerConfig
 from megarlhf.trainers.trainer import Learner
 from megarlhf_kernels.rewards_gae import Discount, Shaping
 
@@ -225,7 +226,8 @@ def models(cfg: PPOConfig, inputs: PolicyInputs, mesh: Mesh) -> PPOCast:
     """Load all four, one after another, each moved off the device before the next arrives. Collective."""
     others = build_cast(cfg, inputs, mesh)
     values = inputs.models["critic"].description.values()
-    critic = away(learner("critic", inputs.models["critic"], values, cfg.critic.optim, cfg.critic_steps, cfg, mesh))
+    start, learns = inputs.models["critic"], cfg.critic
+    critic = away(learner("critic", start, values, learns.optim, cfg.critic_steps, cfg, mesh, learns.lora))
     return PPOCast(**vars(others), critic=critic)  # reference among them: PPOConfig needs one
 
 

@@ -193,7 +193,7 @@ def train(cfg: ProcessRewardConfig, inputs: JudgedInputs, pupil: Pupil, argv: Se
 def models(cfg: ProcessRewardConfig, inputs: JudgedInputs, mesh: Mesh) -> Pupil:
     """The model, ready to learn. Collective."""
     body = Model("model", cfg.model, inputs.model)
-    return Pupil(learner("reward", body, StepScores(), cfg.optim, inputs.steps, cfg, mesh))
+    return Pupil(learner("reward", body, StepScores(), cfg.optim, inputs.steps, cfg, mesh, cfg.lora))
 
 
 def _summary(cfg: ProcessRewardConfig, metrics: Metrics) -> list[str]:

@@ -99,7 +99,7 @@ def train(cfg: RewardConfig, inputs: JudgedInputs, pupil: Pupil, argv: Sequence[
 def models(cfg: RewardConfig, inputs: JudgedInputs, mesh: Mesh) -> Pupil:
     """The model, ready to learn. Collective."""
     body = Model("model", cfg.model, inputs.model)
-    return Pupil(learner("reward", body, SequenceScores(), cfg.optim, inputs.steps, cfg, mesh))
+    return Pupil(learner("reward", body, SequenceScores(), cfg.optim, inputs.steps, cfg, mesh, cfg.lora))
 
 
 def _summary(cfg: RewardConfig, metrics: Metrics) -> list[str]:

@@ -18,6 +18,7 @@ from megarlhf.data.loader import Loader
 from megarlhf.data.sft import SftData, SftSet, load_sft
 from megarlhf.data.tokenizer import Tokenizer
 from megarlhf.eval.intervals import ratio_error
+from megarlhf.models.lora import LoraConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import Role, TrainableRole
@@ -35,6 +36,7 @@ from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.about import about, leave_about
 from megarlhf.runtime.checks import (
     Model,
+    check_adapters,
     check_batch,
     check_budget,
     check_longest,
@@ -71,6 +73,8 @@ class SftConfig(RunConfig):
     """Demonstrations to measure sft/heldout_loss on, as eval_every says."""
     optim: OptimConfig = OptimConfig(lr=1e-5, schedule="cosine")
     """Optimiser. Source of the rate: Llama 3's SFT."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters that learn in place of the model's own weights, which stay as they are; null: all of them."""
     epochs: Annotated[float, FreeToChange(said=True, ends=True)] = Field(default=1.0, gt=0)
     """Passes over the data. A run that is done goes on with more."""
     global_batch: int = Field(default=64, ge=1)
@@ -103,6 +107,7 @@ def prepare(cfg: SftConfig) -> SftInputs:
     logged, measured = names_of("sft") - MEASURED, MEASURED if cfg.heldout else set[str]()
     check_measuring(cfg, logged, measured, "set heldout.source to demonstrations that are not learnt from")
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
+    check_adapters(cfg.lora, model.spec, "lora")
     start_from = Model("model", cfg.model, model)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
@@ -188,12 +193,13 @@ def _say_start(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> About:
 def models(cfg: SftConfig, inputs: SftInputs, mesh: Mesh) -> Pupil:
     """The model, ready to learn. Collective."""
     start_from = Model("model", cfg.model, inputs.model)
-    return Pupil(learner("model", start_from, LabelLogprobs(1.0), cfg.optim, inputs.steps, cfg, mesh))
+    return Pupil(learner("model", start_from, LabelLogprobs(1.0), cfg.optim, inputs.steps, cfg, mesh, cfg.lora))
 
 
 def workload(cfg: SftConfig) -> Workload:
     """What a step does, in numbers."""
-    role = RoleWork("model", "model", cfg.model, "language", learns=True, distributed=cfg.optim.distributed)
+    learns = cfg.optim.distributed
+    role = RoleWork("model", "model", cfg.model, "language", learns=True, distributed=learns, lora=cfg.lora)
     rows, longest = cfg.global_batch, cfg.data.max_tokens
     return Workload((role,), 0, longest, rows=rows, step_rows=rows, step_setting="global_batch")
 

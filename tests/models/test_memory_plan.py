@@ -100,7 +100,7 @@ def test_precision_and_sharing() -> None:
 def test_a_saved_state_is_eighteen_bytes_a_weight_of_bf16() -> None:
     # bf16 weights, their fp32 twins, and the optimiser's three of fp32: 2 + 4 + 12.
     learns = Learns(distributed=True, copies=4)
-    assert 4 * saved_bytes(held(1000, 2, learns), 2, learns) == 18_000
+    assert 4 * saved_bytes(held(1000, 2, learns), learns) == 18_000
 
 
 def test_the_cache_of_a_row() -> None:
