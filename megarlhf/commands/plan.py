@@ -124,7 +124,7 @@ def job_of(work: Workload, cfg: Any) -> Job:
             f"micro_batch_tokens={cfg.micro_batch_tokens} cannot be planned; plan with micro_batch_tokens=null and the "
             "micro_batch of rows of the greatest length that are as many tokens."
         )
-    recompute, itemsize = cfg.compute.recompute == "full", 4 if cfg.compute.dtype == "float32" else 2
+    recompute, itemsize = cfg.compute.recompute, 4 if cfg.compute.dtype == "float32" else 2
     return Job(
         work,
         specs_of(work, cfg.shape),
@@ -183,7 +183,7 @@ def run_file(cfg: Any, argv: Sequence[str], best: Option) -> str:
     settings = {key: value for key, value in given(path, overrides).items() if key not in OWN}
     split = best.split
     layout = {key: value for key, value in split.layout if value != type(split.layout).model_fields[key].default}
-    compute = {**settings.pop("compute", {}), "recompute": "full" if split.recompute else "none"}
+    compute = {**settings.pop("compute", {}), "recompute": split.recompute}
     settings |= {
         "layout": layout,
         "compute": compute,

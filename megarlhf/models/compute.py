@@ -11,6 +11,7 @@ import torch
 
 from megarlhf.config import Config
 from megarlhf.errors import ConfigError
+from megarlhf.models.recompute import Recompute
 from megarlhf.parallel.cpu import OLDEST_FLASH_ATTENTION, has_flash_attention
 from megarlhf_kernels.dispatch import OVERRIDE, missing, use_triton
 
@@ -29,8 +30,11 @@ class ComputeConfig(Config):
     fp8: Literal["off", "hybrid", "e4m3"] = "off"
     """Transformer Engine FP8 format of the matrix multiplications, one scale a tensor; needs transformer_engine layers
     and a GPU of compute capability 8.9 (an H100 has 9.0)."""
-    recompute: Literal["none", "full"] = "none"
-    """`full` keeps one activation a layer and recomputes the rest in backward: less memory, a third more work."""
+    recompute: Recompute = "none"
+    """What backward computes again instead of having it kept; changes no result. `selective`: every layer's MLP, two
+    thirds of what a layer keeps, for a quarter more work, less the longer rows are. `full`: all of every layer but its
+    input, a third more work. A number: the same of so many layers of each pipeline stage, or chunk of one. Source:
+    Korthikanti et al. 2022; Megatron-Core's recompute_granularity, with modules=[mlp], method=block."""
     cuda_graphs: bool = False
     """Capture the decode steps of rollouts, and nothing else, as CUDA graphs; needs a GPU."""
 
@@ -51,7 +55,7 @@ class Compute:
     dtype: torch.dtype
     transformer_engine: bool
     fp8: Literal["hybrid", "e4m3"] | None
-    recompute: bool
+    recompute: Recompute
     cuda_graphs: bool
     choices: tuple[Choice, ...]
 
@@ -84,7 +88,7 @@ def resolve(config: ComputeConfig, device: torch.device) -> Compute:
         dtype=dtype,
         transformer_engine=use_engine,
         fp8=None if config.fp8 == "off" else config.fp8,
-        recompute=config.recompute == "full",
+        recompute=config.recompute,
         cuda_graphs=config.cuda_graphs,
         choices=_choices(config, device, use_engine, dtype),
     )

@@ -31,6 +31,7 @@ from megarlhf.models.compute import Compute
 from megarlhf.models.heads import ScalarHead
 from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megarlhf.models.mlp import SwiGLU
+from megarlhf.models.recompute import megatron_recompute
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.gradients import main_grad
 from megarlhf.parallel.mesh import Mesh
@@ -52,6 +53,10 @@ class RMSNorm(torch.nn.RMSNorm):
 class LocalLayer(TransformerLayer):
     """Megatron's layer, which at the top of the model leaves out the MLP of hidden states that nobody reads."""
 
+    unread: Tensor | None = None
+    """The padding mask of the forward that runs, which Megatron's block hands to no layer beside those that backward
+    computes again."""
+
     def _forward_mlp(
         self,
         hidden_states: Tensor,
@@ -64,6 +69,7 @@ class LocalLayer(TransformerLayer):
         would have to be waited for before anybody knew how many there are.
         """
         on_top = self.layer_number == self.config.num_layers
+        padding_mask = self.unread if padding_mask is None else padding_mask
         if padding_mask is None or not on_top or self.config.sequence_parallel or not hidden_states.is_cpu:
             return super()._forward_mlp(hidden_states, inference_context)
         rows = hidden_states.flatten(0, 1)
@@ -89,6 +95,9 @@ class LlamaModel(GPTModel):
 
     def _preprocess(self, *args: Any, packed_seq_params: PackedSeqParams | None = None, **rest: Any) -> tuple[Any, ...]:
         packed: Any = packed_seq_params
+        top: Any = self.decoder.layers[-1]
+        if isinstance(top, LocalLayer):
+            top.unread = rest.get("padding_mask")
         first, angles, *others = super()._preprocess(*args, packed_seq_params=packed, **rest)
         if first is not None and isinstance(packed_seq_params, Documents):
             # Transposed, one line has strides for which torch would multiply each token by itself.
@@ -217,9 +226,7 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        recompute_granularity="full" if compute.recompute else None,
-        recompute_method="uniform" if compute.recompute else None,
-        recompute_num_layers=1 if compute.recompute else None,
+        **megatron_recompute(compute.recompute),
         cuda_graph_impl="none",  # decode steps are captured; see `rollout/graphs.py`
         cuda_graph_scope=[],
         account_for_embedding_in_pipeline_split=spec.counts_ends(layout.stages),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from megarlhf.models.activations import Arithmetic, Reads, Tokens
 from megarlhf.models.memory_plan import Head
+from megarlhf.models.recompute import Recompute
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 
@@ -83,7 +84,7 @@ class Split:
 
     layout: ParallelLayout
     micro_batch: int
-    recompute: bool
+    recompute: Recompute
     offload: bool
     """A model's bytes wait on the host while another works."""
 

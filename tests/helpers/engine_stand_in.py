@@ -305,10 +305,16 @@ def multi_tensor_scale(_chunk: int, _flag: Tensor, tensors: list[list[Tensor]], 
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **rest: Any) -> Any:
-    """Activations are computed again in backward."""
+    """Activations are computed again in backward, in FP8 where they were so at first, as Transformer Engine does it."""
     from torch.utils.checkpoint import checkpoint as recomputed
 
-    return recomputed(function, *args, use_reentrant=True)
+    enabled = State.enabled
+
+    def as_at_first(*given: Any) -> Any:
+        with fp8_autocast(enabled):
+            return function(*given)
+
+    return recomputed(as_at_first, *args, use_reentrant=True)
 
 
 class Unused(torch.nn.Module):
