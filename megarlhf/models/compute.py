@@ -35,6 +35,12 @@ class ComputeConfig(Config):
     thirds of what a layer keeps, for a quarter more work, less the longer rows are. `full`: all of every layer but its
     input, a third more work. A number: the same of so many layers of each pipeline stage, or chunk of one. Source:
     Korthikanti et al. 2022; Megatron-Core's recompute_granularity, with modules=[mlp], method=block."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the data ranks bucket by bucket, while backward makes the others; changes no result but the
+    order of sums. Takes a gradient of the vocabulary projection more. Source: Megatron-Core's argument of that name."""
+    overlap_param_gather: bool = False
+    """Gather a step's new weights bucket by bucket, while the next step's forward uses the others. Needs
+    overlap_grad_reduce and distributed optimisers. Source: Megatron-Core's argument of that name."""
     cuda_graphs: bool = False
     """Capture the decode steps of rollouts, and nothing else, as CUDA graphs; needs a GPU."""
 
@@ -56,6 +62,8 @@ class Compute:
     transformer_engine: bool
     fp8: Literal["hybrid", "e4m3"] | None
     recompute: Recompute
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
     cuda_graphs: bool
     choices: tuple[Choice, ...]
 
@@ -89,6 +97,8 @@ def resolve(config: ComputeConfig, device: torch.device) -> Compute:
         transformer_engine=use_engine,
         fp8=None if config.fp8 == "off" else config.fp8,
         recompute=config.recompute,
+        overlap_grad_reduce=config.overlap_grad_reduce,
+        overlap_param_gather=config.overlap_param_gather,
         cuda_graphs=config.cuda_graphs,
         choices=_choices(config, device, use_engine, dtype),
     )

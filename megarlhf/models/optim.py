@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -15,6 +16,7 @@ from pydantic import Field
 from megarlhf.config import Config
 from megarlhf.config.base import FreeToChange
 from megarlhf.errors import ConfigError
+from megarlhf.models.compute import Compute
 from megarlhf.parallel.mesh import Mesh
 
 
@@ -51,6 +53,16 @@ class OptimConfig(Config):
             )
         if self.min_lr > self.lr:
             raise ConfigError(f"{name}.min_lr={self.min_lr} exceeds {name}.lr={self.lr}; lower {name}.min_lr.")
+
+
+def ddp_config(config: OptimConfig, compute: Compute) -> DistributedDataParallelConfig:
+    """How gradients and weights travel between data ranks: in buckets of Megatron's size where something overlaps."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=compute.overlap_grad_reduce,
+        overlap_param_gather=compute.overlap_param_gather,
+    )
 
 
 def build_optimizer(config: OptimConfig, chunks: Sequence[Any], dtype: torch.dtype, mesh: Mesh) -> MegatronOptimizer:

@@ -33,7 +33,7 @@ from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLi
 from megarlhf.models.mlp import SwiGLU
 from megarlhf.models.recompute import megatron_recompute
 from megarlhf.models.spec import ModelSpec
-from megarlhf.parallel.gradients import main_grad
+from megarlhf.parallel.gradients import main_grad, said
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Documents
 from megarlhf_kernels import PolicyTerms, Projected, Shard, linear_kl, linear_logprob, linear_ppo
@@ -89,6 +89,8 @@ class LlamaModel(GPTModel):
         super().__init__(**megatron)
         self.spec = spec
         self.head = head
+        self.says_gradients = False
+        """Autograd is told of gradients that go to Megatron's buffer beside it."""
         self.rotary_pos_emb.inv_freq = rope_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
         if head == "scalar" and self.post_process:
             self.output_layer = ScalarHead(self.config)
@@ -129,7 +131,7 @@ class LlamaModel(GPTModel):
         """
         return linear_logprob(
             hidden,
-            self.vocab_weight,
+            self._projection,
             labels,
             temperature=temperature,
             with_entropy=with_entropy,
@@ -144,7 +146,7 @@ class LlamaModel(GPTModel):
         """
         loss, metrics, *_ = linear_ppo(
             hidden,
-            self.vocab_weight,
+            self._projection,
             labels,
             terms,
             weight_grad=self._vocab_weight_grad,
@@ -170,6 +172,15 @@ class LlamaModel(GPTModel):
         """This tensor rank's rows of the vocabulary projection, [V_local, H]; the embedding itself where tied."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Of the head, whichever it is."""
+        return self.vocab_weight if self.head == "language" else self.output_layer.weight
+
+    @property
+    def _projection(self) -> Tensor:
+        return said(self.vocab_weight) if self.says_gradients else self.vocab_weight
 
     @property
     def _vocab_weight_grad(self) -> Tensor | None:

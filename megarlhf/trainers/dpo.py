@@ -54,6 +54,7 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.learning import check_learner
 from megarlhf.runtime.roles import away, frozen, learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_apart, chosen_data, chosen_heldout
@@ -135,6 +136,7 @@ def prepare(cfg: DPOConfig) -> DPOInputs:
     logged, of_heldout = names_of("dpo") - measured, measured if cfg.heldout else set[str]()
     check_measuring(cfg, logged, of_heldout, "set heldout.source to pairs that are not learnt from")
     policy = Model("model", cfg.model, checked_model(cfg.model, cfg.layout, "model", needs="language"))
+    check_learner(policy, cfg.optim, "optim", cfg)
     reference = policy
     if cfg.reference:
         found = checked_model(cfg.reference, cfg.layout, "reference", needs="language")
