@@ -130,7 +130,7 @@ def job_of(work: Workload, cfg: Any) -> Job:
         specs_of(work, cfg.shape),
         Split(cfg.layout, cfg.micro_batch, recompute, cfg.offload == "host"),
         Arithmetic(itemsize, engine=cfg.compute.layers != "local", recompute=recompute),
-        fp8=cfg.compute.fp8 != "off",
+        fp8_multiple=cfg.compute.fp8_multiple,
     )
 
 

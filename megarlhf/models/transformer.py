@@ -219,8 +219,7 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         params_dtype=compute.dtype,
         bf16=compute.dtype == torch.bfloat16,
         fp8=compute.fp8,
-        # Scales of the numbers at hand: delayed ones are state, which sampling, scoring and a resume would not share.
-        fp8_recipe="tensorwise",
+        fp8_recipe=compute.fp8_recipe,
         # Micro-batches are trimmed to their longest row, so stages tell each other the shape; `parallel/pipeline.py`
         # says why interleaved ones do not. Batched messages would mix up forward and backward between two stages.
         variable_seq_lengths=layout.pipeline > 1 and layout.virtual_pipeline == 1,
@@ -292,8 +291,7 @@ def build_chunks(spec: ModelSpec, head: HeadKind, compute: Compute, mesh: Mesh) 
     Ranks:    every rank of the mesh calls it. Raises LayoutError when the layout does not divide the spec.
     """
     spec.check_layout(mesh.layout)
-    if compute.fp8 is not None:
-        spec.check_fp8(mesh.layout)
+    spec.check_fp8(mesh.layout, compute.fp8_multiple)
     config = transformer_config(spec, compute, mesh)
     layer, norm = layer_spec(compute.transformer_engine)
     chunks = mesh.layout.virtual_pipeline

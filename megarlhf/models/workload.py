@@ -98,7 +98,13 @@ class Job:
     """Of each role."""
     split: Split
     arithmetic: Arithmetic
-    fp8: bool = False
+    fp8_multiple: int = 1
+    """Of sides of products in FP8; 1 without."""
+
+    @property
+    def fp8(self) -> bool:
+        """Whether layers multiply in FP8."""
+        return self.fp8_multiple > 1
 
     def splitting(self, split: Split) -> Job:
         """The same, split otherwise."""

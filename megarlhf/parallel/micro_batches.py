@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megarlhf.batch.base import RowsT, TokenRows
-from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
+from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.packing import Index, first_fit, in_multiples
 
 RowsT_contra = TypeVar("RowsT_contra", bound=TokenRows, contravariant=True)
@@ -174,7 +174,8 @@ class Shapes(NamedTuple):
 
     cut: Cut
     layout: ParallelLayout
-    fp8: bool
+    fp8_multiple: int
+    """Of `layout.fp8_multiple`."""
     device: torch.device
 
     @property
@@ -236,7 +237,7 @@ def _padded(batch: RowsT, reads: NDArray[np.bool_], chosen: Index, end: int, sha
     read = reads[sequences, :end]
     where = read.nonzero()
     row, position = (_placed(numbers, shapes) for numbers in where)
-    missing = -end % sequence_multiple(len(sequences), shapes.layout, fp8=shapes.fp8)
+    missing = -end % sequence_multiple(len(sequences), shapes.layout, shapes.fp8_multiple)
     return MicroBatch(
         rows=rows,
         inputs=torch.nn.functional.pad(rows.tokens[:, :end], (0, missing)),
@@ -259,7 +260,7 @@ def _packs(
         packs += packs[-1:] * (-len(packs) % shapes.layout.pipeline)
     elif shapes.interleaved:
         packs = in_multiples(packs, shapes.layout.pipeline)
-    multiple = sequence_multiple(1, shapes.layout, fp8=shapes.fp8)
+    multiple = sequence_multiple(1, shapes.layout, shapes.fp8_multiple)
     sizes = [-(-int(ends[rows].sum()) // multiple) * multiple for rows in packs]
     if shapes.interleaved:
         sizes = [max(sizes)] * len(sizes)
@@ -316,8 +317,8 @@ def _tensor(numbers: NDArray[Any]) -> Tensor:
     return torch.from_numpy(numbers)  # pyright: ignore[reportUnknownMemberType]
 
 
-def sequence_multiple(rows: int, layout: ParallelLayout, *, fp8: bool) -> int:
+def sequence_multiple(rows: int, layout: ParallelLayout, fp8_multiple: int) -> int:
     """Of what the padded length of `rows` rows must be a multiple: tensor ranks hold equal slices of the sequence under
     sequence parallelism, and what a rank holds, b x s positions, goes into FP8 products."""
     slices = layout.tensor if layout.sequence_parallel else 1
-    return slices * (FP8_MULTIPLE // math.gcd(FP8_MULTIPLE, rows) if fp8 else 1)
+    return slices * (fp8_multiple // math.gcd(fp8_multiple, rows))

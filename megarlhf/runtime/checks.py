@@ -76,7 +76,7 @@ def check_budget(what: str, tokens: int, cfg: RanksConfig) -> None:
     budget, layout, fp8 = cfg.micro_batch_tokens, cfg.layout, cfg.compute.fp8 != "off"
     if budget is None:
         return
-    multiple = sequence_multiple(1, layout, fp8=fp8)
+    multiple = sequence_multiple(1, layout, cfg.compute.fp8_multiple)
     if budget % multiple:
         parts = [f"layout.tensor={layout.tensor} with layout.sequence_parallel"] if layout.sequence_parallel else []
         why = " and ".join([*parts, *([f"compute.fp8={cfg.compute.fp8}"] if fp8 else [])])

@@ -86,8 +86,7 @@ def check_split(job: Job) -> None:
     for role in work.roles:
         spec = job.specs[role.name]
         spec.check_layout(split.layout, role.setting)
-        if job.fp8:
-            spec.check_fp8(split.layout)
+        spec.check_fp8(split.layout, job.fp8_multiple)
         if role.learns:
             check_recompute(split.recompute, spec, split.layout, role.setting)
     check_batch(work.step_setting, work.step_rows, split.layout, InRows(split.micro_batch))

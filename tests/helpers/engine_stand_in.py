@@ -330,6 +330,7 @@ def install() -> None:
         Recipe=Recipe,
         DelayedScaling=DelayedScaling,
         Float8CurrentScaling=type("Float8CurrentScaling", (Recipe,), {}),
+        Float8BlockScaling=type("Float8BlockScaling", (Recipe,), {}),
     )
     common = _module("transformer_engine.common", recipe=recipe)
     fp8 = _module("transformer_engine.pytorch.fp8", FP8GlobalStateManager=State, fp8_autocast=fp8_autocast)

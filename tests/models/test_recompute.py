@@ -94,7 +94,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 CASES_OF_GRADIENTS = [
     *[(layout, InRows(2), False, None) for layout in LAYOUTS],
     (ParallelLayout(), InTokens(64), False, None),
-    (ParallelLayout(), InRows(2), True, None),
     (ParallelLayout(pipeline=2), InRows(2), True, "hybrid"),
 ]
 
