@@ -19,6 +19,7 @@ from megarlhf_kernels.dispatch import OVERRIDE, missing, use_triton
 
 FP8_CAPABILITY = {"current": (8, 9), "blockwise": (9, 0)}
 """Of the GPU, by recipe. Source: Transformer Engine."""
+APEX_KERNEL = "fused_weight_gradient_mlp_cuda"
 MEGATRON_RECIPES: dict[str, Literal["tensorwise", "blockwise"]] = {"current": "tensorwise", "blockwise": "blockwise"}
 ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 """By these Transformer Engine chooses its attention; Megatron-Core sets all to 1 for its layers, to 0 for others."""
@@ -47,7 +48,7 @@ class ComputeConfig(Config):
     clip_range lets a ratio move."""
     recompute: Recompute = "none"
     """What backward computes again instead of having it kept; changes no result. `selective`: every layer's MLP, two
-    thirds of what a layer keeps, for a quarter more work, less the longer rows are. `full`: all of every layer but its
+    thirds of what a layer keeps, for a quarter more work, and less the longer rows are. `full`: all of every layer but its
     input, a third more work. A number: the same of so many layers of each pipeline stage, or chunk of one. Source:
     Korthikanti et al. 2022; Megatron-Core's recompute_granularity, with modules=[mlp], method=block."""
     overlap_grad_reduce: bool = False
@@ -56,6 +57,12 @@ class ComputeConfig(Config):
     overlap_param_gather: bool = False
     """Gather a step's new weights bucket by bucket, while the next step's forward uses the others. Needs
     overlap_grad_reduce and distributed optimisers. Source: Megatron-Core's argument of that name."""
+    tp_comm_overlap: bool = False
+    """Refused: Transformer Engine's user buffers, over which tensor ranks would exchange while they multiply, have one
+    size, and micro-batches are as long as their rows. Source: Megatron-Core's argument of that name."""
+    gradient_accumulation_fusion: bool = False
+    """Add a weight's gradient to its fp32 buffer in the product that makes it. Needs Transformer Engine's layers, or
+    Apex with fused_weight_gradient_mlp_cuda. Source: Megatron-Core's argument of that name."""
     cuda_graphs: bool = False
     """Capture the decode steps of rollouts, and nothing else, as CUDA graphs; needs a GPU."""
 
@@ -86,6 +93,7 @@ class Compute:
     recompute: Recompute
     overlap_grad_reduce: bool
     overlap_param_gather: bool
+    gradient_accumulation_fusion: bool
     cuda_graphs: bool
     choices: tuple[Choice, ...]
 
@@ -109,6 +117,7 @@ def resolve(config: ComputeConfig, device: torch.device) -> Compute:
         )
     use_engine = engine and config.layers != "local"
     _check_fp8(config, device, use_engine)
+    _check_fusions(config, device, use_engine)
     _check_attention_variables("1" if use_engine else "0")
     if config.cuda_graphs and not gpu:
         raise ConfigError("compute.cuda_graphs=true needs a GPU; set compute.cuda_graphs=false.")
@@ -121,9 +130,26 @@ def resolve(config: ComputeConfig, device: torch.device) -> Compute:
         recompute=config.recompute,
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
         cuda_graphs=config.cuda_graphs,
         choices=_choices(config, device, use_engine, dtype),
     )
+
+
+def _check_fusions(config: ComputeConfig, device: torch.device, engine: bool) -> None:
+    """Raise ConfigError where what would be done in one has nothing to do it."""
+    if config.tp_comm_overlap:
+        raise ConfigError(
+            "compute.tp_comm_overlap=true exchanges over Transformer Engine's user buffers, which have one size, while "
+            "micro-batches are as long as their longest row, and rollouts and scoring use the same layers; set "
+            "compute.tp_comm_overlap=false."
+        )
+    apex = device.type == "cuda" and importlib.util.find_spec(APEX_KERNEL) is not None
+    if config.gradient_accumulation_fusion and not engine and not apex:
+        raise ConfigError(
+            "compute.gradient_accumulation_fusion=true needs a GPU, and Transformer Engine layers or NVIDIA Apex with "
+            f"{APEX_KERNEL}, but there are neither; set compute.gradient_accumulation_fusion=false."
+        )
 
 
 def _check_fp8(config: ComputeConfig, device: torch.device, engine: bool) -> None:

@@ -245,7 +245,7 @@ class TrainableRole(Role):
             config.no_sync_func = alone if len(alone) > 1 else alone[0]
         self._gather()
         config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.mesh.groups)
-        self.optimizer = build_optimizer(optim, self.wrapped, self.settings.compute.dtype, self.mesh)
+        self.optimizer = build_optimizer(optim, self.wrapped, self.settings.compute, self.mesh)
         self.schedule = build_schedule(optim, self.optimizer, steps)
 
     @property
@@ -261,7 +261,9 @@ class TrainableRole(Role):
             return [buffer for wrapped in self.wrapped for buffer in gradient_buffers(wrapped)]
         state = [value for _, values in self.optimizer.state.items() for value in values.values()]
         masters = self.optimizer.get_parameters()
-        return [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]
+        here = self.mesh.device.type  # the hybrid optimiser has some on the host
+        every = [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]
+        return [tensor for tensor in every if tensor.device.type == here]
 
     @contextmanager
     def resident(self, *parts: Part) -> Iterator[None]:

@@ -230,7 +230,7 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
         attention_backend=AttnBackend.auto if compute.transformer_engine else AttnBackend.local,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=compute.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         use_te_activation_func=not compute.transformer_engine,  # the layer's own module, whoever wrote it
         bias_activation_fusion=False,
