@@ -48,8 +48,8 @@ class ComputeConfig(Config):
     clip_range lets a ratio move."""
     recompute: Recompute = "none"
     """What backward computes again instead of having it kept; changes no result. `selective`: every layer's MLP, two
-    thirds of what a layer keeps, for a quarter more work, and less the longer rows are. `full`: all of every layer but its
-    input, a third more work. A number: the same of so many layers of each pipeline stage, or chunk of one. Source:
+    thirds of what a layer keeps, for a quarter more work, and less the longer rows are. `full`: all of every layer but
+    its input, a third more work. A number: the same of so many layers of each pipeline stage, or chunk of one. Source:
     Korthikanti et al. 2022; Megatron-Core's recompute_granularity, with modules=[mlp], method=block."""
     overlap_grad_reduce: bool = False
     """Sum gradients over the data ranks bucket by bucket, while backward makes the others; changes no result but the
