@@ -21,6 +21,7 @@ from typing import Annotated, Any, Protocol
 
 import pydantic
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -217,6 +218,12 @@ def _initialise(role: TrainableRole) -> None:
 
     Torch's AdamW counts steps there; FusedAdam of Transformer Engine and Apex counts in its groups, and only there.
     """
+    chained: Any = role.optimizer
+    if role.optim.precision_aware:  # its FusedAdam has masters and formats of its own
+        for sharded in chained.chained_optimizers:
+            if not sharded.optimizer.state:
+                sharded.init_state_fn(sharded.optimizer, sharded.config)
+        return
     for optimizer in torch_optimizers(role.optimizer):
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             state = optimizer.state[parameter]
@@ -224,6 +231,9 @@ def _initialise(role: TrainableRole) -> None:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 if isinstance(optimizer, torch.optim.AdamW):
                     state["step"] = torch.zeros((), device=parameter.device)
+    for sharded in chained.chained_optimizers:
+        if isinstance(sharded.optimizer, HybridDeviceOptimizer):
+            sharded.optimizer._sync_sub_optimizers_state_to_hdo()
 
 
 def _restore_optimizer(role: TrainableRole, state: dict[str, Any]) -> None:

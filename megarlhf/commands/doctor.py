@@ -112,7 +112,8 @@ def main(name: str, cfg: PolicyConfig, argv: Sequence[str]) -> int:
     def work(inputs: PolicyInputs) -> None:
         _run(trainer, found, inputs, taken(asked, found))
 
-    return launch.run(lambda: inputs_of(trainer, found), work, cfg.layout, argv)
+    overlaps = cfg.compute.overlap_grad_reduce
+    return launch.run(lambda: inputs_of(trainer, found), work, cfg.layout, argv, overlaps=overlaps)
 
 
 def complete(cfg: PolicyConfig) -> PolicyConfig:
@@ -167,7 +168,7 @@ def environment(cfg: PolicyConfig) -> Table:
         table.add_row(name, value)
     for choice in (*resolve(cfg.compute, device).choices, cfg.policy_loss_choice):
         table.add_row(choice.part, f"{choice.implementation} ({choice.reason})")
-    for variable in in_force(cfg.layout):
+    for variable in in_force(cfg.layout, overlaps=cfg.compute.overlap_grad_reduce):
         table.add_row(variable.name, f"{variable.value} ({variable.reason})")
     return table
 

@@ -126,7 +126,7 @@ def job_of(work: Workload, cfg: Any) -> Job:
             f"micro_batch_tokens={cfg.micro_batch_tokens} cannot be planned; plan with micro_batch_tokens=null and the "
             "micro_batch of rows of the greatest length that are as many tokens."
         )
-    recompute, itemsize = cfg.compute.recompute == "full", 4 if cfg.compute.dtype == "float32" else 2
+    recompute, itemsize = cfg.compute.recompute, 4 if cfg.compute.dtype == "float32" else 2
     specs = specs_of(work, cfg.shape)
     for role in work.roles:
         check_adapters(role.lora, specs[role.name], ".".join([*role.setting.split(".")[:-1], "lora"]))
@@ -135,7 +135,7 @@ def job_of(work: Workload, cfg: Any) -> Job:
         specs,
         Split(cfg.layout, cfg.micro_batch, recompute, cfg.offload == "host"),
         Arithmetic(itemsize, engine=cfg.compute.layers != "local", recompute=recompute),
-        fp8=cfg.compute.fp8 != "off",
+        fp8_multiple=cfg.compute.fp8_multiple,
     )
 
 
@@ -188,7 +188,7 @@ def run_file(cfg: Any, argv: Sequence[str], best: Option) -> str:
     settings = {key: value for key, value in given(path, overrides).items() if key not in OWN}
     split = best.split
     layout = {key: value for key, value in split.layout if value != type(split.layout).model_fields[key].default}
-    compute = {**settings.pop("compute", {}), "recompute": "full" if split.recompute else "none"}
+    compute = {**settings.pop("compute", {}), "recompute": split.recompute}
     settings |= {
         "layout": layout,
         "compute": compute,

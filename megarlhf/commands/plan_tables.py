@@ -10,15 +10,16 @@ from rich import box
 from rich.table import Table
 
 from megarlhf.models.phases import LEARNING, elsewhere, role_bytes, rows_at_once
+from megarlhf.models.recompute import Recompute
 from megarlhf.models.step_time import ASSUMPTIONS
-from megarlhf.models.workload import Job, RoleWork
+from megarlhf.models.workload import Job, RoleWork, Split
 from megarlhf.runtime.layouts import Machine, Option, best_of_each
 from megarlhf.runtime.layouts import option as planned
 
 SHOWN = 6
 """Layouts."""
-SPARED = {(False, False): "nothing", (True, False): "recompute", (False, True): "offload", (True, True): "both"}
-"""How memory is, by recompute and offload."""
+HOW: tuple[Recompute, ...] = ("none", "selective", "full")
+"""What of compute.recompute is compared."""
 NOT_COUNTED = (
     "memory: every row at its greatest length; attention keeps no scores (Transformer Engine, flash-attn or SDPA); "
     "numbers a token and channel or less are left out, and so are CUDA graphs"
@@ -49,8 +50,20 @@ def said(option: Option) -> str:
     axes = [f"{name} {value}" for name, value in layout if not isinstance(value, bool) and value > 1]
     words = [" x ".join(axes) or "one rank", f"micro_batch {split.micro_batch}"]
     words += ["sequence parallel"] if layout.sequence_parallel else []
-    words += ["recompute"] if split.recompute else []
+    words += _again(split.recompute)
     return ", ".join([*words, f"offload {'host' if split.offload else 'none'}"])
+
+
+def _again(recompute: Recompute) -> list[str]:
+    """What is computed again, if anything is."""
+    if isinstance(recompute, int):
+        return [f"recompute of {recompute} layers" if recompute > 1 else "recompute of 1 layer"]
+    return [] if recompute == "none" else [f"{recompute} recompute"]
+
+
+def _spared(split: Split) -> str:
+    """How memory is."""
+    return " and ".join([*_again(split.recompute), *(["offload"] if split.offload else [])]) or "nothing"
 
 
 def verdict(option: Option, machine: Machine) -> str:
@@ -96,7 +109,7 @@ def _phases(option: Option) -> Table:
 def _other(option: Option, machine: Machine) -> Iterator[str]:
     job, of = option.job, elsewhere(option.job)
     ranks = min(option.gpus, machine.gpu.node)
-    yield _recompute(option, machine)
+    yield from (_recompute(option, how, machine) for how in HOW if how != option.split.recompute)
     if of.away:
         pinned = f"{_gib(ranks * of.pinned)} as torch pins it, in powers of two"
         yield f"host: {_gib(ranks * of.away)} GiB on a node of {ranks} while every model waits there ({pinned});"
@@ -107,14 +120,13 @@ def _other(option: Option, machine: Machine) -> Iterator[str]:
         yield f"rollout: {rows_at_once(job, option.memory)} responses at once on each data rank"
 
 
-def _recompute(option: Option, machine: Machine) -> str:
-    """What the other setting of compute.recompute would make of the learning phases."""
-    on = not option.split.recompute
-    other = planned(option.job.splitting(replace(option.split, recompute=on)), machine)
+def _recompute(option: Option, how: Recompute, machine: Machine) -> str:
+    """What another setting of compute.recompute would make of the learning phases."""
+    other = planned(option.job.splitting(replace(option.split, recompute=how)), machine)
     pairs = [(was, now) for was, now in zip(option.phases, other.phases, strict=True) if was.phase in LEARNING]
     said = ", ".join(f"{was.name} {_gib(was.activations)} -> {_gib(now.activations)}" for was, now in pairs)
     peak = f"{_gib(option.peak.total)} -> {_gib(other.peak.total)}"
-    return f"with compute.recompute={'full' if on else 'none'} activations: {said} GiB; the peak {peak}"
+    return f"with compute.recompute={how} activations: {said} GiB; the peak {peak}"
 
 
 def _layouts(best: Sequence[Option], machine: Machine) -> Table:
@@ -130,7 +142,7 @@ def _layouts(best: Sequence[Option], machine: Machine) -> Table:
         table.add_row(
             f"{layout.tensor} x {layout.pipeline} x {layout.context} x {layout.data}{virtual}",
             str(split.micro_batch),
-            SPARED[split.recompute, split.offload],
+            _spared(split),
             _gib(each.peak.total),
             *(f"{second:.1f}" for second in timed),
             f"{tokens_per_second(each):,.0f}",

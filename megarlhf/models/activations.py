@@ -11,10 +11,12 @@ Tokens are those of a micro-batch, however it is packed. What is smaller than a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from megarlhf.models.memory_plan import FP32, Head, Piece, pieces_of
+from megarlhf.models.recompute import Recompute, whole_layers
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf_kernels._projection import CPU_KEPT, rows_of_chunk
@@ -32,8 +34,8 @@ class Arithmetic:
     """Bytes of a weight and of an activation."""
     engine: bool
     """Transformer Engine's layers; else local ones."""
-    recompute: bool
-    """A layer keeps its input alone, and is computed again in backward."""
+    recompute: Recompute
+    """What is not kept, and is computed again in backward."""
     cpu: bool = False
     """Chunks of logits are those of a CPU, which has no products of half precision into fp32."""
 
@@ -129,9 +131,13 @@ class Shape:
         return piece.last and self.of.cpu and not self.of.engine and not self.layout.sequence_parallel
 
     def layer(self, tokens: int, mlp_tokens: int) -> float:
-        """Bytes that one layer keeps."""
+        """Bytes that one layer makes and would keep for backward."""
         rest = self.of.itemsize * self.hidden * (tokens != mlp_tokens)  # the rows that are computed, beside the others
         return tokens * (self.norm + self.attention) + mlp_tokens * (self.norm + self.mlp + rest)
+
+    def mlp_again(self, mlp_tokens: int) -> float:
+        """Of these, bytes that only backward makes, layer after layer, because it computes the MLP again."""
+        return mlp_tokens * self.mlp if self.of.recompute == "selective" else 0.0
 
     def backward(self, tokens: int, mlp_tokens: int) -> float:
         """Bytes that backward through a layer's MLP needs beside what is kept: the gradients of its output and width,
@@ -179,30 +185,46 @@ def learning(shape: Shape, head: Head, tokens: Tokens, rank: int, micro_batches:
     Ranks:    pure. Stage i of p keeps p - i micro-batches (1F1B); interleaved ones as many chunks as are warmed up.
     """
     pieces = pieces_of(shape.spec, shape.layout, rank)
-    of, last = shape.of, pieces[-1].last
+    last, layers = pieces[-1].last, pieces[-1].layers
     every, tokens = tokens, tokens.on_rank(shape.layout.context)
     short = tokens.read if last and shape.is_short(pieces[-1]) else tokens.computed
-    here = sum(piece.layers for piece in pieces)
-    whole = shape.layer(tokens.computed, tokens.computed)
-    top = shape.layer(tokens.computed, short)
-    stream = of.itemsize * tokens.computed * shape.sliced
+    stream = shape.of.itemsize * tokens.computed * shape.sliced
+    again = whole_layers(shape.of.recompute, layers)
+    one = shape.layer(tokens.computed, tokens.computed) - shape.mlp_again(tokens.computed)
+    top = shape.layer(tokens.computed, short) - shape.mlp_again(short)
     # What a stage was sent and what it sends wait for their gradients.
     ends = stream * (2 if shape.layout.pipeline > 1 else 0)
-    final = tokens.computed * (shape.norm - of.itemsize * shape.sliced) if last else 0.0
-    in_flight = _in_flight(shape.layout, rank, micro_batches)
-    if of.recompute:
-        kept = in_flight * (stream * here / len(pieces) + ends) + final
-        working = max(
-            whole - stream + shape.backward(tokens.computed, tokens.computed) if here > last else 0.0,
-            top - stream + shape.backward(tokens.computed, short),
-        )
-    else:
-        kept = in_flight * (whole * here / len(pieces) + ends) + final - (whole - top if last else 0.0)
-        working = shape.backward(tokens.computed, short)
+    final = tokens.computed * (shape.norm - shape.of.itemsize * shape.sliced) if last else 0.0
+    whole = [whole_layers(shape.of.recompute, piece.layers) for piece in pieces]
+    each = [stream * count + one * (piece.layers - count) for count, piece in zip(whole, pieces, strict=True)]
+    kept = _in_flight(shape.layout, rank, micro_batches) * (sum(each) / len(pieces) + ends) + final
+    kept -= one - top if last and again < layers else 0.0
+    working = max(_working(shape, tokens.computed, short, pieces))
     at_once, waiting = shape.head(head, every, reads) if last else (0.0, 0.0)
     if at_once > waiting + working:
         return Passing(round(kept), 0, round(at_once))
     return Passing(round(kept), round(working), round(waiting))
+
+
+def _working(shape: Shape, tokens: int, short: int, pieces: Sequence[Piece]) -> Iterator[float]:
+    """Bytes that backward needs beside all that is kept, at the moments that can be the worst; what it is done with is
+    taken off. short: tokens whose MLP the top layer computes."""
+    layers, last = pieces[-1].layers, pieces[-1].last
+    again = whole_layers(shape.of.recompute, layers)
+    whole, top = (shape.layer(tokens, mlp_tokens) for mlp_tokens in (tokens, short))
+    stream = shape.of.itemsize * tokens * shape.sliced
+    if again == layers:
+        yield top - stream + shape.backward(tokens, short)
+        if sum(piece.layers for piece in pieces) > last:
+            yield whole - stream + shape.backward(tokens, tokens)
+        return
+    mlp_again, one = shape.mlp_again(tokens), whole - shape.mlp_again(tokens)
+    top -= shape.mlp_again(short)
+    yield shape.mlp_again(short) + shape.backward(tokens, short)
+    if layers - again > 1:
+        yield mlp_again + shape.backward(tokens, tokens) - top
+    if again:
+        yield whole - stream + shape.backward(tokens, tokens) - top - (layers - again - 1) * one
 
 
 def _in_flight(layout: ParallelLayout, rank: int, micro_batches: int) -> int:

@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pydantic import Field
 
 from megarlhf.config import Config
 from megarlhf.config.base import FreeToChange
 from megarlhf.errors import ConfigError
+from megarlhf.models.compute import Compute
 from megarlhf.parallel.mesh import Mesh
+
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class OptimConfig(Config):
@@ -41,6 +46,17 @@ class OptimConfig(Config):
     """A gradient of a larger norm, over all weights, is scaled down to it. Source: Touvron et al. 2023 (Llama 2)."""
     distributed: bool = True
     """Shard optimiser state over data ranks (Megatron's distributed optimizer, ZeRO stage 1)."""
+    offload_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Share of the weights whose masters and moments stay on the host, where AdamW steps them; the others stay on the
+    GPU, between phases too. In place of offload=host; needs a GPU. Source: Megatron-Core's optimizer_offload_fraction.
+    """
+    precision_aware: bool = False
+    """Keep of fp32 masters only what bfloat16 weights lack of them, and moments in the formats below. Needs Transformer
+    Engine's FusedAdam. Source: Megatron-Core's use_precision_aware_optimizer."""
+    exp_avg_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Format of the first moment; another than float32 with precision_aware. Source: bfloat16 in DeepSeek-AI 2024."""
+    exp_avg_sq_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Format of the second moment; likewise."""
 
     def check(self, steps: int, name: str) -> None:
         """Raise ConfigError unless a run of `steps` optimiser steps can follow this schedule."""
@@ -53,9 +69,19 @@ class OptimConfig(Config):
             raise ConfigError(f"{name}.min_lr={self.min_lr} exceeds {name}.lr={self.lr}; lower {name}.min_lr.")
 
 
-def build_optimizer(config: OptimConfig, chunks: Sequence[Any], dtype: torch.dtype, mesh: Mesh) -> MegatronOptimizer:
-    """Megatron's AdamW over DDP-wrapped `chunks`."""
-    megatron = OptimizerConfig(
+def ddp_config(config: OptimConfig, compute: Compute) -> DistributedDataParallelConfig:
+    """How gradients and weights travel between data ranks: in buckets of Megatron's size where something overlaps."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=compute.overlap_grad_reduce,
+        overlap_param_gather=compute.overlap_param_gather,
+    )
+
+
+def megatron_optimizer(config: OptimConfig, dtype: torch.dtype, fp8_recipe: str | None) -> OptimizerConfig:
+    """Megatron's configuration of AdamW. Raises RuntimeError where Transformer Engine is wanted and missing."""
+    return OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
         min_lr=config.min_lr,
@@ -67,7 +93,20 @@ def build_optimizer(config: OptimConfig, chunks: Sequence[Any], dtype: torch.dty
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=config.distributed,
+        fp8_recipe=fp8_recipe,
+        # The hybrid optimiser takes gradients where the precision-aware one has them.
+        use_precision_aware_optimizer=config.precision_aware or config.offload_fraction > 0,
+        exp_avg_dtype=FORMATS[config.exp_avg_dtype],
+        exp_avg_sq_dtype=FORMATS[config.exp_avg_sq_dtype],
+        optimizer_cpu_offload=config.offload_fraction > 0,
+        optimizer_offload_fraction=config.offload_fraction,
+        overlap_cpu_optimizer_d2h_h2d=config.offload_fraction > 0,
     )
+
+
+def build_optimizer(config: OptimConfig, chunks: Sequence[Any], compute: Compute, mesh: Mesh) -> MegatronOptimizer:
+    """Megatron's AdamW over DDP-wrapped `chunks`."""
+    megatron = megatron_optimizer(config, compute.dtype, compute.fp8_recipe if compute.fp8 else None)
     optimizer = get_megatron_optimizer(megatron, list(chunks), use_gloo_process_groups=False, pg_collection=mesh.groups)
     for inner in torch_optimizers(optimizer):
         # Megatron takes torch's AdamW where Transformer Engine and Apex are missing, and leaves it unfused.
@@ -77,8 +116,12 @@ def build_optimizer(config: OptimConfig, chunks: Sequence[Any], dtype: torch.dty
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """What does the arithmetic inside Megatron's optimiser."""
-    return [chained.optimizer for chained in optimizer.chained_optimizers]
+    """What does the arithmetic inside Megatron's optimiser: of the hybrid one all of its parts."""
+    found: list[torch.optim.Optimizer] = []
+    for chained in optimizer.chained_optimizers:
+        inner = chained.optimizer
+        found += inner.sub_optimizers if isinstance(inner, HybridDeviceOptimizer) else [inner]
+    return found
 
 
 def build_schedule(config: OptimConfig, optimizer: MegatronOptimizer, steps: int) -> OptimizerParamScheduler:
@@ -122,5 +165,7 @@ def guarded_step(optimizer: MegatronOptimizer, loss: float, max_grad_norm: float
     if not math.isfinite(norm) or not math.isfinite(loss):
         return norm, False
     parameters: list[Any] = optimizer.get_parameters()
-    clip_grad_by_total_norm_fp32(parameters, max_grad_norm, norm)
+    chained: Any = optimizer
+    aware = chained.chained_optimizers[0].config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    clip_grad_by_total_norm_fp32(parameters, max_grad_norm, norm, use_decoupled_grad=aware)
     return norm, bool(optimizer.step_with_ready_grads())

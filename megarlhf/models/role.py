@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,14 +19,14 @@ from megarlhf.models.compute import Compute
 from megarlhf.models.fp8 import drop_fp8_copies, fp8_copies
 from megarlhf.models.lora import LoraConfig, attach, draw, merge
 from megarlhf.models.memory_plan import Held, Learns, held
-from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, guarded_step
+from megarlhf.models.optim import OptimConfig, build_optimizer, build_schedule, ddp_config, guarded_step
 from megarlhf.models.readings import Reading
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind, LlamaModel, build_chunks
 from megarlhf.parallel.collectives import check_divides, gather, own_part, own_share
-from megarlhf.parallel.gradients import gradient_buffers
+from megarlhf.parallel.gradients import gather_head, gather_weights, gradient_buffers
 from megarlhf.parallel.mesh import Mesh
-from megarlhf.parallel.micro_batches import Cut, InTokens, Loss, ends_of
+from megarlhf.parallel.micro_batches import Cut, InTokens, Loss, LossSums, States, ends_of
 from megarlhf.parallel.offload import Offloader, resident_bytes, unique_storages
 from megarlhf.parallel.pipeline import LossMeans, forward_backward, forward_only
 
@@ -237,6 +237,8 @@ class TrainableRole(Role):
     ) -> None:
         super().__init__(name, spec, head, reading, settings, mesh)
         self.wrapped: list[DistributedDataParallel] = []
+        self._blocks = 0
+        """Of `resident` that are open."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -258,16 +260,18 @@ class TrainableRole(Role):
     def prepare(self, optim: OptimConfig, steps: int) -> None:
         """Wrap for training and build the optimiser, once the weights are loaded. `steps`: optimiser steps to come."""
         self.optim = optim
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed, overlap_grad_reduce=False
-        )
-        config = self.model.config
+        ddp, config = ddp_config(optim, self.settings.compute), self.model.config
         self.wrapped = [
             DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0, pg_collection=self.mesh.groups)
             for i, chunk in enumerate(self.chunks)
         ]
+        if ddp.overlap_grad_reduce:
+            self.model.says_gradients = True
+            alone: Any = [wrapped.no_sync for wrapped in self.wrapped]
+            config.no_sync_func = alone if len(alone) > 1 else alone[0]
+        self._gather()
         config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=self.mesh.groups)
-        self.optimizer = build_optimizer(optim, self.wrapped, self.settings.compute.dtype, self.mesh)
+        self.optimizer = build_optimizer(optim, self.wrapped, self.settings.compute, self.mesh)
         self.schedule = build_schedule(optim, self.optimizer, steps)
 
     @property
@@ -283,7 +287,28 @@ class TrainableRole(Role):
             return [buffer for wrapped in self.wrapped for buffer in gradient_buffers(wrapped)]
         state = [value for _, values in self.optimizer.state.items() for value in values.values()]
         masters = self.optimizer.get_parameters()
-        return [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]
+        here = self.mesh.device.type  # the hybrid optimiser has some on the host
+        every = [tensor for tensor in [*masters, *state] if isinstance(tensor, Tensor) and tensor.ndim]
+        return [tensor for tensor in every if tensor.device.type == here]
+
+    @contextmanager
+    def resident(self, *parts: Part) -> Iterator[None]:
+        """As of any role. Where gathering overlaps, a step leaves weights to the next forward inside the same block;
+        who else asks for them finds them whole."""
+        self._gather()
+        self._blocks += 1
+        try:
+            with super().resident(*parts):
+                yield
+                self._gather()
+        finally:
+            self._blocks -= 1
+
+    def _gather(self) -> None:
+        """Collective over the data ranks where a step left weights to be gathered."""
+        if self.settings.compute.overlap_param_gather:
+            for wrapped in self.wrapped:
+                gather_weights(wrapped)
 
     def update(self, batch: TokenRows, loss: Loss) -> Update:
         """One optimiser step on `batch`, the global one.
@@ -291,12 +316,14 @@ class TrainableRole(Role):
         Ranks:    collective over the mesh; every rank passes the same batch and gets the same result.
         Raises:   ValueError where the rows do not divide over data ranks.
         """
-        with self.resident(*self.parts):
+        with super().resident(*self.parts):
             for wrapped in self.wrapped:
                 wrapped.zero_grad_buffer()
             self.optimizer.zero_grad()
             means = self.accumulate(batch, loss, self.settings.cut)
             norm, stepped = guarded_step(self.optimizer, means.loss, self.optim.max_grad_norm)
+            if not self._blocks:
+                self._gather()
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if stepped:
             self.version += 1
@@ -313,4 +340,10 @@ class TrainableRole(Role):
         check_divides(batch, self.mesh)
         # Of frozen weights backward makes no gradients; the adapters' own products are few.
         own = self._begin(batch, self.reading, passes=3 if self.lora is None else 2)
-        return forward_backward(self.wrapped, own.rows, own.at, loss, mesh=self.mesh, cut=cut, everywhere=everywhere)
+
+        def judge(states: States, rows: TokenRows) -> LossSums:
+            if self.settings.compute.overlap_param_gather:
+                gather_head(self.wrapped[-1], self.model.head_weight)
+            return loss(states, rows)
+
+        return forward_backward(self.wrapped, own.rows, own.at, judge, mesh=self.mesh, cut=cut, everywhere=everywhere)

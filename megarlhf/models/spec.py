@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from megarlhf.config import Config
 from megarlhf.errors import CheckpointError, ConfigError, LayoutError
 from megarlhf.observe.files import read_object
-from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
+from megarlhf.parallel.layout import ParallelLayout
 
 CONFIG = "config.json"
 QUANTISED = ("quantization_config", "compression_config")
@@ -120,17 +120,17 @@ class ModelSpec(Config):
             return (self.layers + 2) // stages - first - last
         return self.layers // stages
 
-    def check_fp8(self, layout: ParallelLayout) -> None:
-        """Raise LayoutError where a rank's part of a matrix has sides that FP8 products cannot take."""
+    def check_fp8(self, layout: ParallelLayout, multiple: int) -> None:
+        """Raise LayoutError where a rank's part of a matrix has sides that are not multiples, as FP8 products want."""
         for name, size in (
             ("hidden_size", self.hidden_size),
             ("heads * head_dim / layout.tensor", self.heads * self.head_dim // layout.tensor),
             ("kv_heads * head_dim / layout.tensor", self.kv_heads * self.head_dim // layout.tensor),
             ("ffn_size / layout.tensor", self.ffn_size // layout.tensor),
         ):
-            if size % FP8_MULTIPLE:
+            if size % multiple:
                 raise LayoutError(
-                    f"compute.fp8 needs sides that are multiples of {FP8_MULTIPLE}, but {name}={size}; set "
+                    f"compute.fp8 needs sides that are multiples of {multiple}, but {name}={size}; set "
                     "compute.fp8=off, or choose another layout.tensor."
                 )
 

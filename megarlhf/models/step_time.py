@@ -2,6 +2,7 @@
 
     products     FLOPs / (peak x MATMUL x n / (n + HALF)), n tokens of a micro-batch on a rank
     tensor       4 collectives a layer forward, 6 backward, of the residual stream, over NVLink, not overlapped
+    recompute    the same share of a forward's products and collectives once more
     pipeline     (m + (p - 1) / v) times the slowest stage, m micro-batches; messages between stages
     context      keys and values passed round a ring, backward twice, not overlapped
     data         fp32 gradients reduced, weights gathered, once an optimiser step, not overlapped
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from megarlhf.models.gpus import Gpu
 from megarlhf.models.memory_plan import FP32, cache_bytes_per_token, numbers_of, pieces_of
 from megarlhf.models.phases import read_from, role_bytes, rows_at_once
+from megarlhf.models.recompute import most_layers, whole_layers
 from megarlhf.models.workload import Drawing, Job, RoleWork
 
 MATMUL = 0.62
@@ -100,7 +102,7 @@ def _keys(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
-def _stage(job: Job, role: RoleWork, gpu: Gpu, passes: int, collectives: int) -> float:
+def _stage(job: Job, role: RoleWork, gpu: Gpu, passes: float, collectives: float) -> float:
     """Seconds of a micro-batch on the slowest stage. passes: forwards' worth of products; collectives: of a layer."""
     layout, spec, of = job.split.layout, job.specs[role.name], job.arithmetic
     tokens = job.work.tokens(role, job.split.micro_batch).computed / layout.context
@@ -166,10 +168,11 @@ def _forward(job: Job, role: RoleWork, gpu: Gpu) -> float:
 
 
 def _learning(job: Job, role: RoleWork, gpu: Gpu) -> float:
-    layout, work, again = job.split.layout, job.work, job.split.recompute
+    layout, work = job.split.layout, job.work
     steps = work.passes * work.rows / work.step_rows
     micro_batches = work.step_rows / layout.data / job.split.micro_batch
-    stage = _stage(job, role, gpu, role.passes + again, 14 if again else 10)
+    products, collectives = _again(job, role)
+    stage = _stage(job, role, gpu, role.passes + products, 10 + 4 * collectives)
     # Gradients are zeroed, masters and moments read and written.
     of = max((role_bytes(job, role, rank) for rank in (0, layout.pipeline - 1)), key=lambda each: each.all)
     updated = job.arithmetic.itemsize * of.gradients // FP32
@@ -179,6 +182,18 @@ def _learning(job: Job, role: RoleWork, gpu: Gpu) -> float:
     copies = share * (of.gradients + updated) if role.distributed else 2 * share * of.gradients
     reduced = copies / (LINK * _between_copies(job, gpu))
     return steps * (_bubbles(job, micro_batches) * stage + stepped + reduced) + _moved(job, role, gpu, all_parts=True)
+
+
+def _again(job: Job, role: RoleWork) -> tuple[float, float]:
+    """What backward computes again, as parts of a forward: of its products, and of its collectives."""
+    spec, recompute = job.specs[role.name], job.split.recompute
+    if recompute == "selective":
+        width = job.work.width
+        mlp = 6 * spec.hidden_size * spec.ffn_size * spec.layers * width
+        return mlp / spec.forward_flops(width, _keys(width), projected=0), 0.5
+    layers = most_layers(spec, job.split.layout)
+    share = whole_layers(recompute, layers) / layers
+    return share, share
 
 
 def _rollout(job: Job, drawing: Drawing, gpu: Gpu, memory: int) -> float:

@@ -31,9 +31,10 @@ from megarlhf.models.compute import Compute
 from megarlhf.models.heads import ScalarHead
 from megarlhf.models.linear import LocalColumnParallelLinear, LocalRowParallelLinear
 from megarlhf.models.mlp import SwiGLU
+from megarlhf.models.recompute import megatron_recompute
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.context import HeadShare
-from megarlhf.parallel.gradients import main_grad
+from megarlhf.parallel.gradients import main_grad, said
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Documents
 from megarlhf_kernels import PolicyTerms, Projected, Shard, linear_kl, linear_logprob, linear_ppo
@@ -53,6 +54,10 @@ class RMSNorm(torch.nn.RMSNorm):
 class LocalLayer(TransformerLayer):
     """Megatron's layer, which at the top of the model leaves out the MLP of hidden states that nobody reads."""
 
+    unread: Tensor | None = None
+    """The padding mask of the forward that runs, which Megatron's block hands to no layer beside those that backward
+    computes again."""
+
     def _forward_mlp(
         self,
         hidden_states: Tensor,
@@ -66,6 +71,7 @@ class LocalLayer(TransformerLayer):
         would have to be waited for before anybody knew how many there are.
         """
         on_top = self.layer_number == self.config.num_layers
+        padding_mask = self.unread if padding_mask is None else padding_mask
         if padding_mask is None or not on_top or self.config.sequence_parallel or not hidden_states.is_cpu:
             return super()._forward_mlp(hidden_states, inference_context)
         rows = hidden_states.flatten(0, 1)
@@ -85,6 +91,8 @@ class LlamaModel(GPTModel):
         super().__init__(**megatron)
         self.spec = spec
         self.head = head
+        self.says_gradients = False
+        """Autograd is told of gradients that go to Megatron's buffer beside it."""
         self.rotary_pos_emb.inv_freq = rope_frequencies(spec).to(self.rotary_pos_emb.inv_freq.device)
         # Its angles stay whole: tokens say themselves where they stand, and a rollout's are of no context rank.
         self.rotary_pos_emb.cp_group = None
@@ -100,6 +108,9 @@ class LlamaModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         **rest: Any,
     ) -> tuple[Any, ...]:
+        top: Any = self.decoder.layers[-1]
+        if isinstance(top, LocalLayer):
+            top.unread = rest.get("padding_mask")
         given: Any = {"inference_context": inference_context, "packed_seq_params": packed_seq_params}
         first, angles, *others = super()._preprocess(input_ids, position_ids, *args, **given, **rest)
         if first is not None and self.config.recompute_granularity and torch.is_grad_enabled():
@@ -139,7 +150,7 @@ class LlamaModel(GPTModel):
         share = self._share(hidden)
         logprobs, entropy = linear_logprob(
             hidden[share.own],
-            self.vocab_weight,
+            self._projection,
             labels[share.own],
             temperature=temperature,
             with_entropy=with_entropy,
@@ -156,7 +167,7 @@ class LlamaModel(GPTModel):
         share = self._share(hidden)
         loss, metrics, *_ = linear_ppo(
             hidden[share.own],
-            self.vocab_weight,
+            self._projection,
             labels[share.own],
             terms.rows(share.own),
             weight_grad=self._vocab_weight_grad,
@@ -190,6 +201,15 @@ class LlamaModel(GPTModel):
         """This tensor rank's rows of the vocabulary projection, [V_local, H]; the embedding itself where tied."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Of the head, whichever it is."""
+        return self.vocab_weight if self.head == "language" else self.output_layer.weight
+
+    @property
+    def _projection(self) -> Tensor:
+        return said(self.vocab_weight) if self.says_gradients else self.vocab_weight
 
     @property
     def _vocab_weight_grad(self) -> Tensor | None:
@@ -230,8 +250,7 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         params_dtype=compute.dtype,
         bf16=compute.dtype == torch.bfloat16,
         fp8=compute.fp8,
-        # Scales of the numbers at hand: delayed ones are state, which sampling, scoring and a resume would not share.
-        fp8_recipe="tensorwise",
+        fp8_recipe=compute.fp8_recipe,
         # Micro-batches are trimmed to their longest row, so stages tell each other the shape; `parallel/pipeline.py`
         # says why interleaved ones do not. Batched messages would mix up forward and backward between two stages.
         variable_seq_lengths=layout.pipeline > 1 and layout.virtual_pipeline == 1,
@@ -242,15 +261,13 @@ def transformer_config(spec: ModelSpec, compute: Compute, mesh: Mesh) -> Transfo
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
         attention_backend=AttnBackend.auto if compute.transformer_engine else AttnBackend.local,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=compute.gradient_accumulation_fusion,
         masked_softmax_fusion=False,
         use_te_activation_func=not compute.transformer_engine,  # the layer's own module, whoever wrote it
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        recompute_granularity="full" if compute.recompute else None,
-        recompute_method="uniform" if compute.recompute else None,
-        recompute_num_layers=1 if compute.recompute else None,
+        **megatron_recompute(compute.recompute),
         cuda_graph_impl="none",  # decode steps are captured; see `rollout/graphs.py`
         cuda_graph_scope=[],
         account_for_embedding_in_pipeline_split=spec.counts_ends(layout.stages),
@@ -305,8 +322,7 @@ def build_chunks(spec: ModelSpec, head: HeadKind, compute: Compute, mesh: Mesh) 
     Ranks:    every rank of the mesh calls it. Raises LayoutError when the layout does not divide the spec.
     """
     spec.check_layout(mesh.layout)
-    if compute.fp8 is not None:
-        spec.check_fp8(mesh.layout)
+    spec.check_fp8(mesh.layout, compute.fp8_multiple)
     config = transformer_config(spec, compute, mesh)
     layer, norm = layer_spec(compute.transformer_engine)
     chunks = mesh.layout.virtual_pipeline

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from megarlhf.models.activations import Arithmetic, Reads, Tokens
 from megarlhf.models.lora import LoraConfig
 from megarlhf.models.memory_plan import Head
+from megarlhf.models.recompute import Recompute
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
 
@@ -93,7 +94,7 @@ class Split:
 
     layout: ParallelLayout
     micro_batch: int
-    recompute: bool
+    recompute: Recompute
     offload: bool
     """A model's bytes wait on the host while another works."""
 
@@ -107,7 +108,13 @@ class Job:
     """Of each role."""
     split: Split
     arithmetic: Arithmetic
-    fp8: bool = False
+    fp8_multiple: int = 1
+    """Of sides of products in FP8; 1 without."""
+
+    @property
+    def fp8(self) -> bool:
+        """Whether layers multiply in FP8."""
+        return self.fp8_multiple > 1
 
     def splitting(self, split: Split) -> Job:
         """The same, split otherwise."""

@@ -63,6 +63,13 @@ _ROLLOUT = {
 GAPS = {"rollout/sampler_gap_max", "rollout/sampler_gap_mean", "rollout/token_mult_prob_error"}
 """How far sampler and trainer are apart; unknown with old_logprobs=sampler."""
 
+_FP8 = {
+    "fp8/shadow_gap_mean": Metric(
+        "nats", "|logprobs in FP8 - logprobs in bfloat16|, both after the iteration's steps", _LEARNT_TOKENS
+    ),
+    "fp8/shadow_gap_max": Metric("nats", "max over response tokens of the same", "over the rollouts learnt from"),
+}
+
 _SAMPLER = {
     "sampler/changed_fraction": Metric(
         "fraction", "[sampler_correction changed or dropped the token's weight]", _LEARNT_TOKENS
@@ -338,6 +345,7 @@ OF_STEPS = {
 
 GLOSSARY: dict[str, Metric] = {
     **_ROLLOUT,
+    **_FP8,
     **_SAMPLER,
     **_GROUP,
     **_DRAWS,

@@ -24,8 +24,12 @@ class Variable(NamedTuple):
     reason: str
 
 
-def wanted(layout: ParallelLayout) -> tuple[Variable, ...]:
-    """What a run in this layout wants of a machine with GPUs.
+MARGIN = "20"
+"""Streaming multiprocessors of a GPU. Source: NVIDIA's recipes for Llama 3 on H100."""
+
+
+def wanted(layout: ParallelLayout, *, overlaps: bool = False) -> tuple[Variable, ...]:
+    """What a run in this layout wants of a machine with GPUs; overlaps: collectives run beside its kernels.
 
     Source:   Megatron-Core's warnings and assertions (tensor_parallel/layers.py, transformer/cuda_graphs.py), for
               context ranks Megatron-LM's (training/arguments.py), and the recipes for Llama 3 on H100 of NVIDIA's
@@ -40,19 +44,26 @@ def wanted(layout: ParallelLayout) -> tuple[Variable, ...]:
         "CUDA_DEVICE_MAX_CONNECTIONS", "1", "kernels start as launched: a collective before what hides it"
     )
     pipeline = Variable("NCCL_P2P_NET_CHUNKSIZE", "2097152", "activations go between nodes by 2 MiB, not by 128 KiB")
-    return (*always, *[connections] * (layout.tensor * layout.context > 1), *[pipeline] * (layout.pipeline > 1))
+    reason = f"norms leave {MARGIN} multiprocessors to the collectives that run beside them"
+    margins = [Variable(f"NVTE_{way}_LAYERNORM_SM_MARGIN", MARGIN, reason) for way in ("FWD", "BWD")]
+    parallel = (*[connections] * (layout.tensor * layout.context > 1), *[pipeline] * (layout.pipeline > 1))
+    return (*always, *parallel, *(margins if overlaps else []))
 
 
-def settle(layout: ParallelLayout, environment: MutableMapping[str, str] = os.environ) -> None:
+def settle(
+    layout: ParallelLayout, environment: MutableMapping[str, str] = os.environ, *, overlaps: bool = False
+) -> None:
     """Set what `layout` wants and the user did not set; ranks that this process starts have it too."""
-    for name, value, _ in wanted(layout):
+    for name, value, _ in wanted(layout, overlaps=overlaps):
         if name != ALLOCATOR or OLDER_NAME not in environment:
             environment.setdefault(name, value)
 
 
-def in_force(layout: ParallelLayout, environment: MutableMapping[str, str] = os.environ) -> tuple[Variable, ...]:
+def in_force(
+    layout: ParallelLayout, environment: MutableMapping[str, str] = os.environ, *, overlaps: bool = False
+) -> tuple[Variable, ...]:
     """What `layout` wants, each with the value that counts, once it is settled."""
-    return tuple(_in_force(variable, environment) for variable in wanted(layout))
+    return tuple(_in_force(variable, environment) for variable in wanted(layout, overlaps=overlaps))
 
 
 def _in_force(variable: Variable, environment: MutableMapping[str, str]) -> Variable:

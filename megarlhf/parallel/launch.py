@@ -37,6 +37,8 @@ def run(
     work: Callable[[T], object],
     layout: ParallelLayout,
     argv: Sequence[str],
+    *,
+    overlaps: bool = False,
 ) -> int:
     """Run `work(prepare())` on every rank of `layout` and return the exit code.
 
@@ -44,13 +46,14 @@ def run(
     rank on this machine, after `prepare` has found no fault with the input here; a layout of one rank needs no other
     process.
 
+    overlaps: collectives of the data ranks run beside kernels.
     Raises:   LayoutError when the ranks present, or the GPUs of this machine, are not those the layout needs.
               KeyboardInterrupt when the user stopped the ranks.
     """
     if LAUNCHER in os.environ:
         end_with_parent(int(os.environ[LAUNCHER]))
     layout.check()
-    settle(layout)
+    settle(layout, overlaps=overlaps)
     _adopt_slurm()
     if "RANK" in os.environ:
         layout.check_world(int(os.environ["WORLD_SIZE"]))

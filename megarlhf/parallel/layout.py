@@ -7,8 +7,14 @@ from pydantic import Field
 from megarlhf.config import Config
 from megarlhf.errors import LayoutError
 
-FP8_MULTIPLE = 16
-"""Rows and columns of matrices that are multiplied in FP8 are multiples of it. Source: Transformer Engine."""
+FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128}
+"""Of what rows and columns of matrices that are multiplied in FP8 are multiples, by Megatron-Core's recipe. Source:
+Transformer Engine; of its Float8BlockQuantizer, a block."""
+
+
+def fp8_multiple(fp8: str | None, recipe: str | None) -> int:
+    """The same of a model's configuration; 1 where nothing is multiplied in FP8."""
+    return 1 if fp8 is None or recipe is None else FP8_MULTIPLES[recipe]
 
 
 class ParallelLayout(Config):

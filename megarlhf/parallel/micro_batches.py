@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from megarlhf.batch.base import RowsT, TokenRows
 from megarlhf.parallel.context import Spread, chunks, own_columns, whole_states
-from megarlhf.parallel.layout import FP8_MULTIPLE, ParallelLayout
+from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.packing import Index, first_fit, in_multiples
 
 RowsT_contra = TypeVar("RowsT_contra", bound=TokenRows, contravariant=True)
@@ -194,7 +194,8 @@ class Shapes(NamedTuple):
 
     cut: Cut
     layout: ParallelLayout
-    fp8: bool
+    fp8_multiple: int
+    """Of `layout.fp8_multiple`."""
     device: torch.device
     context_rank: int = 0
 
@@ -255,7 +256,7 @@ def _padded(batch: RowsT, reads: NDArray[np.bool_], chosen: Index, end: int, sha
     """The rows `chosen`, none of whose tokens from `end` on are read, each in a line of its own."""
     rows, sequences = _chosen(batch, reads, chosen, end, shapes)
     read = reads[sequences, :end]
-    missing = -end % sequence_multiple(len(sequences), shapes.layout, fp8=shapes.fp8)
+    missing = -end % sequence_multiple(len(sequences), shapes.layout, shapes.fp8_multiple)
     tokens = torch.nn.functional.pad(rows.tokens[:, :end], (0, missing))
     line, column = read.nonzero()
     found = _Found(line, column, row=line, position=column, sequence=sequences[line])
@@ -272,7 +273,7 @@ def _packs(
         packs += packs[-1:] * (-len(packs) % shapes.layout.pipeline)
     elif shapes.interleaved:
         packs = in_multiples(packs, shapes.layout.pipeline)
-    multiple = sequence_multiple(1, shapes.layout, fp8=shapes.fp8)
+    multiple = sequence_multiple(1, shapes.layout, shapes.fp8_multiple)
     laid = _rounded(ends, chunks(shapes.layout.context))
     sizes = [-(-int(laid[rows].sum()) // multiple) * multiple for rows in packs]
     if shapes.interleaved:
@@ -377,10 +378,10 @@ def _tensor(numbers: NDArray[Any]) -> Tensor:
     return torch.from_numpy(numbers)  # pyright: ignore[reportUnknownMemberType]
 
 
-def sequence_multiple(rows: int, layout: ParallelLayout, *, fp8: bool) -> int:
+def sequence_multiple(rows: int, layout: ParallelLayout, fp8_multiple: int) -> int:
     """Of what the padded length of `rows` rows must be a multiple: tensor ranks hold equal slices of the sequence under
     sequence parallelism, context ranks two equal chunks of it, and what a rank holds, b x s positions, goes into FP8
     products."""
     slices = layout.tensor if layout.sequence_parallel else 1
-    own = slices * (FP8_MULTIPLE // math.gcd(FP8_MULTIPLE, rows) if fp8 else 1)
+    own = slices * (fp8_multiple // math.gcd(fp8_multiple, rows))
     return math.lcm(chunks(layout.context), layout.context * own)

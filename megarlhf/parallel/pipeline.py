@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megarlhf.batch.base import RowsT
 from megarlhf.parallel.collectives import all_reduce, broadcast, broadcast_object
+from megarlhf.parallel.layout import fp8_multiple
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.parallel.micro_batches import Cut, Loss, LossSums, MicroBatch, Read, Shapes, split
 
@@ -77,7 +78,9 @@ def forward_backward(
 
 
 def _shapes(chunks: Sequence[Any], mesh: Mesh, cut: Cut) -> Shapes:
-    return Shapes(cut, mesh.layout, chunks[0].config.fp8 is not None, mesh.device, mesh.context_rank)
+    config = chunks[0].config
+    multiple = fp8_multiple(config.fp8, config.fp8_recipe)
+    return Shapes(cut, mesh.layout, multiple, mesh.device, mesh.context_rank)
 
 
 def _schedule(

@@ -23,7 +23,7 @@ from megarlhf.models.role import Role
 from megarlhf.models.transformer import LlamaModel
 from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.collectives import all_reduce, gather_rows, own_part
-from megarlhf.parallel.layout import FP8_MULTIPLE
+from megarlhf.parallel.layout import fp8_multiple
 from megarlhf.parallel.mesh import own_scratch
 from megarlhf.rollout.context import HostContext, RolloutContext, Sample
 from megarlhf.rollout.controller import Ledger, RolloutController
@@ -209,7 +209,8 @@ class RolloutEngine:
     @property
     def _row_multiple(self) -> int:
         """Of what the rows of a step are a multiple: sequence parallelism splits them evenly over the tensor ranks."""
-        return self.mesh.layout.tensor * (FP8_MULTIPLE if self.model.config.fp8 is not None else 1)
+        config = self.model.config
+        return self.mesh.layout.tensor * fp8_multiple(config.fp8, config.fp8_recipe)
 
     @property
     def _block_tokens(self) -> int | None:

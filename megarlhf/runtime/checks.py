@@ -83,7 +83,7 @@ def check_budget(what: str, tokens: int, cfg: RanksConfig) -> None:
     budget, layout, fp8 = cfg.micro_batch_tokens, cfg.layout, cfg.compute.fp8 != "off"
     if budget is None:
         return
-    multiple = sequence_multiple(1, layout, fp8=fp8)
+    multiple = sequence_multiple(1, layout, cfg.compute.fp8_multiple)
     if budget % multiple:
         parts = [f"layout.tensor={layout.tensor} with layout.sequence_parallel"] if layout.sequence_parallel else []
         parts += [f"layout.context={layout.context}"] if layout.context > 1 else []

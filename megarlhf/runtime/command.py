@@ -38,4 +38,5 @@ def on_ranks(
         work(found, inputs, mesh)
         stop()  # or the interpreter, in an order of its own, would take down groups whose threads still run
 
-    return launch.run(lambda: prepare(found), on_this_rank, cfg.layout, argv)
+    overlaps = cfg.compute.overlap_grad_reduce
+    return launch.run(lambda: prepare(found), on_this_rank, cfg.layout, argv, overlaps=overlaps)

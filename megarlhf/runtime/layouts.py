@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,6 +11,7 @@ from math import log2
 from megarlhf.errors import ConfigError, LayoutError
 from megarlhf.models.gpus import GIB, Gpu
 from megarlhf.models.phases import PhaseBytes, phases_of, rows_at_once
+from megarlhf.models.recompute import Recompute, check_recompute, most_layers
 from megarlhf.models.step_time import Seconds, model_flops, seconds_of
 from megarlhf.models.workload import Job, Split
 from megarlhf.parallel.layout import ParallelLayout
@@ -87,8 +89,9 @@ def check_split(job: Job) -> None:
     for role in work.roles:
         spec = job.specs[role.name]
         spec.check_layout(split.layout, role.setting)
-        if job.fp8:
-            spec.check_fp8(split.layout)
+        spec.check_fp8(split.layout, job.fp8_multiple)
+        if role.learns:
+            check_recompute(split.recompute, spec, split.layout, role.setting)
     check_batch(work.step_setting, work.step_rows, split.layout, InRows(split.micro_batch))
     if work.drawing is not None:
         keeping = RolloutConfig(keep=work.drawing.keep)
@@ -107,17 +110,38 @@ def is_allowed(job: Job) -> bool:
 def options(job: Job, gpus: int, machine: Machine) -> list[Option]:
     """Every split of a run over `gpus` that is allowed, the fastest first and those that do not fit last, smallest
     first; empty where there is none."""
-    found = [option(each, machine) for each in _allowed(job, gpus, machine.gpu)]
+    found = [spared for plain in _allowed(job, gpus, machine.gpu) for spared in _sparing(plain, machine)]
     return sorted(found, key=lambda each: (not each.fits, each.seconds.total if each.fits else each.peak.total))
 
 
 def _allowed(job: Job, gpus: int, gpu: Gpu) -> Iterator[Job]:
     micro_batches = sorted({*MICRO_BATCHES, job.split.micro_batch})
     for layout, micro_batch, offload in product(_layouts(job, gpus, gpu), micro_batches, (True, False)):
-        plain = job.splitting(Split(layout, micro_batch, recompute=False, offload=offload))
+        plain = job.splitting(Split(layout, micro_batch, recompute="none", offload=offload))
         if is_allowed(plain):
             yield plain
-            yield job.splitting(replace(plain.split, recompute=True))
+
+
+def _sparing(plain: Job, machine: Machine) -> Iterator[Option]:
+    """What a split takes with nothing and with all computed again; where only the latter fits, with as little as does.
+
+    Each layer more is less memory and more time, so of numbers of layers the least that fits is the one to know.
+    """
+
+    def again(recompute: Recompute) -> Option:
+        return option(plain.splitting(replace(plain.split, recompute=recompute)), machine)
+
+    nothing, everything = again("none"), again("full")
+    yield nothing
+    yield everything
+    if nothing.fits or not everything.fits:
+        return
+    yield again("selective")
+    layout = plain.split.layout
+    most = min(most_layers(plain.specs[role.name], layout) for role in plain.work.roles if role.learns)
+    fewest = bisect_left(range(1, most), True, key=lambda layers: again(layers).fits) + 1
+    if fewest < most:
+        yield again(fewest)
 
 
 def _layouts(job: Job, gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
@@ -169,7 +193,7 @@ def _spelled(split: Split) -> dict[str, str]:
     return {
         **layout,
         "micro_batch": str(split.micro_batch),
-        "compute.recompute": "full" if split.recompute else "none",
+        "compute.recompute": str(split.recompute),
         "offload": "host" if split.offload else "none",
     }
 

@@ -57,6 +57,7 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.learning import check_learner
 from megarlhf.runtime.roles import away, frozen, learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_apart, chosen_data, chosen_heldout
@@ -147,6 +148,7 @@ def prepare(cfg: DPOConfig) -> DPOInputs:
     check_measuring(cfg, logged, of_heldout, "set heldout.source to pairs that are not learnt from")
     policy = Model("model", cfg.model, checked_model(cfg.model, cfg.layout, "model", needs="language"))
     check_adapters(cfg.lora, policy.description.spec, "lora")
+    check_learner(policy, cfg.optim, "optim", cfg)
     reference = policy
     if cfg.reference:
         found = checked_model(cfg.reference, cfg.layout, "reference", needs="language")

@@ -41,6 +41,7 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.learning import check_learner
 from megarlhf.runtime.roles import print_dropped
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_apart, chosen_data, chosen_heldout, with_separator
@@ -171,6 +172,7 @@ def read_inputs(cfg: JudgedConfig) -> JudgedInputs:
     model = checked_model(cfg.model, cfg.layout, "model")
     check_adapters(cfg.lora, model.spec, "lora")
     start_from = Model("model", cfg.model, model)
+    check_learner(start_from, cfg.optim, "optim", cfg)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
     data = {name: _chosen(name, rows, start_from) for name, rows in cfg.given.items()}

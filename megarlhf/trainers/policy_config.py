@@ -40,6 +40,7 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.learning import check_learner
 from megarlhf.runtime.texts import chosen_data
 from megarlhf.trainers.correction import SamplerCorrectionConfig
 from megarlhf.trainers.heldout import HeldOut, held_out
@@ -383,7 +384,10 @@ def _checked(role: str, init: str, cfg: PolicyConfig) -> Model:
     check_adapters(cfg.adapters.get(role), found.spec, f"{role}.lora")
     if role == "actor":
         check_drawn_by(found.spec, cfg.layout, cfg.rollout, setting)
-    return Model(setting, init, found)
+    model, learns = Model(setting, init, found), dict(cfg).get(role)
+    if isinstance(learns, LearnerConfig):
+        check_learner(model, learns.optim, f"{role}.optim", cfg)
+    return model
 
 
 def _best_of(cfg: PolicyConfig, *, verified: bool) -> set[str]:

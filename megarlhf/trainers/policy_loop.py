@@ -57,6 +57,7 @@ from megarlhf.trainers.kl_coefficient import KLCoefficient
 from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs, prepare
 from megarlhf.trainers.policy_metrics import accuracy_metric, sample_rows
 from megarlhf.trainers.policy_work import policy_workload
+from megarlhf.trainers.shadow import shadow_metrics
 from megarlhf.trainers.summary import as_mean, as_share, plainly
 from megarlhf.trainers.trainer import Learner, Trainer
 from megarlhf.trainers.watch import Watch
@@ -235,7 +236,7 @@ def _train(
         turn = Turn(number, cfg.seed, clock, guard, more=lambda count: inputs.prompts.batch(loader.take(count)))
         done = iteration(inputs.prompts.batch(next(loader)), cfg, turn)
         metrics = {**done.metrics, **accuracy_metric(done.judgement.correct), "train/skipped_steps": guard.skipped}
-        metrics |= cast.sampler.refits()
+        metrics |= cast.sampler.refits() | shadow_metrics(cast.actor, done.rollout, cfg.compute, number)
         warnings, said = watch.look(metrics)
         print_remark("\n".join(said), mesh)
         measured = measuring.after(number + 1, ending=watch.ends())

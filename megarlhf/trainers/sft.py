@@ -45,6 +45,7 @@ from megarlhf.runtime.checks import (
     checked_model,
     resolve_tokenizer,
 )
+from megarlhf.runtime.learning import check_learner
 from megarlhf.runtime.roles import learner, print_choices, print_dropped, print_memory_plan
 from megarlhf.runtime.said import DataSet, remarks, say, say_data
 from megarlhf.runtime.texts import check_apart, chosen_data, chosen_heldout
@@ -109,6 +110,7 @@ def prepare(cfg: SftConfig) -> SftInputs:
     model = checked_model(cfg.model, cfg.layout, "model", needs="language")
     check_adapters(cfg.lora, model.spec, "lora")
     start_from = Model("model", cfg.model, model)
+    check_learner(start_from, cfg.optim, "optim", cfg)
     tokenizer = resolve_tokenizer(cfg.tokenizer, start_from, cfg.pinned_date)
     check_tokenizer(tokenizer, model.spec, "model")
     check_batch("global_batch", cfg.global_batch, cfg.layout, cfg.cut)

@@ -332,10 +332,16 @@ def multi_tensor_scale(_chunk: int, _flag: Tensor, tensors: list[list[Tensor]], 
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **rest: Any) -> Any:
-    """Activations are computed again in backward."""
+    """Activations are computed again in backward, in FP8 where they were so at first, as Transformer Engine does it."""
     from torch.utils.checkpoint import checkpoint as recomputed
 
-    return recomputed(function, *args, use_reentrant=True)
+    enabled = State.enabled
+
+    def as_at_first(*given: Any) -> Any:
+        with fp8_autocast(enabled):
+            return function(*given)
+
+    return recomputed(as_at_first, *args, use_reentrant=True)
 
 
 class Unused(torch.nn.Module):
@@ -351,6 +357,7 @@ def install() -> None:
         Recipe=Recipe,
         DelayedScaling=DelayedScaling,
         Float8CurrentScaling=type("Float8CurrentScaling", (Recipe,), {}),
+        Float8BlockScaling=type("Float8BlockScaling", (Recipe,), {}),
     )
     common = _module("transformer_engine.common", recipe=recipe)
     fp8 = _module(

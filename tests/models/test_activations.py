@@ -11,7 +11,7 @@ from megarlhf.models.spec import PRESETS
 from megarlhf.parallel.layout import ParallelLayout
 
 B8 = PRESETS["llama3-8b"]
-ENGINE, LOCAL = Arithmetic(2, engine=True, recompute=False), Arithmetic(4, engine=False, recompute=False, cpu=True)
+ENGINE, LOCAL = Arithmetic(2, engine=True, recompute="none"), Arithmetic(4, engine=False, recompute="none", cpu=True)
 TOKENS = Tokens(computed=4 * 1535, read=4 * 1024)
 
 
@@ -44,7 +44,7 @@ def test_a_local_layer_keeps_fp32_copies_in_its_norms() -> None:
 
 
 def test_recompute_keeps_the_input_of_a_layer() -> None:
-    shape = Shape(B8, ParallelLayout(tensor=2, sequence_parallel=True), replace(ENGINE, recompute=True))
+    shape = Shape(B8, ParallelLayout(tensor=2, sequence_parallel=True), replace(ENGINE, recompute="full"))
     step = learning(shape, "scalar", TOKENS, 0, micro_batches=8, reads="fused")
     assert step.kept == 32 * 6140 * 2 * 2048 + 6140 * 2 * 2048
     # A whole layer, less its input, comes back while it is taken through backward.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -64,3 +66,30 @@ def test_fp8_needs_a_gpu_that_has_it(gpu: torch.device, monkeypatch: pytest.Monk
     ):
         resolve(ComputeConfig(fp8="e4m3"), gpu)
     assert resolve(ComputeConfig(), gpu).fp8 is None
+
+
+def test_each_fp8_recipe_has_its_name_its_sizes_and_its_gpus(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off, current, blockwise = (
+        ComputeConfig(),
+        ComputeConfig(fp8="hybrid"),
+        ComputeConfig(fp8="e4m3", fp8_recipe="blockwise"),
+    )
+    found = [resolve(config, gpu) for config in (off, current, blockwise)]
+    assert [each.fp8_recipe for each in found] == ["tensorwise", "tensorwise", "blockwise"]
+    assert [each.fp8_multiple for each in found] == [1, 16, 128]
+    assert [config.fp8_multiple for config in (off, current, blockwise)] == [1, 16, 128]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 9))
+    assert resolve(current, gpu).fp8 == "hybrid"
+    with pytest.raises(ConfigError) as caught:
+        resolve(blockwise, gpu)
+    assert "needs a GPU of compute capability 9.0 or more, but this one has 8.9; set compute.fp8_recipe=current or" in (
+        str(caught.value)
+    )
+
+
+@pytest.mark.parametrize("fp8", ["off", "hybrid"])
+def test_scales_of_numbers_before_are_refused(fp8: Literal["off", "hybrid"], gpu: torch.device) -> None:
+    with pytest.raises(ConfigError, match=r"fp8_recipe=delayed .* saved state none; set .* to current or blockwise"):
+        resolve(ComputeConfig(fp8=fp8, fp8_recipe="delayed"), gpu)

@@ -17,7 +17,7 @@ from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs
 from megarlhf.models.role import RoleSettings, TrainableRole
 from megarlhf.models.spec import preset
-from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.layout import FP8_MULTIPLES, ParallelLayout
 from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.parallel.micro_batches import InTokens, sequence_multiple
 from megarlhf.rollout import engine as engine_module
@@ -144,12 +144,13 @@ def test_packs_go_through_transformer_engine_as_rows_do(layout: ParallelLayout, 
 
 @pytest.mark.parametrize("layout", [ParallelLayout(), ParallelLayout(tensor=4, sequence_parallel=True)], ids=name_of)
 @pytest.mark.parametrize("rows", range(1, 18))
-def test_the_least_padding_that_fp8_takes(rows: int, layout: ParallelLayout) -> None:
+@pytest.mark.parametrize("of", FP8_MULTIPLES.values())
+def test_the_least_padding_that_fp8_takes(rows: int, layout: ParallelLayout, of: int) -> None:
     ranks = layout.tensor
-    multiple = sequence_multiple(rows, layout, fp8=True)
-    fits = [length for length in range(1, 16 * ranks + 1) if length % ranks == 0 and rows * length // ranks % 16 == 0]
+    multiple = sequence_multiple(rows, layout, of)
+    fits = [length for length in range(1, of * ranks + 1) if length % ranks == 0 and rows * length // ranks % of == 0]
     assert multiple == fits[0]
-    assert sequence_multiple(rows, layout, fp8=False) == ranks
+    assert sequence_multiple(rows, layout, 1) == ranks
 
 
 def leave_and_return() -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_the_layers_of_405b_are_dealt_out_with_embedding_and_head(stages: int, p
 
 def test_fp8_wants_multiples_of_16_in_every_rank() -> None:
     for name in ("llama3-8b", "llama3.1-405b", "llama3.2-1b"):
-        preset(name).check_fp8(ParallelLayout(tensor=8))
+        preset(name).check_fp8(ParallelLayout(tensor=8), 16)
     odd = preset("tiny-xs").model_copy(update={"ffn_size": 200})
     with pytest.raises(LayoutError, match=r"multiples of 16, but ffn_size / layout.tensor=200; set compute.fp8=off"):
-        odd.check_fp8(ParallelLayout())
+        odd.check_fp8(ParallelLayout(), 16)

@@ -23,8 +23,8 @@ DRAWING = Drawing(prompts=64, rows=64, memory_share=0.8, prefill_tokens=16_384, 
 def training(model: str, layout: ParallelLayout, tokens: int, batch: int) -> Job:
     """Whole rows are learnt from, one a micro-batch, and nothing is offloaded."""
     work = Workload((ROLE,), 0, tokens, rows=batch, step_rows=batch, step_setting="global_batch")
-    split = Split(layout, 1, recompute=False, offload=False)
-    return Job(work, {"model": PRESETS[model]}, split, Arithmetic(2, engine=True, recompute=False))
+    split = Split(layout, 1, recompute="none", offload=False)
+    return Job(work, {"model": PRESETS[model]}, split, Arithmetic(2, engine=True, recompute="none"))
 
 
 TP4 = ParallelLayout(tensor=4, pipeline=4, sequence_parallel=True, data=2, virtual_pipeline=5)
@@ -61,10 +61,10 @@ def test_one_gpu_computes_at_its_rate() -> None:
 def test_recompute_costs_a_third_of_the_products() -> None:
     job = training("llama3-8b", ParallelLayout(), 4096, 64)
     plain, again = (
-        seconds_of(job.splitting(replace(job.split, recompute=on)), H100, MEMORY).learn for on in (False, True)
+        seconds_of(job.splitting(replace(job.split, recompute=on)), H100, MEMORY).learn for on in ("none", "full")
     )
     assert again / plain == pytest.approx(4 / 3, rel=0.01)
-    assert model_flops(job) == model_flops(job.splitting(replace(job.split, recompute=True)))
+    assert model_flops(job) == model_flops(job.splitting(replace(job.split, recompute="full")))
 
 
 def test_a_pipeline_waits_for_its_ends() -> None:
@@ -80,8 +80,8 @@ def test_a_pipeline_waits_for_its_ends() -> None:
 def test_decoding_reads_weights_and_cache_once_a_token() -> None:
     spec, role = PRESETS["llama3-8b"], replace(ROLE, learns=False)
     work = Workload((role,), 512, 512, 64, 64, "global_batch", drawing=DRAWING)
-    split = Split(ParallelLayout(), 8, recompute=False, offload=False)
-    job = Job(work, {"model": spec}, split, Arithmetic(2, engine=True, recompute=False))
+    split = Split(ParallelLayout(), 8, recompute="none", offload=False)
+    job = Job(work, {"model": spec}, split, Arithmetic(2, engine=True, recompute="none"))
     # 64 rows: 16 GB of weights and 64 x 768 tokens of 131,072 bytes on average, and the sampler's five passes.
     read = 2 * spec.parameters + 64 * 768 * 131_072
     sampled = 5 * 4 * 64 * 128_256

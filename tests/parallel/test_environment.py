@@ -16,9 +16,12 @@ ALWAYS = {
 }
 
 
-def settled(layout: ParallelLayout, **user: str) -> dict[str, str]:
+MARGINS = {"NVTE_FWD_LAYERNORM_SM_MARGIN": "20", "NVTE_BWD_LAYERNORM_SM_MARGIN": "20"}
+
+
+def settled(layout: ParallelLayout, *, overlaps: bool = False, **user: str) -> dict[str, str]:
     environment = dict(user)
-    settle(layout, environment)
+    settle(layout, environment, overlaps=overlaps)
     return environment
 
 
@@ -27,6 +30,15 @@ def test_a_layout_gets_what_its_axes_want() -> None:
     assert settled(ParallelLayout(tensor=2)) == ALWAYS | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     assert settled(ParallelLayout(context=2)) == ALWAYS | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     assert settled(ParallelLayout(pipeline=2)) == ALWAYS | {"NCCL_P2P_NET_CHUNKSIZE": "2097152"}
+
+
+def test_norms_leave_room_for_collectives_that_run_beside_them() -> None:
+    layout = ParallelLayout(data=2)
+    assert settled(layout, overlaps=True) == ALWAYS | MARGINS
+    theirs = settled(layout, overlaps=True, NVTE_BWD_LAYERNORM_SM_MARGIN="8")
+    said = {variable.name: variable for variable in in_force(layout, theirs, overlaps=True)}
+    assert said["NVTE_FWD_LAYERNORM_SM_MARGIN"].reason.startswith("norms leave 20 multiprocessors")
+    assert said["NVTE_BWD_LAYERNORM_SM_MARGIN"].reason.startswith("yours; 20 otherwise")
 
 
 def test_what_the_user_set_stays_and_is_said_to_be_theirs() -> None:

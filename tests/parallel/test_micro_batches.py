@@ -15,7 +15,7 @@ LENGTHS = torch.tensor([3, 9, 5, 9, 2, 7])
 
 
 def shapes(micro_batch: int, **layout: Any) -> Shapes:
-    return Shapes(InRows(micro_batch), ParallelLayout(**layout), fp8=False, device=torch.device("cpu"))
+    return Shapes(InRows(micro_batch), ParallelLayout(**layout), fp8_multiple=1, device=torch.device("cpu"))
 
 
 def some_rows() -> tuple[TokenBatch, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_neighbours_are_alike_and_nothing_after_the_last_read_position_is_comput
 def test_positions_are_padded_to_what_tensor_ranks_can_share() -> None:
     batch, at = some_rows()
     layout = ParallelLayout(tensor=4, sequence_parallel=True)
-    parts = split(batch, at, Shapes(InRows(2), layout, fp8=False, device=torch.device("cpu")), may_repeat=False)
+    parts = split(batch, at, Shapes(InRows(2), layout, fp8_multiple=1, device=torch.device("cpu")), may_repeat=False)
     assert [part.inputs.shape for part in parts] == [(2, 8), (2, 8), (2, 4)]
     assert sum(int(part.read.sum()) for part in parts) == int(at.sum())
 
@@ -85,7 +85,7 @@ BUDGETS = [9, 12, 20, 64]
 
 
 def tokens_in(budget: int, **layout: Any) -> Shapes:
-    return Shapes(InTokens(budget), ParallelLayout(**layout), fp8=False, device=torch.device("cpu"))
+    return Shapes(InTokens(budget), ParallelLayout(**layout), fp8_multiple=1, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -124,7 +124,7 @@ def test_documents_say_where_each_begins_and_count_from_zero() -> None:
 )
 def test_packs_are_filled_up_to_what_ranks_and_products_take(fp8: bool, layout: Any, multiple: int) -> None:
     batch, at = some_rows()
-    shapes = Shapes(InTokens(16), ParallelLayout(**layout), fp8=fp8, device=torch.device("cpu"))
+    shapes = Shapes(InTokens(16), ParallelLayout(**layout), fp8_multiple=16 if fp8 else 1, device=torch.device("cpu"))
     parts = split(batch, at, shapes, may_repeat=False)
     for part in parts:
         size, documents = part.inputs.shape[1], part.documents

@@ -90,7 +90,9 @@ def roll_and_learn(directory: str) -> dict[str, Any]:
     mesh = start(ParallelLayout(), seed=1)
     shared = settings(mesh, 3, offload="none")
     # Full recompute is for training; Megatron would refuse both at once.
-    shared = dataclasses.replace(shared, compute=dataclasses.replace(shared.compute, cuda_graphs=True, recompute=True))
+    shared = dataclasses.replace(
+        shared, compute=dataclasses.replace(shared.compute, cuda_graphs=True, recompute="full")
+    )
     without = dataclasses.replace(shared, compute=dataclasses.replace(shared.compute, cuda_graphs=False))
     role = learner(directory, LabelLogprobs(1.0), shared, mesh, OptimConfig(lr=0.01))
     on_gpu = dataclasses.replace(mesh, device=torch.device("cuda"))

@@ -20,6 +20,8 @@ KEPT, PEAK = 0.05, 0.15
 """How far a plan may be off: of weights, gradients and optimiser state, and of a phase's peak."""
 AGAIN = (
     "one rank, recompute",
+    "one rank, selective recompute",
+    "one rank, recompute of 3 layers",
     "critic, nothing offloaded",
     "data 2, float32, nothing offloaded",
     "pipeline 2 x virtual 2",
@@ -64,10 +66,10 @@ def test_the_cases_cover_what_changes_memory() -> None:
     assert any(layout.sequence_parallel for layout in layouts)
     for values in (
         {case.dtype for case in CASES},
-        {case.recompute for case in CASES},
         {case.offload for case in CASES},
     ):
         assert len(values) == 2
+    assert {case.recompute for case in CASES} == {"none", "selective", "full", 2, 3}
     assert {case.role for case in CASES} == {"actor", "critic", "model"}
     assert {case.distributed for case in CASES} == {True, False}
 

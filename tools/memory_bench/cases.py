@@ -7,6 +7,7 @@ from typing import Literal
 
 from megarlhf.models.activations import Arithmetic
 from megarlhf.models.phases import PhaseBytes, phases_of
+from megarlhf.models.recompute import Recompute
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.workload import Job, RoleWork, Split, Workload
 from megarlhf.parallel.layout import ParallelLayout
@@ -28,7 +29,7 @@ class Case:
     role: Literal["actor", "critic", "model"] = "actor"
     """An actor's loss is fused, a critic has a scalar head, and a model under supervision goes through log-probs."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    recompute: bool = False
+    recompute: Recompute = "none"
     offload: bool = True
     distributed: bool = True
     micro_batch: int = 4
@@ -59,8 +60,11 @@ SP2 = ParallelLayout(tensor=2, sequence_parallel=True)
 CASES = (
     Case("one rank", ParallelLayout()),
     Case("one rank, bfloat16", ParallelLayout(), dtype="bfloat16"),
-    Case("one rank, recompute", ParallelLayout(), recompute=True),
-    Case("one rank, bfloat16, recompute", ParallelLayout(), dtype="bfloat16", recompute=True),
+    Case("one rank, recompute", ParallelLayout(), recompute="full"),
+    Case("one rank, bfloat16, recompute", ParallelLayout(), dtype="bfloat16", recompute="full"),
+    Case("one rank, selective recompute", ParallelLayout(), recompute="selective"),
+    Case("one rank, bfloat16, selective recompute", ParallelLayout(), dtype="bfloat16", recompute="selective"),
+    Case("one rank, recompute of 3 layers", ParallelLayout(), recompute=3),
     Case("critic, nothing offloaded", ParallelLayout(), role="critic", offload=False),
     Case("supervised, composed loss, bfloat16", ParallelLayout(), role="model", dtype="bfloat16"),
     Case("data 2", DP2, dtype="bfloat16"),
@@ -68,14 +72,16 @@ CASES = (
     Case("data 2, float32, nothing offloaded", DP2, offload=False),
     Case("tensor 2", TP2),
     Case("tensor 2, sequence parallel", SP2),
-    Case("tensor 2, sequence parallel, bfloat16, recompute", SP2, dtype="bfloat16", recompute=True),
+    Case("tensor 2, sequence parallel, bfloat16, recompute", SP2, dtype="bfloat16", recompute="full"),
     Case("pipeline 2", PP2),
-    Case("pipeline 2, bfloat16, recompute", PP2, dtype="bfloat16", recompute=True, role="critic"),
+    Case("pipeline 2, bfloat16, recompute", PP2, dtype="bfloat16", recompute="full", role="critic"),
     Case("pipeline 2 x virtual 2", ParallelLayout(pipeline=2, virtual_pipeline=2), micro_batch=2),
     Case("tensor 2 x pipeline 2", ParallelLayout(tensor=2, pipeline=2), dtype="bfloat16"),
-    Case("tensor 2 x data 2, recompute", ParallelLayout(tensor=2, data=2), recompute=True, dtype="bfloat16"),
+    Case("tensor 2, selective recompute", TP2, recompute="selective"),
+    Case("pipeline 2, recompute of 2 layers", PP2, recompute=2),
+    Case("tensor 2 x data 2, recompute", ParallelLayout(tensor=2, data=2), recompute="full", dtype="bfloat16"),
     Case("context 2", ParallelLayout(context=2)),
-    Case("context 2, critic, recompute", ParallelLayout(context=2), role="critic", recompute=True),
+    Case("context 2, critic, recompute", ParallelLayout(context=2), role="critic", recompute="full"),
     Case("context 2, supervised, bfloat16", ParallelLayout(context=2), role="model", dtype="bfloat16"),
     Case("context 2 x pipeline 2", ParallelLayout(context=2, pipeline=2), offload=False),
     Case("pipeline 2 x data 2", ParallelLayout(pipeline=2, data=2), role="model", offload=False),

@@ -76,8 +76,7 @@ def _peak_bytes(work: Callable[[], object]) -> int:
 
 
 def _role(case: Case, mesh: Mesh) -> TrainableRole:
-    recompute = "full" if case.recompute else "none"
-    compute = resolve(ComputeConfig(dtype=case.dtype, recompute=recompute), mesh.device)
+    compute = resolve(ComputeConfig(dtype=case.dtype, recompute=case.recompute), mesh.device)
     reading = PositionValues() if case.role == "critic" else LabelLogprobs(1.0)
     settings = RoleSettings(compute, InRows(case.micro_batch), "host" if case.offload else "none")
     role = TrainableRole(case.role, SPEC, reading.head, reading, settings, mesh)

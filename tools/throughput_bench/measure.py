@@ -62,7 +62,7 @@ def planned(work: Workload, cfg: PolicyConfig, mesh: Mesh) -> PhaseBytes | None:
     compute, gpu = resolve(cfg.compute, mesh.device), mesh.device.type == "cuda"
     split = Split(cfg.layout, cfg.micro_batch, compute.recompute, cfg.offload == "host")
     arithmetic = Arithmetic(compute.dtype.itemsize, engine=compute.transformer_engine, recompute=compute.recompute)
-    job = Job(work, specs_of(work, {}), split, arithmetic, fp8=compute.fp8 is not None)
+    job = Job(work, specs_of(work, {}), split, arithmetic, fp8_multiple=compute.fp8_multiple)
     memory = torch.cuda.mem_get_info(mesh.device)[1] if gpu else psutil.virtual_memory().total
     phases = [phase for phase in phases_of(job, memory) if not phase.phase.startswith("save")]  # nothing is saved here
     return max(phases, key=lambda phase: phase.total)
