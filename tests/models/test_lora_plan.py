@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ def test_settings_say_it(reference: str) -> None:
 
 
 def test_a_rank_that_no_model_has_is_not_planned() -> None:
-    cfg = settings_of("ppo").model_validate(
+    cfg: Any = settings_of("ppo").model_validate(
         {
             "actor": {"init": "tiny-s", "lora": {"rank": 128}},
             "critic": {"init": "tiny-xs", "lora": {"rank": 100}},
@@ -110,7 +111,7 @@ def test_a_rank_that_no_model_has_is_not_planned() -> None:
     )
     with pytest.raises(ConfigError, match=r"critic\.lora\.rank=100 is more than 64"):
         job_of(policy_workload(cfg, ("actor", "critic")), cfg)
-    sft = settings_of("sft").model_validate({"model": "tiny-xs", "lora": {"rank": 65}})
+    sft: Any = settings_of("sft").model_validate({"model": "tiny-xs", "lora": {"rank": 65}})
     with pytest.raises(ConfigError, match=r"^lora\.rank=65 .* at most 64"):
         job_of(workload(sft), sft)
 
@@ -118,7 +119,7 @@ def test_a_rank_that_no_model_has_is_not_planned() -> None:
 def built(folder: str) -> dict[str, tuple[Held, Held]]:
     """What each role of PPO by adapters keeps on this rank, and what the plan says of it."""
     more = ["actor.lora.rank=4", "critic.lora.rank=5", "critic.lora.targets=[qkv,fc2]", "layout.tensor=2"]
-    cfg = load_config(settings_of("ppo"), None, [f"run_dir={folder}", *POLICY, *more, "compute.dtype=float32"])
+    cfg: Any = load_config(settings_of("ppo"), None, [f"run_dir={folder}", *POLICY, *more, "compute.dtype=float32"])
     models = ppo.TRAINER.models(cfg, ppo.TRAINER.prepare(cfg), start(cfg.layout, seed=1))
     work = ppo.TRAINER.workload(cfg)
     job, roles = job_of(work, cfg), {role.name: role for role in work.roles}

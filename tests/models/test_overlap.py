@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.distributed.param_and_grad_buffer import (
-    _ParamAndGradBucketGroup,  # pyright: ignore[reportPrivateUsage]
-)
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
 from megarlhf.models import role as role_module
 from megarlhf.models.optim import OptimConfig, ddp_config
@@ -138,7 +136,7 @@ def watch(model: str) -> dict[str, Any]:
     late = role.tensors("weights")
     with role.resident("weights"):
         late = [weight.clone() for weight in role.tensors("weights")]
-    groups = len(role.wrapped[0].bucket_groups)  # type: ignore[attr-defined]
+    groups = len(role.wrapped[0].bucket_groups)
     return {"events": events, "groups": groups, "early": early, "late": late}
 
 

@@ -78,7 +78,8 @@ def count_runs(role: TrainableRole, ran: list[int]) -> None:
         return count
 
     for chunk in role.chunks:
-        for layer in chunk.decoder.layers:
+        layers: Any = chunk.decoder.layers
+        for layer in layers:
             layer.self_attention.linear_qkv.register_forward_pre_hook(counting(0))
             layer.mlp.linear_fc1.register_forward_pre_hook(counting(1))
 
@@ -151,7 +152,7 @@ def test_memory_falls_as_planned() -> None:
     ],
 )
 def test_more_layers_than_there_are_is_refused(layers: int, layout: dict[str, int], said: str) -> None:
-    split, spec = ParallelLayout(**layout), PRESETS["llama3-8b"]
+    split, spec = ParallelLayout.model_validate(layout), PRESETS["llama3-8b"]
     with pytest.raises(LayoutError) as caught:
         check_recompute(layers, spec, split, "actor.init")
     assert said in str(caught.value)

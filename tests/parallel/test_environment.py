@@ -43,7 +43,7 @@ def test_norms_leave_room_for_collectives_that_run_beside_them() -> None:
 
 def test_what_the_user_set_stays_and_is_said_to_be_theirs() -> None:
     layout, user = ParallelLayout(tensor=2), {"NCCL_NVLS_ENABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-    environment = settled(layout, **user)
+    environment = settled(layout, overlaps=False, **user)
     assert environment == ALWAYS | user
     said = {variable.name: variable for variable in in_force(layout, environment)}
     assert said["NCCL_GRAPH_REGISTER"] in wanted(layout)
