@@ -241,6 +241,7 @@ def _restore_optimizer(role: TrainableRole, state: dict[str, Any]) -> None:
     moments = state.pop("param_state", None)
     state.pop("param_state_sharding_type", None)
     optimizer: Any = role.optimizer
+    _take_own_rates(optimizer, state)
     if moments is None:
         _add_count_of_zero(role, state)
     optimizer.load_state_dict(state)
@@ -253,6 +254,12 @@ def _restore_optimizer(role: TrainableRole, state: dict[str, Any]) -> None:
     for values, step in zip(states, steps, strict=True):
         if step is not None:
             values["step"] = step.clone()  # Megatron gives all of them one tensor, which each would then increment
+
+
+def _take_own_rates(optimizer: Any, state: dict[str, Any]) -> None:
+    """From 0.19 on Megatron-Core finds a saved group by its rates, which are the settings', and may be others now."""
+    for saved, own in zip(state.get("optimizer", state)["param_groups"], optimizer.param_groups, strict=True):
+        saved.update({name: own[name] for name in ("max_lr", "min_lr") if name in own})
 
 
 def _add_count_of_zero(role: TrainableRole, state: dict[str, Any]) -> None:
