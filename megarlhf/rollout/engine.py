@@ -339,6 +339,7 @@ class _Engine(Engine):
     def release(self) -> None:
         """Give the KV cache's memory back."""
         self.context.deallocate()
+        self.controller.set_stop_word_finished_ids_callback(None)  # a method of the engine, which holds the controller
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ class EngineContext(DynamicInferenceContext, metaclass=_CountsAsMegatrons):
         """Give the memory back; nothing can be drawn with it any more."""
         if NEW_ENGINE:
             self.deallocate_inference_state_buffers()
+            self.__dict__.clear()  # it and its parts hold each other, and with them the books' copies on the device
         else:
             self.deallocate_all_tensors()
 
