@@ -37,8 +37,8 @@ REFERENCE = RoleWork("reference", "reference.init", "llama3-70b", "language", sc
 
 def job(*roles: RoleWork, offload: bool = True) -> Job:
     work = Workload(roles, 256, 256, rows=64, step_rows=64, step_setting="global_batch")
-    split = Split(LAYOUT, 1, recompute=False, offload=offload)
-    return Job(work, {role.name: B70 for role in roles}, split, Arithmetic(2, engine=True, recompute=False))
+    split = Split(LAYOUT, 1, recompute="none", offload=offload)
+    return Job(work, {role.name: B70 for role in roles}, split, Arithmetic(2, engine=True, recompute="none"))
 
 
 def test_the_adapters_of_a_layer_by_hand() -> None:

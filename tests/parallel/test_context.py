@@ -102,7 +102,7 @@ def as_a_model(part: MicroBatch[TokenBatch]) -> Tensor:
 @pytest.mark.parametrize("context", BOTH)
 def test_micro_batches_of_context_ranks_are_one_between_them(cut: Cut, context: int) -> None:
     batch, at = some_rows()
-    shapes = [Shapes(cut, ParallelLayout(context=context), False, torch.device("cpu"), r) for r in range(context)]
+    shapes = [Shapes(cut, ParallelLayout(context=context), 1, torch.device("cpu"), r) for r in range(context)]
     result = torch.zeros(at.shape)
     for parts in zip(*(split(batch, at, each, may_repeat=False) for each in shapes), strict=True):
         one = parts[0]
