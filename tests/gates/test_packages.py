@@ -30,7 +30,7 @@ def test_this_environment_has_none() -> None:
     [
         ({"torch": "2.8.0"}, ["megarlhf needs torch>=", "2.8.0 is installed", "pip install"]),
         ({"einops": None}, ["megarlhf needs einops, which is not installed; pip install 'einops>=0.8'"]),
-        ({"megatron-core": "0.15.3"}, ["megarlhf needs megatron-core<", "0.15.3 is installed"]),
+        ({"megatron-core": "0.15.3"}, ["megarlhf needs megatron-core", "0.15.3 is installed"]),
         ({**ENGINE, "transformer-engine-torch": "2.9.0"}, ["transformer-engine-torch 2.9.0 beside", "2.11.0"]),
         (
             {"transformer-engine": "2.11.0", "transformer-engine-cu12": "2.11.0"},

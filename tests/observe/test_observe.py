@@ -40,7 +40,7 @@ class FakeTime:
 
 def test_every_metric_is_named_and_defined() -> None:
     for name, metric in GLOSSARY.items():
-        assert re.fullmatch(r"[a-z]+/[a-z0-9_]+", name)
+        assert re.fullmatch(r"[a-z][a-z0-9]*/[a-z0-9_]+", name)
         assert all(metric), f"{name}: unit, formula and reduction are all needed"
         assert not name.endswith("_s") or metric.unit.endswith("s"), name
 
