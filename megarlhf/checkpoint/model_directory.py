@@ -142,11 +142,11 @@ def load_model(role: Role, init: str, *, seed: int) -> None:
     body_only = role.head != found.head
     if (Path(init) / MODEL).is_file():
         check_checksums(Path(init) / WEIGHTS, AGAIN, role.mesh)
-        merges = found.lora is not None and role.lora is None
-        if found.lora is not None and merges:
-            role.adapt(found.lora)
+        merged = found.lora if role.lora is None else None
+        if merged is not None:
+            role.adapt(merged)
         load_weights(role, Path(init) / WEIGHTS, body_only=body_only)
-        if merges:
+        if merged is not None:
             role.merge()
     else:
         check_hugging_face(Path(init), role.mesh)

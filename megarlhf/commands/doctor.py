@@ -59,6 +59,7 @@ from megarlhf.parallel.collectives import barrier, broadcast_object
 from megarlhf.parallel.environment import in_force
 from megarlhf.parallel.mesh import Mesh, local_device, start, stop
 from megarlhf.runtime.checks import BUILT_IN_TOKENIZER
+from megarlhf.runtime.command import for_started_ranks
 from megarlhf.runtime.models_named import taken, with_models
 from megarlhf.runtime.roles import learner
 from megarlhf.trainers.find import trainer_named
@@ -106,11 +107,11 @@ def settings_of(name: str) -> type[PolicyConfig]:
 
 def main(name: str, cfg: PolicyConfig, argv: Sequence[str]) -> int:
     """`megarlhf doctor trainer=name`. Raises TrainingError naming the gates that fail."""
-    trainer, asked = trainer_named(name), complete(cfg)
-    found = with_models(asked)
+    trainer, cfg = trainer_named(name), for_started_ranks(complete(cfg))
+    found = with_models(cfg)
 
     def work(inputs: PolicyInputs) -> None:
-        _run(trainer, found, inputs, taken(asked, found))
+        _run(trainer, found, inputs, taken(cfg, found))
 
     overlaps = cfg.compute.overlap_grad_reduce
     return launch.run(lambda: inputs_of(trainer, found), work, cfg.layout, argv, overlaps=overlaps)

@@ -53,9 +53,13 @@ def said(weight: Tensor) -> Tensor:
 
 
 def gather_head(wrapped: DistributedDataParallel, weight: Tensor) -> None:
-    """Wait for a weight that no module's forward reads. Collective over the data ranks where it is not whole."""
-    group: Any = wrapped.param_to_bucket_group[weight]
-    group.finish_param_sync()
+    """Wait for a weight that no module's forward reads. Collective over the data ranks where it is not whole.
+
+    One that does not learn, beside adapters, is in no bucket, and always whole.
+    """
+    group: Any = wrapped.param_to_bucket_group.get(weight)
+    if group is not None:
+        group.finish_param_sync()
 
 
 def gather_weights(wrapped: DistributedDataParallel) -> None:

@@ -21,7 +21,7 @@ NEW_ENGINE = _RELEASE >= (0, 18)
 STEPS_SAY_WHAT_RAN = _RELEASE >= (0, 19)
 """A controller's step says whether it only decoded; before, the engine asks the context."""
 SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if NEW_ENGINE else {}
-"""Of `dist_checkpointing.save`, which would ask for nvidia-resiliency-ext from 0.18 on."""
+"""Of a save of shards, which would ask for nvidia-resiliency-ext from 0.18 on."""
 KNOWN = (
     "GPTModel IS DEPRECATED",
     "Rewrapping ModuleSpec",

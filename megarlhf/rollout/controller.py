@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.inference.communication_utils import is_pipeline_last_stage
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megarlhf.models.transformer import LlamaModel
 from megarlhf.rollout.context import RolloutContext
 from megarlhf.rollout.megatron_engine import EngineController
 from megarlhf.rollout.sampling import SamplingConfig, sample
@@ -41,7 +41,7 @@ class RolloutController(EngineController):
 
     def __init__(
         self,
-        model: GPTModel,
+        model: LlamaModel,
         context: RolloutContext,
         groups: ProcessGroupCollection,
         *,

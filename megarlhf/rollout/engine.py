@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,10 +39,6 @@ from megarlhf.rollout.sampling import (
     stream_ids,
     uniforms,
 )
-
-# Importing it has a stack of this process printed at each of these, in front of whatever the run itself has to say.
-for _number in (signal.SIGTERM, signal.SIGINT):
-    faulthandler.unregister(_number)
 
 
 class RolloutEngine:

@@ -11,6 +11,8 @@ device before each step.
 from __future__ import annotations
 
 import copy
+import faulthandler
+import signal
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,12 +21,17 @@ from megatron.core.inference.contexts import dynamic_context
 from megatron.core.inference.engines import dynamic_engine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megarlhf.models.fp8 import without_fp8
+from megarlhf.models.transformer import LlamaModel
 from megarlhf.parallel.releases import NEW_ENGINE, STEPS_SAY_WHAT_RAN
+
+# Importing the engine has a stack of this process printed at each of these, in front of what the run itself has to say.
+for _number in (signal.SIGTERM, signal.SIGINT):
+    faulthandler.unregister(_number)
 
 # Megatron's decorators hide from type checkers that these are classes.
 DynamicInferenceContext: Any = dynamic_context.DynamicInferenceContext
@@ -146,26 +153,16 @@ def _of_one_rank(config: TransformerConfig, layers: int) -> TransformerConfig:
     return own
 
 
-def _wrapped(model: GPTModel, context: EngineContext) -> GPTInferenceWrapper:
-    """The model as controllers call it, from 0.18 on.
-
-    Of a model in FP8 Megatron would have every linear layer fill up its input, from then on and in training too: the
-    steps of a rollout have sizes that FP8 takes.
-    """
-    config = model.config
-    fp8, config.fp8 = config.fp8, None
-    try:
-        return GPTInferenceWrapper(model, context)
-    finally:
-        config.fp8 = fp8
-
-
 class EngineController(TextGenerationController):
     """Megatron's controller without a tokenizer, over a model and its cache."""
 
-    def __init__(self, model: GPTModel, context: EngineContext, groups: ProcessGroupCollection) -> None:
+    def __init__(self, model: LlamaModel, context: EngineContext, groups: ProcessGroupCollection) -> None:
         if NEW_ENGINE:
-            super().__init__(_wrapped(model, context), tokenizer=None)
+            # Of a model in FP8 Megatron would have every linear layer fill up its input, from then on and in training
+            # too: the steps of a rollout have sizes that FP8 takes.
+            with without_fp8([model]):
+                wrapped = GPTInferenceWrapper(model, context)
+            super().__init__(wrapped, tokenizer=None)
             return
         config = InferenceWrapperConfig(
             hidden_size=model.config.hidden_size,

@@ -65,7 +65,8 @@ def elsewhere(layout: ParallelLayout, rollout: RolloutConfig) -> ParallelLayout 
     """The layout that rollouts are drawn in; None where it is that of training, `layout`."""
     if rollout.layout is None:
         return None
-    other = ParallelLayout(tensor=rollout.layout.tensor, data=rollout.layout.data)
+    axes = rollout.layout
+    other = ParallelLayout(tensor=axes.tensor, data=axes.data, elastic=layout.elastic)
     return None if other == layout.drawing else other
 
 

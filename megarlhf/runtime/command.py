@@ -15,6 +15,11 @@ Cfg = TypeVar("Cfg", bound=RanksConfig)
 Inputs = TypeVar("Inputs")
 
 
+def for_started_ranks(cfg: Cfg) -> Cfg:
+    """`cfg` with its layout for the ranks that a launcher has started. Raises LayoutError where it fits none such."""
+    return cfg.model_copy(update={"layout": launch.fitted(cfg.layout)})
+
+
 def on_ranks(
     cfg: Cfg, argv: Sequence[str], prepare: Callable[[Cfg], Inputs], work: Callable[[Cfg, Inputs, Mesh], object]
 ) -> int:
@@ -26,7 +31,7 @@ def on_ranks(
     """
 
     asked = cfg.layout.data
-    cfg = cfg.model_copy(update={"layout": launch.fitted(cfg.layout)})
+    cfg = for_started_ranks(cfg)
     found = with_models(cfg)
 
     def on_this_rank(inputs: Inputs) -> None:

@@ -159,6 +159,7 @@ def _layouts(job: Job, gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
                     data=copies // context,
                     sequence_parallel=tensor > 1,
                     virtual_pipeline=virtual,
+                    elastic=job.split.layout.elastic,
                 )
 
 
