@@ -21,7 +21,7 @@ from megarlhf.models.readings import LabelLogprobs, SequenceScores
 from megarlhf.models.role import TrainableRole
 from megarlhf.observe.metrics import Metrics
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.parallel.mesh import start
+from megarlhf.parallel.mesh import Mesh, start
 from megarlhf.runs.loop import Run
 from megarlhf.trainers import ppo, process_reward, reward, sft
 from megarlhf.trainers.policy_loss import policy_loss
@@ -104,12 +104,14 @@ def run_ppo(
     judge = {"kind": "process", "init": f"{folder}/judge", "separator": " ", "reward": "soft_min"}
     changes: dict[str, Any] = {"reward": {"init": ""}, "judges": {"steps": judge}} if by_step else {}
     cfg = ppo_settings(Path(where), layout, folder, **changes, rollout={"layout": drawn_in})
-    if stop is not None:
-        with stopped_after(stop):
-            ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
-        return {}
-    ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
-    return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
+    return final_weights(cfg, stop, mesh)
+
+
+def final_weights(cfg: PPOConfig, stop: int | None, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Of the run, started or gone on with; none if it stops before, after so many steps."""
+    with stopped_after(stop) if stop is not None else nullcontext():
+        ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
+    return {} if stop is not None else whole_weights(frozen(str(cfg.model_dir), LabelLogprobs(1.0), mesh))
 
 
 def in_pieces(

@@ -22,7 +22,7 @@ from megarlhf.parallel.mesh import start
 from megarlhf.trainers import dpo, grpo, ppo, reward, sft
 from tests.helpers.models import frozen, policy_and_judge, ragged_rollout, whole_weights
 from tests.helpers.ranks import run_ranks
-from tests.runs.test_resume import CLOCKED, ITERATIONS, ppo_settings, stopped_after
+from tests.runs.test_resume import CLOCKED, ITERATIONS, final_weights, ppo_settings
 from tests.trainers.worlds import ppo_cast
 
 TENSOR = ParallelLayout(tensor=2, sequence_parallel=True)
@@ -49,13 +49,7 @@ def settings_of(where: str, layout: ParallelLayout, folder: str, **changes: Any)
 def run_ppo(layout: ParallelLayout, stop: int | None, where: str, folder: str) -> dict[str, Tensor]:
     """Start the run, or go on with it: the final model, as who knows nothing of adapters reads it."""
     mesh = start(layout, seed=1)
-    cfg = settings_of(where, layout, folder)
-    if stop is not None:
-        with stopped_after(stop):
-            ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
-        return {}
-    ppo.TRAINER.run(cfg, ppo.TRAINER.prepare(cfg), [], mesh)
-    return whole_weights(frozen(f"{where}/model", LabelLogprobs(1.0), mesh))
+    return final_weights(settings_of(where, layout, folder), stop, mesh)
 
 
 def logged(where: str) -> list[dict[str, float]]:
