@@ -29,7 +29,6 @@ from megarlhf.judges.rules import RuleConfig
 from megarlhf.models.lora import LoraConfig
 from megarlhf.models.optim import OptimConfig
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.parallel.mesh import leave
 from megarlhf.rollout.sampling import SamplingConfig
 from megarlhf.trainers.dpo import DPOConfig
 from megarlhf.trainers.grpo import GRPOConfig
@@ -91,8 +90,6 @@ def run(cfg: Config) -> None:
     except RunFinished as finished:
         complain(str(finished))
         return
-    finally:
-        leave()  # where it failed in the middle
     if code == STOPPED:
         raise RunStopped(f"megarlhf {name} was stopped; run the same settings again to go on.")
     if code != DONE:

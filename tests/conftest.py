@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ import torch
 if not torch.cuda.is_available():
     # Triton kernels run in its interpreter then. It looks when it is first imported, here or by another package.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Each test leaves this process as it found it, or the next run that starts in it fails in its stead."""
+    yield
+    assert not torch.distributed.is_initialized(), "this test left a process group behind; leave it in the test"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

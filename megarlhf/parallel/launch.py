@@ -22,6 +22,7 @@ from megarlhf.parallel import local_ranks
 from megarlhf.parallel.environment import settle
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.local_ranks import COURTESY_S, FAILURES, LAUNCHER, exit_code, is_echo
+from megarlhf.parallel.mesh import leave
 from megarlhf.parallel.processes import end_helpers, end_with_parent
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ def run(
             work(prepare())
         except BaseException:
             end_helpers()  # nobody waits for what they write
+            leave()  # this process may start another run
             raise
         return 0
     gpus = torch.cuda.device_count()

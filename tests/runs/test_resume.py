@@ -27,15 +27,7 @@ from megarlhf.trainers import ppo, process_reward, reward, sft
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo import PPOConfig
 from megarlhf.trainers.sft import SftConfig
-from tests.helpers.models import (
-    frozen,
-    learner,
-    name_of,
-    policy_and_judge,
-    settings,
-    whole_weights,
-    worst,
-)
+from tests.helpers.models import frozen, learner, name_of, policy_and_judge, settings, whole_weights, worst
 from tests.helpers.ranks import run_ranks
 from tests.trainers.test_splits import lessons
 from tests.trainers.worlds import ppo_config

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megarlhf.parallel import mesh
 from tests.helpers.refusal import DPO, EVAL, GENERATE, PPO, REWARD, SFT, ModelWasBuiltError, assert_matches, write_model
 
 
@@ -15,11 +14,8 @@ from tests.helpers.refusal import DPO, EVAL, GENERATE, PPO, REWARD, SFT, ModelWa
 def test_the_good_input_that_the_cases_spoil_gets_as_far_as_the_model(
     command: tuple[str, ...], refused: Callable[..., str]
 ) -> None:
-    try:
-        with pytest.raises(ModelWasBuiltError):
-            refused(command)
-    finally:
-        mesh.stop()
+    with pytest.raises(ModelWasBuiltError):
+        refused(command)
 
 
 @pytest.mark.parametrize("command", [GENERATE, EVAL], ids=lambda command: command[0])

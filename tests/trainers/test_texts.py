@@ -20,7 +20,6 @@ from megarlhf.config import load_config
 from megarlhf.data.tokenizer import LLAMA3_CHAT_TEMPLATE
 from megarlhf.errors import ConfigError, DataError
 from megarlhf.observe.provenance import write_provenance
-from megarlhf.parallel import mesh
 from megarlhf.runtime.checks import Model
 from megarlhf.runtime.said import DataSet, remarks, visible
 from megarlhf.trainers import ppo
@@ -67,11 +66,8 @@ def test_no_data_is_assumed_for_a_model_of_ones_own(case: str, refused: Refused)
 
 
 def assert_reaches_the_model(command: Sequence[str]) -> None:
-    try:
-        with pytest.raises(ModelWasBuiltError):
-            cli.main([*command])
-    finally:
-        mesh.stop()
+    with pytest.raises(ModelWasBuiltError):
+        cli.main([*command])
 
 
 def prompts_file(answers: Sequence[str | None]) -> str:
