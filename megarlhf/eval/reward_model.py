@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +23,7 @@ from megarlhf.eval.best_of import best_of
 from megarlhf.eval.intervals import (
     Interval,
     auc_error,
+    auc_of,
     harmonic_error,
     harmonic_of,
     mean,
@@ -153,21 +153,13 @@ def of_judged(worth: Tensor, right: Tensor, lengths: Tensor, prompts: Sequence[A
         which = part == third
         if which.any():
             low, high = int(lengths[which].min()), int(lengths[which].max())
-            area = _auc(worth[which], found[which])
+            area = auc_of(worth[which], found[which])
             by_length.append(OfLength(f"{low} to {high} tokens", int(which.sum()), area))
     agreed = ((worth >= 0.5) == found).double().mean()
-    rights, wrongs, area = int(found.sum()), int((~found).sum()), _auc(worth, found)
+    rights, wrongs, area = int(found.sum()), int((~found).sum()), auc_of(worth, found)
     auc = within(area, auc_error(area, rights, wrongs), 0.0, 1.0) if rights and wrongs else UNKNOWN
     accuracy = share_of(float(agreed), len(set(prompts)))
     return OfJudged(auc, accuracy, calibration(worth, right), by_length, _best_of(worth, right, prompts))
-
-
-def _auc(worth: Tensor, right: Tensor) -> float:
-    """The Mann-Whitney statistic over all right-wrong couples; a tie is half."""
-    rights, wrongs = worth[right].numpy(), worth[~right].numpy()
-    if not len(rights) or not len(wrongs):
-        return float("nan")
-    return float(scipy.stats.mannwhitneyu(rights, wrongs).statistic) / (len(rights) * len(wrongs))
 
 
 def _best_of(worth: Tensor, right: Tensor, prompts: Sequence[Any]) -> dict[int, Interval]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import scipy.stats
 import torch
 
 from megarlhf.batch.supervised import LabelledResponses
 from megarlhf.data.judged_steps import StepSet
 from megarlhf.data.preferences import PreferenceSet
-from megarlhf.eval.intervals import auc_error, effective
+from megarlhf.eval.intervals import auc_error, auc_of, effective
 from megarlhf.eval.reward_model import of_steps, read
 from megarlhf.models.readings import SequenceScores
 from megarlhf.models.role import Role
@@ -52,11 +51,8 @@ def measure_scores(role: Role, responses: LabelledResponses, *, heldout: bool) -
         metrics["reward/score_right_mean"] = float(scores[right].mean())
         metrics["reward/score_wrong_mean"] = float(scores[~right].mean())
         if heldout:
-            # AUC is the Mann-Whitney statistic over all right-wrong couples.
-            statistic = scipy.stats.mannwhitneyu(scores[right].numpy(), scores[~right].numpy()).statistic
-            rights, wrongs = int(right.sum()), int((~right).sum())
-            metrics["reward/auc"] = float(statistic) / (rights * wrongs)
-            metrics["reward/auc_stderr"] = auc_error(metrics["reward/auc"], rights, wrongs)
+            metrics["reward/auc"] = auc_of(scores, right)
+            metrics["reward/auc_stderr"] = auc_error(metrics["reward/auc"], int(right.sum()), int((~right).sum()))
     return {**metrics, "reward/centre": metrics["reward/score_mean"]}
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import scipy.stats
 import torch
 
 from megarlhf.eval.intervals import (
     auc_error,
+    auc_of,
     effective,
     mean,
     mean_of,
@@ -45,6 +48,13 @@ def test_a_mean_by_its_spread_is_that_of_its_values() -> None:
 def test_a_share_of_all_or_none_keeps_an_open_side():
     assert share(torch.ones(10, dtype=torch.bool)).low < 0.8
     assert share(torch.zeros(10, dtype=torch.bool)).high > 0.2
+
+
+def test_an_area_is_the_share_of_couples_in_order() -> None:
+    scores, right = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0]), torch.tensor([True, False, True, False, True])
+    couples = [float(a > b) + float(a == b) / 2 for a in scores[right] for b in scores[~right]]
+    assert auc_of(scores, right) == sum(couples) / len(couples)
+    assert math.isnan(auc_of(scores, torch.ones(5, dtype=torch.bool)))
 
 
 def test_the_error_of_an_area_is_that_of_hanley_and_mcneil() -> None:
