@@ -55,6 +55,7 @@ EXTRAS = {
         "llama-models>=0.3",  # Llama 3's tokenizer, and Meta's own code for its format: tests/helpers/llama3.py
         "kubeflow-trainer-api>=2.3",  # JobSet's types, which examples/launch/jobset.yaml is read with
         "math-verify>=0.8",
+        "peft>=0.17",  # loads the adapters that a run leaves: tests/checkpoint/test_adapters.py
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",  # make test shares the files among processes

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -137,15 +138,14 @@ def test_peft_tensors_added_by_hand_make_our_model(saved: Any, bases: dict[str, 
 
 
 def test_peft_loads_the_adapter(saved: Any, bases: dict[str, str]) -> None:
-    peft = pytest.importorskip("peft")
     folder, said = saved[4]
     base = LlamaForCausalLM.from_pretrained(bases["language"])
     model = peft.PeftModel.from_pretrained(base, str(folder / "language" / "adapter"))
     torch.testing.assert_close(theirs(model), said["language"], atol=2e-5, rtol=0)
     scalar = LlamaForSequenceClassification.from_pretrained(bases["scalar"])
-    model = peft.PeftModel.from_pretrained(scalar, str(folder / "scalar" / "adapter")).base_model.model
+    inner: Any = peft.PeftModel.from_pretrained(scalar, str(folder / "scalar" / "adapter")).base_model.model
     with torch.no_grad():
-        values = model.score(model.model(input_ids=ROWS.tokens).last_hidden_state)[:, :-1, 0]
+        values = inner.score(inner.model(input_ids=ROWS.tokens).last_hidden_state)[:, :-1, 0]
     mask = ROWS.response_mask
     torch.testing.assert_close(values[mask], said["scalar"][mask], atol=2e-5, rtol=0)
 
