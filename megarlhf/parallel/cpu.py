@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import queue
 import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 from torch.utils._device import _device_constructors
 
 from megarlhf.parallel.releases import quiet
@@ -195,6 +198,33 @@ def _install_paged_attention() -> None:
     module.is_fa_min_version = lambda version: True
 
 
+@functools.cache
+def _gloo_devices(interfaces: str, process: int) -> list[ProcessGroupGloo.Device]:
+    """What listens on these network interfaces (comma between them; empty: that of the host's name) in this process."""
+    if not interfaces:
+        return [ProcessGroupGloo.create_default_device()]
+    return [ProcessGroupGloo.create_device(interface=name) for name in interfaces.split(",")]
+
+
+def _install_gloo_device() -> None:
+    """Have the process groups of a process share what listens for them.
+
+    torch gives each a device of its own, whose thread wakes up a hundred times a second. A rank has dozens of groups,
+    and shares the cores of its machine with other ranks.
+    """
+    group: Any = ProcessGroupGloo
+    options: Any = group._Options
+    theirs = group.__init__
+
+    def of_shared_devices(self: object, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        chosen = options()
+        chosen._devices = _gloo_devices(os.environ.get("GLOO_SOCKET_IFNAME", ""), os.getpid())
+        chosen._timeout = timeout
+        theirs(self, store, rank, size, chosen)
+
+    group.__init__ = of_shared_devices
+
+
 def _install_results_queue() -> None:
     """Give Megatron's checkpoint writers a queue of this process for what they say of their files.
 
@@ -243,6 +273,7 @@ def install() -> None:
         warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
         _import_megatron_uncompiled()
         _install_host_device()
+        _install_gloo_device()
         _install_megatron()
     if not has_flash_attention():
         _install_paged_attention()

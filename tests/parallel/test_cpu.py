@@ -12,8 +12,11 @@ import torch
 from packaging.version import Version
 
 from megarlhf.parallel.cpu import has_flash_attention
+from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.mesh import start
 from megarlhf_kernels import paged_attention
 from tests.helpers.models import language_model
+from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -74,3 +77,19 @@ def test_flash_attention_is_known_by_its_functions(
     monkeypatch.setattr(attention, "flash_attn_varlen_func", functions[prefill] if prefill else None)
     monkeypatch.setattr(attention, "is_fa_min_version", lambda least: Version(version or "0") >= Version(least))
     assert has_flash_attention() is expected
+
+
+def listeners(layout: ParallelLayout) -> list[str]:
+    """Names of the threads that wait for what peers send, after one sum in each of a mesh's groups."""
+    mesh = start(layout, seed=1)
+    for group in (mesh.groups.tp, mesh.groups.pp, mesh.groups.dp):
+        torch.distributed.all_reduce(torch.ones(1), group=group)
+    names = [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if name == "gloo_tcp_loop"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is replaced where there is CUDA")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have names where there is /proc")
+def test_a_rank_s_groups_share_one_listener() -> None:
+    for _ in range(2):  # and what an earlier mesh left is none
+        assert [len(found) for found in run_ranks(listeners, 2, ParallelLayout(tensor=2))] == [1, 1]
