@@ -138,7 +138,7 @@ def imported() -> list[str]:
 
 
 SIGNATURES = {
-    "ConvertConfig": "*model *output *to dtype verify max_shard_size",
+    "ConvertConfig": "*model *output *to base dtype verify max_shard_size",
     "DPOConfig": (
         "seed layout compute micro_batch offload date timeout_s *run_dir resume save_every keep_last keep_every "
         "keep_best save_before max_skipped_steps tensorboard wandb model reference tokenizer pairs heldout beta "

@@ -1,17 +1,21 @@
-"""Throughput of a run file's iterations, with random weights and made-up prompts: by phase, in any layout.
+"""Throughput of a run file's iterations, with random weights and made-up rows: by phase, in any layout.
 
     python tools/bench_throughput.py ppo --config examples/ppo_tiny.yaml actor.init=tiny-s reward.init=tiny-s
     torchrun --nproc-per-node 8 tools/bench_throughput.py ppo --config examples/llama3_8b_ppo.yaml \
         actor.init=llama3-8b reward.init=llama3-8b --prompts uniform:64:512 --responses lognormal:300:0.8
+    python tools/bench_throughput.py sft --config examples/sft_tiny.yaml --prompts fixed:32
 
-Settings are the run file's, with those behind it on the command line. Left out is what is no iteration: saving,
+Settings are the run file's, with those behind it on the command line. Left out is what is no iteration: states,
 measuring, gates, logs of samples. The models must be named: a preset is drawn at random. Every iteration is a whole one
-of the trainer's own; the first --warmup are not counted. Prompts are random words, and a response ends where
---responses says, so that the work is the same in every layout and with all weights.
+of the trainer's own, of one that draws nothing an optimiser step; the first --warmup are not counted. Prompts are
+random words, and so are demonstrations, pairs, judged responses and judged steps. A response ends where --responses
+says, so that the work is the same in every layout and with all weights. The run's directory, with the model at its
+end, is a temporary one (TMPDIR says where).
 
-A phase's tokens are what it draws, scores or learns from; the iteration's are those that were drawn. FLOP/s are the
-model's, of one GPU, and MFU is their share of its dense BF16 peak, whatever the number format: the convention is
-printed. --json writes everything, with versions, machine and settings; tools/compare_bench.py compares two such files.
+A phase's tokens are what it draws, scores or learns from; the iteration's are those that were drawn, or learnt from
+where none are. FLOP/s are the model's, of one GPU, and MFU is their share of its dense BF16 peak, whatever the number
+format: the convention is printed. --json writes everything, with versions, machine and settings;
+tools/compare_bench.py compares two such files.
 """
 
 from __future__ import annotations
@@ -29,42 +33,36 @@ if __name__ == "__main__":
     # Its parts are beside it in tools.throughput_bench.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from megarlhf.errors import ConfigError, MegarlhfError
+from megarlhf.errors import MegarlhfError
 from megarlhf.observe.provenance import machine, versions
 from megarlhf.observe.work import CONVENTION
 from megarlhf.observe.writers import read_metrics
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.command import on_ranks
 from megarlhf.trainers.find import trainer_named
-from megarlhf.trainers.policy_config import PolicyConfig, PolicyInputs
 from megarlhf.trainers.trainer import Trainer
+from tools.throughput_bench.kinds import Kind, moving
 from tools.throughput_bench.lengths import Lengths
 from tools.throughput_bench.measure import moved, phases, planned
 from tools.throughput_bench.published import anchors_of
-from tools.throughput_bench.workload import actor_spec, ending_where_told, measured_settings, write_texts
+from tools.throughput_bench.workload import drawn_lengths, ending_where_told, first_spec, measured_settings, write_rows
 
 GIB = 2**30
 
 
 def bench(args: argparse.Namespace, arguments: Sequence[str], folder: Path) -> int:
     """Run it on the ranks of its layout; the exit code."""
-    trainer = trainer_named(args.trainer)
-    if not issubclass(trainer.config, PolicyConfig):
-        raise ConfigError(f"{args.trainer} draws no rollouts; name a trainer that does, as ppo or grpo.")
-    iterations = args.warmup + args.iterations
-    cfg = measured_settings(trainer.config, args.config, args.settings, folder, iterations)
-    spec, prompts = actor_spec(cfg), Lengths(args.prompts, cfg.prompts.max_tokens)
-    responses = Lengths(args.responses or f"fixed:{cfg.sampling.max_new_tokens}", cfg.sampling.max_new_tokens)
-    count = iterations * cfg.prompts_per_iteration
-    draws = torch.rand(count, generator=torch.Generator().manual_seed(1))
-    write_texts(folder, spec.vocab_size, prompts.of(draws))
+    trainer, iterations = trainer_named(args.trainer), args.warmup + args.iterations
+    cfg, kind = measured_settings(trainer, args.config, args.settings, folder, iterations)
+    spec = first_spec(cfg, kind)
+    write_rows(folder, kind, spec.vocab_size, iterations, args.prompts, args.responses)
+    drawn = drawn_lengths(cfg, args.responses)
 
-    def work(cfg: PolicyConfig, inputs: PolicyInputs, mesh: Mesh) -> None:
-        found = measured(trainer, cfg, inputs, mesh, responses, args)
+    def work(cfg: RunConfig, inputs: Any, mesh: Mesh) -> None:
+        found = measured(trainer, cfg, inputs, mesh, args, drawn)
         if mesh.is_main:
-            report = {**about(cfg, mesh, args, arguments), **found}
+            report = {**about(cfg, kind, mesh, args, arguments), **found}
             sys.stdout.write("\n".join([*lines(report), ""]))
             if args.json:
                 args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -74,43 +72,47 @@ def bench(args: argparse.Namespace, arguments: Sequence[str], folder: Path) -> i
 
 def measured(
     trainer: Trainer[Any, Any, Any],
-    cfg: PolicyConfig,
-    inputs: PolicyInputs,
+    cfg: RunConfig,
+    inputs: Any,
     mesh: Mesh,
-    responses: Lengths,
     args: argparse.Namespace,
+    drawn: Lengths | None,
 ) -> dict[str, Any]:
     """Every iteration of the run, then every role to the host and back. Collective; complete on rank 0."""
-    cast = ending_where_told(trainer.models(cfg, inputs, mesh), responses)
-    trainer.train(cfg, inputs, cast, ["bench_throughput"], mesh)
-    moves = [moved(role, args.iterations) for role in cast.every] if cfg.offload == "host" else []
-    rows = [row for row in read_metrics(cfg.run_dir).rows if row["step"] > args.warmup] if mesh.is_main else []
+    models = trainer.models(cfg, inputs, mesh)
+    if drawn is not None:
+        models = ending_where_told(models, drawn)
+    trainer.train(cfg, inputs, models, ["bench_throughput"], mesh)
+    moves = [moved(role, args.iterations) for role in moving(models)] if cfg.offload == "host" else []
+    logged = read_metrics(cfg.run_dir).rows if mesh.is_main else []
+    rows = [row for row in logged if row["step"] > args.warmup and "time/iteration_s" in row]
     if not rows:
         return {}
-    plan = planned(trainer.workload(cfg), cfg, mesh)
+    plan, largest = planned(trainer, cfg, mesh), max(role.spec.parameters for role in models.learners.values())
     return {
         "phases": phases(rows, mesh.layout.world_size),
         "offload": moves,
         "refit": [{name: value for name, value in row.items() if name.startswith("refit/")} for row in rows],
         "peak_bytes": max(row["memory/peak_bytes"] for row in rows),
         "planned_peak": plan and {"phase": plan.phase, "role": plan.role, "bytes": plan.total},
-        "published": [each._asdict() for each in anchors_of(inputs.models["actor"].description.spec.parameters)],
+        "published": [each._asdict() for each in anchors_of(largest)],
     }
 
 
-def about(cfg: PolicyConfig, mesh: Mesh, args: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+def about(cfg: RunConfig, kind: Kind, mesh: Mesh, args: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """What a reader needs to repeat the measurement."""
     settings = json.loads(cfg.model_dump_json())
     for name in ("run_dir", "tokenizer"):
         del settings[name]  # of this moment alone
-    del settings["prompts"]["source"]
+    for name in kind.sets:
+        del settings[name]["source"]
     return {
         "command": shlex.join(["python", "tools/bench_throughput.py", *arguments]),
         "versions": versions(),
         "machine": machine(mesh.device),
         "ranks": mesh.layout.world_size,
         "prompts": args.prompts,
-        "responses": args.responses or f"fixed:{cfg.sampling.max_new_tokens}",
+        "responses": args.responses or "all that there is room for",
         "iterations": args.iterations,
         "convention": CONVENTION,
         "settings": settings,
@@ -150,13 +152,13 @@ def lines(report: dict[str, Any]) -> list[str]:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("trainer", help="whose iterations: ppo, grpo, ...")
+    parser.add_argument("trainer", help="whose iterations: ppo, grpo, sft, dpo, reward, ...")
     parser.add_argument("settings", nargs="*", help="name=value, over the run file's")
     parser.add_argument("--config", "-c", type=Path, help="the run file")
     parser.add_argument(
         "--prompts", default="uniform:16:64", help="lengths: fixed:N, uniform:A:B, lognormal:MEDIAN:SIGMA"
     )
-    parser.add_argument("--responses", help="likewise (default: all that a response may have)")
+    parser.add_argument("--responses", help="likewise, EOS in (default: all that there is room for)")
     parser.add_argument("--iterations", type=_count, default=5, help="that are measured (default 5)")
     parser.add_argument("--warmup", type=_count, default=1, help="before them (default 1)")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")

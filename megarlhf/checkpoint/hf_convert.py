@@ -29,6 +29,7 @@ from megarlhf.checkpoint.hf_names import shape_of, tensor_names
 from megarlhf.checkpoint.hf_pieces import Ledger, Piece, pieces_of
 from megarlhf.checkpoint.model_directory import MODEL, TOKENIZER, WEIGHTS, describe_model, say_left_out
 from megarlhf.checkpoint.nearby import check_place, model_of
+from megarlhf.checkpoint.peft_files import MergedDirectory, base_of, is_peft
 from megarlhf.errors import FAILED, CheckpointError
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.transformer import HeadKind
@@ -75,6 +76,8 @@ class Options:
     """Largest safetensors file, if no single tensor is larger."""
     verify: Verify | None = None
     """Runs on both directories before the new one gets its name."""
+    base: str = ""
+    """Model that adapters in PEFT's form belong to; empty for the one that they name."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -98,23 +101,34 @@ class Conversion:
 def to_megatron(source: Path, target: Path, options: Options | None = None) -> Conversion:
     """Convert the Hugging Face directory `source` into a model directory that loads in any layout.
 
+    One of adapters in PEFT's form is added to its base, in fp32, and rounded once.
+
     Raises:   CheckpointError when the source is not whole or not a Llama 3, or the target exists; ConversionError when
               writing or verifying fails. Whatever is raised, KeyboardInterrupt too, nothing of the target stays.
     """
     options = options or Options()
     if (source / MODEL).is_file():
         raise CheckpointError(f"{source} is a megarlhf model directory already; to=hf converts those.")
+    adapters, source = (source, base_of(source, options.base)) if is_peft(source) else (None, source)
+    if adapters is None and options.base:
+        raise CheckpointError(f"base={options.base} and {source} has no adapters in PEFT's form; leave base out.")
+    if adapters is not None and options.verify:
+        raise CheckpointError(
+            f"{adapters} has adapters alone, and logits are compared of whole models; leave verify out, and then "
+            "convert what was written with to=hf verify=true."
+        )
     check_place(str(source), CONFIG)
     # A relative name could be a preset's; a path that begins with / is not.
     found = describe_model(str(source.absolute()))
     check_hugging_face(source)
     files = SafetensorsDirectory(source, found.spec, found.head)
     say_left_out(str(source), files.left_out)
+    whole = files if adapters is None else MergedDirectory(adapters, files, found.spec)
     groups = pieces_of(found.spec, found.head, layer_cuts=CUTS, vocabulary_cuts=CUTS)
     run = _Run(found.spec, found.head, groups, files.dtypes(), options, str(source))
 
     def data(piece: Piece) -> Tensor:
-        tensors = [files.read(part) for part in piece.parts]
+        tensors = [whole.read(part) for part in piece.parts]
         box = run.rounded(piece.join(tensors), piece)
         run.moved(piece)
         return box
@@ -126,7 +140,8 @@ def to_megatron(source: Path, target: Path, options: Options | None = None) -> C
             write_pieces(partial / WEIGHTS, groups, keys, data)
             write_checksums(partial / WEIGHTS)
         (partial / MODEL).write_text(json.dumps(found.model_dump(mode="json"), indent=2) + "\n")
-        _copy(source, partial / TOKENIZER, TOKENIZER_FILES)
+        own = adapters is not None and (adapters / TOKENIZER_FILES[0]).is_file()
+        _copy(adapters if adapters and own else source, partial / TOKENIZER, TOKENIZER_FILES)
         _copy(source, partial / EXTRAS, (CONFIG, GENERATION))
         write_checksums(partial)
         _verify(options, source, partial)

@@ -100,12 +100,12 @@ class SafetensorsDirectory:
     def read(self, part: Part) -> Tensor:
         """A view of the mapped file: only what is touched becomes resident, and only while the view lives."""
         path = self.tensors[part.name].path
-        tensor = _mapped(part.name, self.tensors[part.name], part)
+        tensor = mapped(part.name, self.tensors[part.name], part)
         check_finite(tensor, f"{path}: {part.name}")
         return tensor
 
     def _add_file(self, path: Path, listed: set[str] | None) -> None:
-        for name, stored in _headers(path).items():
+        for name, stored in headers(path).items():
             if name in self.tensors:
                 raise CheckpointError(f"{path}: {name!r} is also in {self.tensors[name].path.name}; {AGAIN}")
             if listed is not None and name not in listed:
@@ -119,7 +119,7 @@ class SafetensorsDirectory:
         """Take out what older or careless files hold besides."""
         known = [name for name in self.tensors if FREQUENCIES.fullmatch(name)]
         if head == "language" and spec.tie_embeddings and {EMBEDDING, HEAD} <= self.tensors.keys():
-            embedding, ours = (_mapped(name, self.tensors[name]) for name in (EMBEDDING, HEAD))
+            embedding, ours = (mapped(name, self.tensors[name]) for name in (EMBEDDING, HEAD))
             if ours.dtype != embedding.dtype or not torch.equal(ours, embedding):
                 raise CheckpointError(
                     f"{self.tensors[HEAD].path}: {HEAD} is not equal to {EMBEDDING}, though config.json says "
@@ -233,7 +233,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _mapped(name: str, stored: Stored, part: Part | None = None) -> Tensor:
+def mapped(name: str, stored: Stored, part: Part | None = None) -> Tensor:
     """A tensor, or a part of it, as its file has it."""
     try:
         with safe_open(stored.path, framework="pt") as file:
@@ -245,7 +245,8 @@ def _mapped(name: str, stored: Stored, part: Part | None = None) -> Tensor:
         raise CheckpointError(f"{stored.path}: {name} cannot be read ({error}); {AGAIN}") from None
 
 
-def _headers(path: Path) -> dict[str, Stored]:
+def headers(path: Path) -> dict[str, Stored]:
+    """What the header of a file says of each tensor. Raises CheckpointError where it cannot be read."""
     try:
         with path.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")

@@ -43,6 +43,7 @@ from megarlhf.checkpoint.hf_load import load_tensors
 from megarlhf.checkpoint.hf_names import OURS, normalisation
 from megarlhf.checkpoint.hf_pieces import pieces_of
 from megarlhf.checkpoint.nearby import MODEL, check_place
+from megarlhf.checkpoint.peft_files import refuse_peft
 from megarlhf.checkpoint.plain_metadata import PlainLoad, PlainReader
 from megarlhf.checkpoint.random_weights import RandomTensors
 from megarlhf.config import Config
@@ -115,6 +116,8 @@ def describe_model(init: str) -> ModelDescription:
     directory = Path(init)
     if (directory / MODEL).is_file():
         return _describe_saved(directory)
+    if not (directory.parent / MODEL).is_file():  # or the adapters are once more in the model around them
+        refuse_peft(init)
     check_place(init, MODEL, CONFIG)
     if not directory.is_dir():
         raise CheckpointError(

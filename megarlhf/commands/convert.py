@@ -30,12 +30,15 @@ class ConvertConfig(Config):
     """`megarlhf convert`: a model from Hugging Face, or to it."""
 
     model: str
-    """Directory to convert: Hugging Face's with to=megatron; with to=hf one that training or this command wrote, or a
-    run, or one of its saved states, for the model in it."""
+    """Directory to convert: Hugging Face's, or one of adapters in PEFT's form, with to=megatron; with to=hf one that
+    training or this command wrote, or a run, or one of its saved states, for the model in it."""
     output: Path
     """Directory to write, which appears once it is whole; one that exists is refused."""
     to: Literal["hf", "megatron"]
     """`hf`: loads with transformers' `from_pretrained`; `megatron`: loads here, in any parallel layout."""
+    base: str = ""
+    """Hugging Face directory of the model that the adapters of a PEFT directory are added to; empty for the one that
+    they name (base_model_name_or_path)."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights that are written; null keeps theirs."""
     verify: bool = False
@@ -57,6 +60,7 @@ def main(cfg: ConvertConfig, _: Sequence[str]) -> int:
     options = Options(
         dtype=TYPES[cfg.dtype] if cfg.dtype else None,
         max_shard_bytes=_bytes(cfg.max_shard_size),
+        base=cfg.base,
         verify=partial(_verify, dtype=TYPES[cfg.dtype] if cfg.dtype else None) if cfg.verify else None,
     )
     convert = to_hf if cfg.to == "hf" else to_megatron

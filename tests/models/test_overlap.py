@@ -91,6 +91,8 @@ SPLITS = [
     (ParallelLayout(data=2), InRows(2), SMALL),
     (ParallelLayout(data=2), InRows(4), None),
     (ParallelLayout(data=2, tensor=2, sequence_parallel=True), InTokens(64), SMALL),
+    (ParallelLayout(context=2), InRows(4), SMALL),
+    (ParallelLayout(data=2, context=2), InRows(2), None),
     (ParallelLayout(data=2, pipeline=2), InRows(1), SMALL),
     (ParallelLayout(data=2, pipeline=2, virtual_pipeline=2), InRows(1), SMALL),
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +15,71 @@ import torch
 
 from megarlhf.errors import ConfigError
 from megarlhf.models.spec import PRESETS
+from megarlhf.trainers.find import trainer_named
+from tests.helpers.ranks import run_ranks
 from tools import compare_bench
-from tools.bench_throughput import lines
+from tools.bench_throughput import lines, main
 from tools.throughput_bench.lengths import Lengths
 from tools.throughput_bench.measure import phases
 from tools.throughput_bench.published import anchors_of
+from tools.throughput_bench.rows import DEMONSTRATION, PAIR, STEPPED, Form, MadeUp
+from tools.throughput_bench.workload import measured_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    *("ppo", "--config", "examples/ppo_tiny.yaml", "actor.init=tiny-xs", "reward.init=tiny-xs", "rollout_batch=16"),
-    *("global_batch=8", "micro_batch=4", "sampling.max_new_tokens=24", "--iterations", "2", "--warmup", "1"),
+LENGTHS = ("--iterations", "2", "--warmup", "1", "--prompts", "uniform:4:10", "--responses", "uniform:4:12")
+PPO = (
+    *("ppo", "--config", "examples/ppo_tiny.yaml", "actor.init=tiny-xs", "reward.init=tiny-xs", "rollout_batch=8"),
+    *("global_batch=4", "micro_batch=4", "prompts.max_tokens=12", "sampling.max_new_tokens=12", *LENGTHS),
 )
+RUNS = {
+    "ppo": PPO,
+    "sft": ("sft", "model=tiny-xs", "data.max_tokens=20", "global_batch=4", "micro_batch=2", *LENGTHS),
+    "dpo": ("dpo", "model=tiny-xs", "pairs.max_tokens=20", "global_batch=4", "micro_batch=2", *LENGTHS),
+    "reward": (
+        *("reward", "model=tiny-xs", "pairs.max_tokens=20", "labelled.max_tokens=16", "pairs_batch=2"),
+        *("labelled_batch=4", "micro_batch=2", *LENGTHS),
+    ),
+    "process_reward": (
+        *("process_reward", "model=tiny-xs", "steps.max_tokens=20", "steps_batch=4", "micro_batch=2", *LENGTHS),
+    ),
+}
 
 
-def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "tools/bench_throughput.py", *words]
-    return subprocess.run(
-        command, cwd=ROOT, env={**own, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300, check=False
-    )
+def bench(words: Sequence[str], path: Path) -> str:
+    """On this rank; what it prints."""
+    said = io.StringIO()
+    os.chdir(ROOT)
+    with redirect_stdout(said), redirect_stderr(io.StringIO()):
+        assert main([*words, "--json", str(path)]) == 0
+    return said.getvalue()
+
+
+class Reports:
+    """Made once each, when one is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.made = folder, dict[str, dict[str, Any]]()
+
+    def of(self, run: str, layout: str = "layout.tensor=1", ranks: int = 1) -> dict[str, Any]:
+        name = f"{run}_{layout}"
+        if name not in self.made:
+            file = self.folder / f"{name}.json"
+            said = run_ranks(bench, ranks, (*RUNS[run], layout), file)[0]
+            self.made[name] = json.loads(file.read_text()) | {"said": said, "file": file}
+        return self.made[name]
+
+    def of_two(self) -> dict[str, Any]:
+        """PPO's on two tensor ranks."""
+        return self.of("ppo", "layout.tensor=2", 2)
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Of one rank and of two."""
-    folder: Path = tmp_path_factory.mktemp("reports")
-    made: dict[str, dict[str, Any]] = {}
-    for name, layout in {"one": (), "two": ("layout.tensor=2",)}.items():
-        file = folder / f"{name}.json"
-        done = bench(*SMALL, *layout, "--prompts", "uniform:8:20", "--responses", "uniform:4:24", "--json", str(file))
-        assert done.returncode == 0, done.stderr
-        made[name] = json.loads(file.read_text()) | {"said": done.stdout, "file": file}
-    return made
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    return Reports(tmp_path_factory.mktemp("reports"))
 
 
-def test_every_phase_is_reported_with_its_rates(reports: dict[str, dict[str, Any]]) -> None:
-    for report, ranks in zip(reports.values(), (1, 2), strict=True):
+def test_every_phase_is_reported_with_its_rates(reports: Reports) -> None:
+    for report, ranks in ((reports.of("ppo"), 1), (reports.of_two(), 2)):
         assert report["ranks"] == ranks
         rows = {row["phase"]: row for row in report["phases"]}
         assert set(rows) == {"iteration", "rollout", "score", "estimate", "optimise"}
@@ -65,42 +94,77 @@ def test_every_phase_is_reported_with_its_rates(reports: dict[str, dict[str, Any
         assert report["said"].splitlines()[0] == f"{ranks} ranks, medians of 2 iterations"
 
 
-def test_the_plan_stands_beside_the_peak(reports: dict[str, dict[str, Any]]) -> None:
+def test_the_plan_stands_beside_the_peak(reports: Reports) -> None:
     """0.2 M parameters in fp32 are learnt with 16 bytes each; half of that on each of two tensor ranks."""
-    one, two = (report["planned_peak"] for report in reports.values())
+    both = reports.of("ppo"), reports.of_two()
+    one, two = (report["planned_peak"] for report in both)
     assert (one["phase"], one["role"]) == ("optimise", "actor")
     kept = 16 * PRESETS["tiny-xs"].parameters
-    assert kept < one["bytes"] < reports["one"]["peak_bytes"]  # a process has torch besides
+    assert kept < one["bytes"] < both[0]["peak_bytes"]  # a process has torch besides
     assert kept / 2 < two["bytes"] < one["bytes"]
-    for plan, report in zip((one, two), reports.values(), strict=True):
+    for plan, report in zip((one, two), both, strict=True):
         assert f"GiB in {plan['phase']} {plan['role']}\n" in report["said"]
 
 
-def test_the_work_is_the_same_in_every_layout(reports: dict[str, dict[str, Any]]) -> None:
-    """16 responses of 4 to 24 tokens an iteration, whoever draws them."""
-    one, two = ({row["phase"]: row.get("tokens") for row in report["phases"]} for report in reports.values())
+def test_the_work_is_the_same_in_every_layout(reports: Reports) -> None:
+    """8 responses of 4 to 12 tokens an iteration, whoever draws them."""
+    both = reports.of("ppo"), reports.of_two()
+    one, two = ({row["phase"]: row.get("tokens") for row in report["phases"]} for report in both)
     assert one == two
-    assert all(16 * 4 < tokens < 16 * 24 for tokens in one["rollout"])
+    assert all(8 * 4 < tokens < 8 * 12 for tokens in one["rollout"])
     assert one["rollout"][0] != one["rollout"][1]
 
 
-def test_a_learner_moves_weights_gradients_and_state(reports: dict[str, dict[str, Any]]) -> None:
+def test_a_learner_moves_weights_gradients_and_state(reports: Reports) -> None:
     """tiny-xs has 0.2 M parameters in fp32: weights, gradients and two moments of a learner, weights of the others."""
-    moved = {each["role"]: each["bytes"] for each in reports["one"]["offload"]}
+    moved = {each["role"]: each["bytes"] for each in reports.of("ppo")["offload"]}
     assert moved["actor"] == pytest.approx(4 * moved["reference"], rel=0.01)
     assert moved["critic"] == pytest.approx(4 * moved["reward"], rel=0.01)
 
 
-def test_two_reports_are_compared_and_what_differs_is_said(
-    reports: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("run", "sequences", "phases", "role"),
+    [
+        ("sft", 4, {"train"}, "model"),
+        ("dpo", 2 * 4, {"train", "score"}, "policy"),
+        ("reward", 2 * 2 + 4, {"train"}, "reward"),
+        ("process_reward", 4, {"train"}, "reward"),
+    ],
+)
+def test_a_step_without_rollouts_is_an_iteration(
+    reports: Reports, run: str, sequences: int, phases: set[str], role: str
 ) -> None:
-    one, two = (str(reports[name]["file"]) for name in ("one", "two"))
+    """Sequences of 4 to 10 tokens with responses of 4 to 12, EOS among them, and no longer than a row may be."""
+    report = reports.of(run)
+    rows = {row["phase"]: row for row in report["phases"]}
+    assert set(rows) == {"iteration", *phases}
+    assert all(row["seconds"] == pytest.approx(sum(row["all_seconds"]) / 2) for row in rows.values())
+    for name in phases:
+        assert all(sequences * 8 <= tokens <= sequences * 20 for tokens in rows[name]["tokens"])
+        assert rows[name]["flops_per_s"] > 0
+    assert len(set(rows["train"]["tokens"])) == 2  # other rows in each
+    whole = [
+        tokens / seconds
+        for tokens, seconds in zip(rows["train"]["tokens"], rows["iteration"]["all_seconds"], strict=True)
+    ]
+    assert rows["iteration"]["tokens_per_s"] == pytest.approx(sum(whole) / 2, rel=0.01)
+    plan = report["planned_peak"]
+    assert plan["role"] == role
+    assert 16 * PRESETS["tiny-xs"].parameters < plan["bytes"] < report["peak_bytes"]
+    # One model stays where it is; of two one waits while the other works.
+    assert [each["role"] for each in report["offload"]] == (["policy", "reference"] if run == "dpo" else [])
+
+
+def test_two_reports_are_compared_and_what_differs_is_said(
+    reports: Reports, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, one, two = reports.of("ppo"), str(reports.of("ppo")["file"]), str(reports.of_two()["file"])
     assert compare_bench.main([one, two]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "settings.layout.tensor: 1 in A, 2 in B" in said
     assert "ranks: 1 in A, 2 in B" in said
     assert not [line for line in said if line.startswith(("phases", "command"))]
-    slower = json.loads(reports["one"]["file"].read_text())
+    slower = json.loads(report["file"].read_text())
     for row in slower["phases"]:
         row["all_seconds"] = [10 * seconds for seconds in row["all_seconds"]]
     (tmp_path / "slower.json").write_text(json.dumps(slower))
@@ -116,11 +180,76 @@ def test_what_is_no_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "no report of a benchmark's phases" in capsys.readouterr().err
 
 
-def test_models_that_are_not_there_are_named_with_what_to_do() -> None:
-    done = bench("ppo", "--config", "examples/llama3_8b_ppo.yaml", "layout.data=1", "layout.tensor=1")
-    assert done.returncode == 2
-    assert "models/llama3-8b-sft" in done.stderr
-    assert "actor.init=llama3-8b reward.init=llama3-8b" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "found", "remedy"),
+    [
+        (
+            ("ppo", "--config", str(ROOT / "examples/llama3_8b_ppo.yaml"), "layout.data=1", "layout.tensor=1"),
+            "models/llama3-8b-sft",
+            "actor.init=llama3-8b reward.init=llama3-8b.\n",
+        ),
+        (("dpo", "model=tiny-xs", "reference=nowhere"), "nowhere", "model=llama3-8b reference=llama3-8b.\n"),
+        (("reward", "model=tiny-xs"), "without data", "set pairs={} or labelled={}, whose rows are then made up.\n"),
+        (("sft", "model=tiny-xs", "--responses", "fixed:1024"), "go beyond the 1023 tokens", "lower them.\n"),
+        (
+            (*PPO[:-1], "fixed:13"),
+            "beyond the",
+            "lower them.\n",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_what_to_do(
+    words: tuple[str, ...], found: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert found in said
+    assert said.endswith(remedy)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_run_file_can_be_measured(file: Path, tmp_path: Path) -> None:
+    """Its rows are made up whatever they come from, a mix among them, and nothing is saved or measured besides."""
+    trainer = trainer_named(file.read_text().split()[2])
+    cfg, kind = measured_settings(trainer, file, ["keep_best=x", "save_every=6", "keep_every=6"], tmp_path, 3)
+    cfg.check_run_dir()
+    given = cfg.model_dump()
+    assert {given[name]["source"] for name in kind.sets} == {f"{tmp_path}/{name}.jsonl" for name in kind.sets}
+    assert not any(given[name]["mix"] for name in kind.sets)
+    assert not any(given.get(name) for name in ("heldout", "heldout_pairs", "heldout_steps", "keep_best", "save_every"))
+
+
+def made_up(form: Form, rows: int, most: int, responses: str, folder: Path) -> list[dict[str, Any]]:
+    words = ["<eos>", "<pad>", "w2", "w3", "w4"]
+    MadeUp(form, rows, most).write(folder / "rows.jsonl", words, rows, "uniform:1:3", responses)
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_as_long_as_told_and_no_longer_than_they_may_be(tmp_path: Path) -> None:
+    """Tokens are words and the EOS of a response; one of a single word has a word more than none."""
+    whole = made_up(DEMONSTRATION, 50, 9, "fixed:8", tmp_path)
+    assert {len(row["prompt"].split()) + len(row["response"].split()) + 1 for row in whole} == {9}
+    assert {len(row["prompt"].split()) for row in whole} == {1, 2, 3}
+    short = made_up(DEMONSTRATION, 50, 9, "uniform:2:4", tmp_path)
+    assert {len(row["response"].split()) + 1 for row in short} == {2, 3, 4}
+
+
+def test_the_sides_of_a_pair_differ(tmp_path: Path) -> None:
+    """Of three words every third pair of responses of one word would be alike."""
+    pairs = made_up(PAIR, 60, 9, "fixed:2", tmp_path)
+    assert all(row["chosen"] != row["rejected"] for row in pairs)
+    assert {row["chosen"] for row in pairs} == {"w2", "w3", "w4"}
+
+
+def test_steps_are_the_words_of_a_response_and_one_label_each(tmp_path: Path) -> None:
+    """19 words are 8 steps of 2 or 3; of every second response the last step is right."""
+    rows = made_up(STEPPED, 4, 23, "fixed:20", tmp_path)
+    for number, row in enumerate(rows):
+        sizes = [len(step.split()) for step in row["steps"]]
+        assert sum(sizes) == 19
+        assert set(sizes) == {2, 3}
+        assert row["labels"] == [1] * 7 + [number % 2]
+    assert [len(row["steps"]) for row in made_up(STEPPED, 4, 23, "fixed:4", tmp_path)] == [3] * 4
 
 
 def test_medians_and_rates_of_an_iteration() -> None:

@@ -107,16 +107,22 @@ def write_models(sizes: Sizes, directory: Path) -> None:
     LlamaForSequenceClassification(config).save_pretrained(directory / "scalar")
 
 
-def write_texts(sizes: Sizes, directory: Path) -> list[str]:
-    """A tokenizer with one word a token, and the prompts as texts of it, which are returned."""
+def write_tokenizer(vocab: int, directory: Path) -> list[str]:
+    """A tokenizer with one word a token, EOS and PAD first, in `directory`/tokenizer; the words by their token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<eos>", "<pad>", *(f"w{token}" for token in range(2, sizes.vocab))]
+    words = ["<eos>", "<pad>", *(f"w{token}" for token in range(2, vocab))]
     made = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token=words[PAD]))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=words[EOS], pad_token=words[PAD])
     fast.save_pretrained(directory / "tokenizer")
+    return words
+
+
+def write_texts(sizes: Sizes, directory: Path) -> list[str]:
+    """A tokenizer with one word a token, and the prompts as texts of it, which are returned."""
+    words = write_tokenizer(sizes.vocab, directory)
     texts = [" ".join(words[token] for token in row) for row in prompts_of(sizes).tokens.tolist()]
     (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return texts

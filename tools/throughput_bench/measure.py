@@ -15,11 +15,13 @@ from megarlhf.models.activations import Arithmetic
 from megarlhf.models.compute import resolve
 from megarlhf.models.phases import PhaseBytes, phases_of
 from megarlhf.models.role import Role
-from megarlhf.models.workload import Job, Split, Workload
+from megarlhf.models.workload import Job, Split
 from megarlhf.observe.work import WORKED
 from megarlhf.parallel.collectives import barrier
 from megarlhf.parallel.mesh import Mesh
+from megarlhf.runs.settings import RunConfig
 from megarlhf.trainers.policy_config import PolicyConfig
+from megarlhf.trainers.trainer import Trainer
 
 Rows = Sequence[Mapping[str, float]]
 """Metrics of iterations."""
@@ -28,7 +30,8 @@ Rows = Sequence[Mapping[str, float]]
 def phases(rows: Rows, gpus: int) -> list[dict[str, Any]]:
     """Of each phase, and of the whole iteration: medians of seconds, of tokens and FLOPs a second, and of MFU.
 
-    Rates of tokens are of all `gpus`, and of one; FLOP/s and MFU are of one.
+    Rates of tokens are of all `gpus`, and of one; FLOP/s and MFU are of one. The iteration's tokens are those that it
+    draws, or learns from where it draws none.
     """
     found: list[dict[str, Any]] = []
     for name in ("iteration", *WORKED, "estimate"):
@@ -45,20 +48,22 @@ def phases(rows: Rows, gpus: int) -> list[dict[str, Any]]:
         if values := [row[f"mfu/{name}"] for row in rows if f"mfu/{name}" in row]:
             of_phase["mfu"] = statistics.median(values)
         found.append(of_phase)
-    whole = found[0]
-    drawn = [row["throughput/rollout_tokens_per_s"] * row["time/rollout_s"] / row["time/iteration_s"] for row in rows]
-    whole["tokens_per_s"] = statistics.median(drawn)
+    whole, counted = found[0], "rollout" if "time/rollout_s" in rows[0] else "train"
+    tokens = [row[f"throughput/{counted}_tokens_per_s"] * row[f"time/{counted}_s"] for row in rows]
+    rates = [each / row["time/iteration_s"] for each, row in zip(tokens, rows, strict=True)]
+    whole["tokens_per_s"] = statistics.median(rates)
     whole["tokens_per_s_per_gpu"] = whole["tokens_per_s"] / gpus
     return found
 
 
-def planned(work: Workload, cfg: PolicyConfig, mesh: Mesh) -> PhaseBytes | None:
+def planned(trainer: Trainer[Any, Any, Any], cfg: RunConfig, mesh: Mesh) -> PhaseBytes | None:
     """What the plan says of the phase that takes most, on the rank where it does; None of what cannot be planned.
 
     On a GPU it is what torch allocates; on a CPU a process has its libraries besides.
     """
-    if cfg.micro_batch_tokens is not None or cfg.rollout.layout is not None:
+    if cfg.micro_batch_tokens is not None or (isinstance(cfg, PolicyConfig) and cfg.rollout.layout is not None):
         return None
+    work = trainer.workload(cfg)
     compute, gpu = resolve(cfg.compute, mesh.device), mesh.device.type == "cuda"
     split = Split(cfg.layout, cfg.micro_batch, compute.recompute, cfg.offload == "host")
     arithmetic = Arithmetic(compute.dtype.itemsize, engine=compute.transformer_engine, recompute=compute.recompute)

@@ -1,82 +1,92 @@
-"""What a measured run works on: its own settings, with random weights, made-up prompts, and nothing but iterations."""
+"""What a measured run works on: its own settings, with random weights, made-up rows, and nothing but iterations."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megarlhf.config.load import load_config
 from megarlhf.errors import ConfigError, MegarlhfError
 from megarlhf.models.spec import ModelSpec
+from megarlhf.runs.settings import RunConfig
 from megarlhf.runtime.checks import checked_model
 from megarlhf.trainers.policy_config import PolicyConfig
 from megarlhf.trainers.policy_loop import Cast
-from megarlhf.trainers.ppo import PPOConfig
-from tools.step_bench.workload import EOS, PAD
+from megarlhf.trainers.trainer import Trainer
+from tools.step_bench.workload import EOS, PAD, write_tokenizer
+from tools.throughput_bench.kinds import Kind, kind_of
 from tools.throughput_bench.lengths import EndsWhereTold, Lengths
 
 QUIET = (
-    *("save_every=0", "eval_every=0", "patience=0", "heldout=null", "gates=off", "tensorboard=false", "wandb=false"),
-    *("samples=0", "verifier=none", "stop_when_over_optimised=false", "kl_bound=null"),
+    *("save_every=0", "keep_every=0", "keep_best=''", "save_before=0", "eval_every=0", "patience=0"),
+    *("tensorboard=false", "wandb=false"),
 )
 """What a run does besides its iterations is left out, so that it is not measured."""
 
 
 def measured_settings(
-    config: type[PolicyConfig], path: Path | None, overrides: list[str], folder: Path, iterations: int
-) -> PolicyConfig:
-    """The settings of the run file, for `iterations` iterations, with prompts and tokenizer that `write_texts` makes.
+    trainer: Trainer[Any, Any, Any], path: Path | None, overrides: list[str], folder: Path, iterations: int
+) -> tuple[RunConfig, Kind]:
+    """The settings of the run file, for `iterations` iterations of rows that `write_rows` makes; and what they are.
 
     Raises:   ConfigError where the settings are not right, or name models that are not there.
     """
-    # PPO warms its critic up without the actor, whose steps are what is to be measured.
-    warm = ["value_warmup_iterations=0"] if issubclass(config, PPOConfig) else []
-    made = [f"tokenizer={folder / 'tokenizer'}", f"prompts.source={folder / 'prompts.jsonl'}", "prompts.columns={}"]
-    run = [f"run_dir={folder / 'run'}", f"iterations={iterations}", "prompts.template=plain", "prompts.split=''"]
-    learners = ("actor", "critic") if warm else ("actor",)
-    constant = [f"{name}.optim.warmup_steps=0" for name in learners]  # or there would have to be more steps
-    return load_config(config, path, [*overrides, *QUIET, *warm, *made, *run, *constant])
+    own = [*overrides, *QUIET, f"run_dir={folder / 'run'}"]
+    kind = kind_of(load_config(trainer.config, path, own), iterations)
+    made = [each for name in kind.sets for each in _made_up(name, folder)]
+    cfg = load_config(trainer.config, path, [*own, *kind.settings, f"tokenizer={folder / 'tokenizer'}", *made])
+    return cfg, kind
 
 
-def actor_spec(cfg: PolicyConfig) -> ModelSpec:
-    """Of the policy.
+def _made_up(name: str, folder: Path) -> list[str]:
+    """That the rows of the setting `name` are those that `write_rows` makes."""
+    values = {"source": folder / f"{name}.jsonl", "columns": "{}", "mix": "{}", "subset": "''", "split": "''"}
+    return [f"{name}.{setting}={value}" for setting, value in {**values, "template": "plain"}.items()]
+
+
+def first_spec(cfg: RunConfig, kind: Kind) -> ModelSpec:
+    """Of the first model, once all are known to be there.
 
     Raises:   ConfigError naming the preset that stands for a directory that is not there.
     """
+    asked: dict[str, str] = {}
+    for setting, init in kind.starts.items():
+        asked.setdefault(init, setting)  # the first says it for all that start there
     try:
-        return checked_model(cfg.actor.init, cfg.layout, "actor.init").spec
+        found = [checked_model(init, cfg.layout, setting) for init, setting in asked.items()]
     except MegarlhfError as error:
-        remedy = (
-            "the weights may be random: name a preset for each model, as actor.init=llama3-8b reward.init=llama3-8b"
-        )
+        named = " ".join(f"{setting}=llama3-8b" for setting in asked.values())
+        remedy = f"the weights may be random: name a preset for each model, as {named}"
         raise ConfigError(f"{str(error).rstrip('.')}; {remedy}.") from None
+    return found[0].spec
 
 
-def write_texts(folder: Path, vocab: int, lengths: Tensor) -> None:
-    """A tokenizer with one word a token, and prompts of random words, of `lengths` [n] tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def write_rows(folder: Path, kind: Kind, vocab: int, iterations: int, prompts: str, responses: str | None) -> None:
+    """A tokenizer with one word a token, and the rows of all sets, of lengths that are distributed as told.
 
-    words = ["<eos>", "<pad>", *(f"w{token}" for token in range(2, vocab))]
-    made = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token=words[PAD]))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=words[EOS], pad_token=words[PAD])
-    fast.save_pretrained(folder / "tokenizer")
-    draw = torch.Generator().manual_seed(2)
-    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-        for length in lengths.tolist():
-            tokens = torch.randint(2, vocab, (length,), generator=draw).tolist()
-            file.write(json.dumps({"prompt": " ".join(words[token] for token in tokens), "answer": "18"}) + "\n")
+    responses: None for all that a row has room for.
+    """
+    words = write_tokenizer(vocab, folder)
+    for name, rows in kind.sets.items():
+        said, count = responses or f"fixed:{rows.longest_response}", iterations * rows.of_iteration
+        rows.write(folder / f"{name}.jsonl", words, count, prompts, said)
 
 
-def ending_where_told(cast: Any, lengths: Lengths) -> Any:
+def drawn_lengths(cfg: RunConfig, responses: str | None) -> Lengths | None:
+    """Of the responses that a policy draws, all of the greatest where `responses` is None; None where none are drawn.
+
+    Raises:   ConfigError where `responses` is no distribution, or goes beyond what the run allows.
+    """
+    if not isinstance(cfg, PolicyConfig):
+        return None
+    most = cfg.sampling.max_new_tokens
+    return Lengths(responses or f"fixed:{most}", most)
+
+
+def ending_where_told(models: Any, lengths: Lengths) -> Any:
     """The cast, with a sampler over the same weights whose responses are as long as `lengths` says."""
-    given: Cast = cast
+    given: Cast = models
     sampler = EndsWhereTold(
         given.actor,
         eos_ids=(EOS,),
