@@ -118,14 +118,8 @@ def main(name: str, cfg: Any, argv: Sequence[str]) -> int:
 def job_of(work: Workload, cfg: Any) -> Job:
     """What is planned: the run's own split, of models of known sizes.
 
-    Raises:   ConfigError for packed micro-batches, of which nothing counts how full they are, and for adapters of a
-              rank that a model has no matrix for.
+    Raises:   ConfigError for adapters of a rank that a model has no matrix for.
     """
-    if cfg.micro_batch_tokens is not None:
-        raise ConfigError(
-            f"micro_batch_tokens={cfg.micro_batch_tokens} cannot be planned; plan with micro_batch_tokens=null and the "
-            "micro_batch of rows of the greatest length that are as many tokens."
-        )
     recompute, itemsize = cfg.compute.recompute, 4 if cfg.compute.dtype == "float32" else 2
     specs = specs_of(work, cfg.shape)
     for role in work.roles:
@@ -133,7 +127,7 @@ def job_of(work: Workload, cfg: Any) -> Job:
     return Job(
         work,
         specs,
-        Split(cfg.layout, cfg.micro_batch, recompute, cfg.offload == "host"),
+        Split(cfg.layout, cfg.cut, recompute, cfg.offload == "host"),
         Arithmetic(itemsize, engine=cfg.compute.layers != "local", recompute=recompute),
         fp8_multiple=cfg.compute.fp8_multiple,
     )
@@ -192,7 +186,7 @@ def run_file(cfg: Any, argv: Sequence[str], best: Option) -> str:
     settings |= {
         "layout": layout,
         "compute": compute,
-        "micro_batch": split.micro_batch,
+        split.counted: split.count,
         "offload": "host" if split.offload else "none",
     }
     head = f"# megarlhf {cfg.trainer} --config {shlex.quote(str(cfg.out or 'FILE'))}        ({best.gpus} x {cfg.gpu})\n"

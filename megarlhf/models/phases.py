@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -93,18 +94,18 @@ def phases_of(job: Job, memory: int) -> list[PhaseBytes]:
 
 
 def _phases(job: Job, rank: int, memory: int) -> Iterator[PhaseBytes]:
-    work, of, micro_batch = job.work, job.split, job.split.micro_batch
+    work = job.work
     if work.drawing is not None:
         yield _rollout(job, work.drawing, rank, memory)
     for role in work.roles:
         if role.scores:
-            passing = scoring(shape_of(job, role), role.head, work.tokens(role, micro_batch), rank)
+            passing = scoring(shape_of(job, role), role.head, job.fullest(role, work.rows), rank)
             yield _phase(job, "score", role, rank, passing, here=())
-    micro_batches = work.step_rows // of.layout.data // micro_batch
     learnt = LEARNING[work.drawing is None]
     for role in work.roles:
         if role.learns:
-            tokens = work.tokens(role, micro_batch)
+            tokens = job.fullest(role, work.step_rows)
+            micro_batches = math.ceil(job.micro_batches(role, work.step_rows))
             passing = learning(shape_of(job, role), role.head, tokens, rank, micro_batches, role.loss)
             yield _phase(job, learnt, role, rank, passing, here=("gradients", "optimiser"))
     for role in work.roles:

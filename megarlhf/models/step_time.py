@@ -105,9 +105,10 @@ def _keys(tokens: int) -> int:
 def _stage(job: Job, role: RoleWork, gpu: Gpu, passes: float, collectives: float) -> float:
     """Seconds of a micro-batch on the slowest stage. passes: forwards' worth of products; collectives: of a layer."""
     layout, spec, of = job.split.layout, job.specs[role.name], job.arithmetic
-    tokens = job.work.tokens(role, job.split.micro_batch).computed / layout.context
-    whole = _rows_flops(job, role, job.split.micro_batch)
-    projection = 2 * job.work.tokens(role, job.split.micro_batch).read * spec.vocab_size * spec.hidden_size
+    rows = job.together(role)
+    tokens = job.work.tokens(role, rows).computed / layout.context
+    whole = _rows_flops(job, role, rows)
+    projection = 2 * job.work.tokens(role, rows).read * spec.vocab_size * spec.hidden_size
     head = projection if role.head == "language" else 0
     rate = (gpu.fp8 * FP8_MATMUL if job.fp8 and gpu.fp8 else gpu.flops * MATMUL) * tokens / (tokens + HALF)
     slowest = 0.0
@@ -163,14 +164,14 @@ def _moved(job: Job, role: RoleWork, gpu: Gpu, *, all_parts: bool) -> float:
 
 def _forward(job: Job, role: RoleWork, gpu: Gpu) -> float:
     """Of one pass over an iteration's rows."""
-    micro_batches = job.work.rows / job.split.layout.data / job.split.micro_batch
+    micro_batches = job.micro_batches(role, job.work.rows)
     return _bubbles(job, micro_batches) * _stage(job, role, gpu, 1, 4) + _moved(job, role, gpu, all_parts=False)
 
 
 def _learning(job: Job, role: RoleWork, gpu: Gpu) -> float:
     layout, work = job.split.layout, job.work
     steps = work.passes * work.rows / work.step_rows
-    micro_batches = work.step_rows / layout.data / job.split.micro_batch
+    micro_batches = job.micro_batches(role, work.step_rows)
     products, collectives = _again(job, role)
     stage = _stage(job, role, gpu, role.passes + products, 10 + 4 * collectives)
     # Gradients are zeroed, masters and moments read and written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from megarlhf.models.memory_plan import Head
 from megarlhf.models.recompute import Recompute
 from megarlhf.models.spec import ModelSpec
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.micro_batches import Cut, InRows, sequence_multiple
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ class Workload:
         """Tokens of a sequence."""
         return self.prompt_tokens + self.response_tokens
 
-    def tokens(self, role: RoleWork, micro_batch: int) -> Tokens:
-        """Of a micro-batch. Its last token predicts nothing, and a scalar head is read as often as a language model."""
-        sequences = micro_batch * self.sequences
+    def tokens(self, role: RoleWork, rows: int) -> Tokens:
+        """Of so many rows. Their last token predicts nothing; a scalar head is read as often as a language model."""
+        sequences = rows * self.sequences
         return Tokens(sequences * (self.width - (role.head == "language")), sequences * self.response_tokens)
 
 
@@ -93,10 +95,21 @@ class Split:
     """How a run is cut and what it does about memory: what a planner may choose."""
 
     layout: ParallelLayout
-    micro_batch: int
+    cut: Cut
+    """What one forward takes on one data rank."""
     recompute: Recompute
     offload: bool
     """A model's bytes wait on the host while another works."""
+
+    @property
+    def counted(self) -> str:
+        """The setting that says `cut`."""
+        return "micro_batch" if isinstance(self.cut, InRows) else "micro_batch_tokens"
+
+    @property
+    def count(self) -> int:
+        """Its value: rows, or tokens."""
+        return self.cut[0]
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,38 @@ class Job:
     def fp8(self) -> bool:
         """Whether layers multiply in FP8."""
         return self.fp8_multiple > 1
+
+    def together(self, role: RoleWork) -> int:
+        """Rows of the greatest length in a micro-batch: of a budget of tokens, as many as it holds."""
+        cut = self.split.cut
+        return cut.rows if isinstance(cut, InRows) else max(1, cut.tokens // self.work.tokens(role, 1).computed)
+
+    def micro_batches(self, role: RoleWork, rows: int) -> float:
+        """Of so many rows over all data ranks, on each; what is left of a whole one is a part of one.
+
+        Packs that interleaved stages take are as many for each stage, and all of one length.
+        """
+        layout = self.split.layout
+        parts = rows / layout.data / self.together(role)
+        if isinstance(self.split.cut, InRows) or layout.virtual_pipeline == 1:
+            return parts
+        return math.ceil(parts / layout.pipeline) * layout.pipeline
+
+    def fullest(self, role: RoleWork, rows: int) -> Tokens:
+        """Of so many rows over all data ranks, the micro-batch that takes most.
+
+        A budget of tokens is taken whole by rows of the right lengths, of which as great a part is read as of the
+        longest. It is padded as the layout and FP8 want it, and context ranks fill up each text in it.
+        """
+        cut, layout, one = self.split.cut, self.split.layout, self.work.tokens(role, 1)
+        if isinstance(cut, InRows):
+            return self.work.tokens(role, cut.rows)
+        here, text = math.ceil(rows / layout.data), one.computed // self.work.sequences
+        chunks = 2 * layout.context if layout.context > 1 else 1
+        filled = min(here, self.together(role)) * self.work.sequences * (text + -text % chunks)
+        most = max(min(cut.tokens, here * one.computed), filled)
+        computed = most + -most % sequence_multiple(1, layout, self.fp8_multiple)
+        return Tokens(computed, round(computed * one.read / one.computed))
 
     def splitting(self, split: Split) -> Job:
         """The same, split otherwise."""

@@ -15,11 +15,12 @@ from megarlhf.models.recompute import Recompute, check_recompute, most_layers
 from megarlhf.models.step_time import Seconds, model_flops, seconds_of
 from megarlhf.models.workload import Job, Split
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.parallel.micro_batches import InRows
+from megarlhf.parallel.micro_batches import Cut, InRows, InTokens, sequence_multiple
 from megarlhf.rollout.sampling import RolloutConfig, check_rolls_out
-from megarlhf.runtime.checks import check_batch
+from megarlhf.runtime.checks import check_batch, check_cut
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Rows; where tokens are counted, a budget holds so many of the greatest length."""
 VIRTUAL = (1, 2, 3, 4, 5, 6, 8, 10)
 CONTEXT = (2, 4, 8, 16, 32)
 CHUNK = 256
@@ -92,7 +93,9 @@ def check_split(job: Job) -> None:
         spec.check_fp8(split.layout, job.fp8_multiple)
         if role.learns:
             check_recompute(split.recompute, spec, split.layout, role.setting)
-    check_batch(work.step_setting, work.step_rows, split.layout, InRows(split.micro_batch))
+    check_batch(work.step_setting, work.step_rows, split.layout, split.cut)
+    longest = work.sequences * work.width
+    check_cut("a row as long as settings allow", longest, split.cut, split.layout, job.fp8_multiple)
     if work.drawing is not None:
         keeping = RolloutConfig(keep=work.drawing.keep)
         check_rolls_out(split.layout, keeping, offload="host" if split.offload else "none", fp8=job.fp8)
@@ -115,11 +118,21 @@ def options(job: Job, gpus: int, machine: Machine) -> list[Option]:
 
 
 def _allowed(job: Job, gpus: int, gpu: Gpu) -> Iterator[Job]:
-    micro_batches = sorted({*MICRO_BATCHES, job.split.micro_batch})
-    for layout, micro_batch, offload in product(_layouts(job, gpus, gpu), micro_batches, (True, False)):
-        plain = job.splitting(Split(layout, micro_batch, recompute="none", offload=offload))
-        if is_allowed(plain):
-            yield plain
+    for layout in _layouts(job, gpus, gpu):
+        for cut, offload in product(_cuts(job, layout), (True, False)):
+            plain = job.splitting(Split(layout, cut, recompute="none", offload=offload))
+            if is_allowed(plain):
+                yield plain
+
+
+def _cuts(job: Job, layout: ParallelLayout) -> list[Cut]:
+    """Micro-batches of rows or of tokens, as the run has them; of tokens no more than an optimiser step has."""
+    own, work = job.split.cut, job.work
+    if isinstance(own, InRows):
+        return [InRows(rows) for rows in sorted({*MICRO_BATCHES, own.rows})]
+    row, multiple = work.sequences * work.width, sequence_multiple(1, layout, job.fp8_multiple)
+    budgets = {-(-rows * row // multiple) * multiple for rows in MICRO_BATCHES if rows * layout.data <= work.step_rows}
+    return [InTokens(tokens) for tokens in sorted({*budgets, own.tokens})]
 
 
 def _sparing(plain: Job, machine: Machine) -> Iterator[Option]:
@@ -193,7 +206,7 @@ def _spelled(split: Split) -> dict[str, str]:
     layout = {f"layout.{name}": str(value).lower() for name, value in split.layout}
     return {
         **layout,
-        "micro_batch": str(split.micro_batch),
+        split.counted: str(split.count),
         "compute.recompute": str(split.recompute),
         "offload": "host" if split.offload else "none",
     }
@@ -209,7 +222,7 @@ def distance(one: Split, other: Split) -> float:
     """Between two splits: how often numbers are doubled or halved, and what is switched but sequence parallelism."""
     axes = dict(other.layout)
     sizes = [(size, axes[name]) for name, size in one.layout if not isinstance(size, bool)]
-    doubled = sum(abs(log2(a / b)) for a, b in [*sizes, (one.micro_batch, other.micro_batch)])
+    doubled = sum(abs(log2(a / b)) for a, b in [*sizes, (one.count, other.count)])
     return doubled + (one.recompute != other.recompute) + (one.offload != other.offload)
 
 

@@ -91,6 +91,19 @@ def test_the_settings_of_the_fastest_layout_are_a_run_file(tmp_path: Path, capsy
     assert again["shown"] == fastest
 
 
+def test_a_packed_run_is_planned_and_stays_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = EXAMPLES / "llama3_8b_ppo.yaml", tmp_path / "best.yaml"
+    words = [*words_of(file), "micro_batch_tokens=6144"]
+    plan = planned(capsys, *words, f"out={out}")
+    assert plan["shown"]["micro_batch_tokens"] == 6144
+    assert all("micro_batch" not in each for each in plan["layouts"])
+    assert any(said.startswith("micro_batch_tokens: ") for said in plan["assumptions"])
+    best = load_config(PPOConfig, out, [])
+    assert best.micro_batch_tokens == plan["layouts"][0]["micro_batch_tokens"]
+    assert cli.main(words) == DONE
+    assert "micro-batches: 4 of the longest rows take 6,140 of 6,144 tokens, 100%" in capsys.readouterr().out
+
+
 def test_tables_say_peak_verdict_and_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words_of(EXAMPLES / "llama3_8b_grpo.yaml")) == DONE
     out = capsys.readouterr().out
@@ -129,7 +142,7 @@ def test_more_gpus_where_no_layout_fits(capsys: pytest.CaptureFixture[str]) -> N
         (["shape.judge=llama3-8b"], "shape.judge: the run's roles are actor, reward, reference, critic; name one of"),
         (["reward.init=''"], "critic.init is empty"),
         (["trainer=none"], "trainer none is none of"),
-        (["micro_batch_tokens=4096"], "cannot be planned; plan with micro_batch_tokens=null"),
+        (["micro_batch_tokens=1024"], "and is not cut in two, but micro_batch_tokens=1024; set it to"),
         (["rollout.layout.tensor=2"], "cannot be planned; plan with rollout.layout=null"),
         (["spare=79"], "GiB of the 0.1 GiB there are"),
     ],

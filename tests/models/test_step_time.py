@@ -13,6 +13,7 @@ from megarlhf.models.spec import PRESETS
 from megarlhf.models.step_time import HALF, HBM, LATENCY, LINK, MATMUL, model_flops, seconds_of
 from megarlhf.models.workload import Drawing, Job, RoleWork, Split, Workload
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.micro_batches import InRows
 
 H100 = GPUS["h100-80gb"]
 MEMORY = 70 << 30
@@ -23,7 +24,7 @@ DRAWING = Drawing(prompts=64, rows=64, memory_share=0.8, prefill_tokens=16_384, 
 def training(model: str, layout: ParallelLayout, tokens: int, batch: int) -> Job:
     """Whole rows are learnt from, one a micro-batch, and nothing is offloaded."""
     work = Workload((ROLE,), 0, tokens, rows=batch, step_rows=batch, step_setting="global_batch")
-    split = Split(layout, 1, recompute="none", offload=False)
+    split = Split(layout, InRows(1), recompute="none", offload=False)
     return Job(work, {"model": PRESETS[model]}, split, Arithmetic(2, engine=True, recompute="none"))
 
 
@@ -80,7 +81,7 @@ def test_a_pipeline_waits_for_its_ends() -> None:
 def test_decoding_reads_weights_and_cache_once_a_token() -> None:
     spec, role = PRESETS["llama3-8b"], replace(ROLE, learns=False)
     work = Workload((role,), 512, 512, 64, 64, "global_batch", drawing=DRAWING)
-    split = Split(ParallelLayout(), 8, recompute="none", offload=False)
+    split = Split(ParallelLayout(), InRows(8), recompute="none", offload=False)
     job = Job(work, {"model": spec}, split, Arithmetic(2, engine=True, recompute="none"))
     # 64 rows: 16 GB of weights and 64 x 768 tokens of 131,072 bytes on average, and the sampler's five passes.
     read = 2 * spec.parameters + 64 * 768 * 131_072

@@ -57,10 +57,10 @@ def planned(work: Workload, cfg: PolicyConfig, mesh: Mesh) -> PhaseBytes | None:
 
     On a GPU it is what torch allocates; on a CPU a process has its libraries besides.
     """
-    if cfg.micro_batch_tokens is not None or cfg.rollout.layout is not None:
+    if cfg.rollout.layout is not None:
         return None
     compute, gpu = resolve(cfg.compute, mesh.device), mesh.device.type == "cuda"
-    split = Split(cfg.layout, cfg.micro_batch, compute.recompute, cfg.offload == "host")
+    split = Split(cfg.layout, cfg.cut, compute.recompute, cfg.offload == "host")
     arithmetic = Arithmetic(compute.dtype.itemsize, engine=compute.transformer_engine, recompute=compute.recompute)
     job = Job(work, specs_of(work, {}), split, arithmetic, fp8_multiple=compute.fp8_multiple)
     memory = torch.cuda.mem_get_info(mesh.device)[1] if gpu else psutil.virtual_memory().total
