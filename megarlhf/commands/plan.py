@@ -127,7 +127,7 @@ def job_of(work: Workload, cfg: Any) -> Job:
     return Job(
         work,
         specs,
-        Split(cfg.layout, cfg.cut, recompute, cfg.offload == "host"),
+        Split(cfg.layout, cfg.cut, recompute, cfg.offload == "host", work.elsewhere),
         Arithmetic(itemsize, engine=cfg.compute.layers != "local", recompute=recompute),
         fp8_multiple=cfg.compute.fp8_multiple,
     )
@@ -183,6 +183,10 @@ def run_file(cfg: Any, argv: Sequence[str], best: Option) -> str:
     split = best.split
     layout = {key: value for key, value in split.layout if value != type(split.layout).model_fields[key].default}
     compute = {**settings.pop("compute", {}), "recompute": split.recompute}
+    rollout = {key: value for key, value in settings.pop("rollout", {}).items() if key != "layout"}
+    if split.elsewhere is not None:
+        rollout["layout"] = {"tensor": split.elsewhere.tensor, "data": split.elsewhere.data}
+    settings |= {"rollout": rollout} if rollout else {}
     settings |= {
         "layout": layout,
         "compute": compute,
@@ -214,7 +218,7 @@ def _no_layout(job: Job, gpus: int, machine: Machine) -> str:
     heads: Mapping[str, str] = {
         f"{spec.layers} layers, {spec.kv_heads} query groups": "" for spec in job.specs.values()
     }
-    near = " or ".join(f"gpus={count}" for count in numbers_of_gpus(job, gpus, machine.gpu))
+    near = " or ".join(f"gpus={count}" for count in numbers_of_gpus(job, gpus, machine))
     return (
         f"gpus={gpus}: no layout divides {' and '.join(heads)} and {setting}={rows}; set {near or setting}"
         f"{', or change ' + setting if near else ''}."

@@ -61,7 +61,13 @@ def said(option: Option) -> str:
     words = [" x ".join(axes) or "one rank", f"{split.counted} {split.count:,}"]
     words += ["sequence parallel"] if layout.sequence_parallel else []
     words += _again(split.recompute)
+    words += [f"drawn in {_drawn_in(split)}"] if split.elsewhere is not None else []
     return ", ".join([*words, f"offload {'host' if split.offload else 'none'}"])
+
+
+def _drawn_in(split: Split) -> str:
+    """The layout of rollouts."""
+    return f"tensor {split.drawing.tensor} x data {split.drawing.data}"
 
 
 def _again(recompute: Recompute) -> list[str]:
@@ -156,7 +162,10 @@ def _layouts(best: Sequence[Option], machine: Machine) -> Table:
     draws = best[0].job.work.drawing is not None
     title = "the fastest layouts that fit: GiB at the peak, seconds of an iteration, tokens/s a GPU, % of the bf16 peak"
     phases = [*(("rollout",) if draws else ()), "score", "train" if not draws else "optimise", "all"]
-    table = _table(title, "tp x pp x cp x dp", "micro", "spared by", "peak", *phases, "tok/s", "MFU")
+    other = any(each.split.elsewhere is not None for each in best)
+    where = ["drawn*"] if other else []
+    table = _table(title, "tp x pp x cp x dp", *where, "micro", "spared by", "peak", *phases, "tok/s", "MFU")
+    table.caption = "* in which layout rollouts are drawn, tp x dp; -: in that of training" if other else None
     for each in best:
         split, seconds = each.split, each.seconds
         layout = split.layout
@@ -164,6 +173,7 @@ def _layouts(best: Sequence[Option], machine: Machine) -> Table:
         timed = [*((seconds.rollout,) if draws else ()), seconds.score, seconds.learn, seconds.total]
         table.add_row(
             f"{layout.tensor} x {layout.pipeline} x {layout.context} x {layout.data}{virtual}",
+            *([f"{split.drawing.tensor} x {split.drawing.data}" if split.elsewhere else "-"] if other else []),
             f"{split.count:,}",
             _spared(split),
             _gib(each.peak.total),
@@ -206,6 +216,7 @@ def _as_json(option: Option, machine: Machine) -> dict[str, Any]:
     return {
         "layout": dict(split.layout),
         split.counted: split.count,
+        "rollout_layout": None if split.elsewhere is None else dict(split.elsewhere),
         "recompute": split.recompute,
         "offload": split.offload,
         "peak_bytes": option.peak.total,

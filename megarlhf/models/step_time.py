@@ -6,6 +6,7 @@
     pipeline     (m + (p - 1) / v) times the slowest stage, m micro-batches; messages between stages
     context      keys and values passed round a ring, backward twice, not overlapped
     data         fp32 gradients reduced, weights gathered, once an optimiser step, not overlapped
+    refit        what a rank has not itself comes over a link, checksums read both models once
     decoding     a step reads weights and cache once; tensor ranks sum twice a layer; stages work in turn
     offloading   weights there and back in every phase, optimiser state in learning, over PCIe
     judges' programs, the sandbox, saving and logging take no time
@@ -16,13 +17,15 @@ Source:   counts as in Narayanan et al. 2021 (arXiv 2104.04473) and Korthikanti 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megarlhf.models.gpus import Gpu
 from megarlhf.models.memory_plan import FP32, cache_bytes_per_token, numbers_of, pieces_of
-from megarlhf.models.phases import read_from, role_bytes, rows_at_once
+from megarlhf.models.phases import copy_bytes, read_from, role_bytes, rows_at_once
 from megarlhf.models.recompute import most_layers, whole_layers
 from megarlhf.models.workload import Drawing, Job, RoleWork
+from megarlhf.parallel.layout import ParallelLayout
 
 MATMUL = 0.62
 """Of a GPU's peak, that large products reach with what lies between them."""
@@ -45,6 +48,7 @@ ASSUMPTIONS = (
         f"{HALF} a micro-batch"
     ),
     f"links reach {LINK:.0%} of their peak, decoding {HBM:.0%} of the memory's; nothing overlaps",
+    "a copy in another layout is filled once an iteration, from ranks as far away as stages are",
     f"a sum over a node takes {LATENCY * 1e6:.0f} us at least, decoding a layer without graphs {LAUNCHES * 1e6:.0f}",
     "every prompt and response has its greatest length; judges that are no models take no time",
 )
@@ -67,9 +71,10 @@ class Seconds:
 def seconds_of(job: Job, gpu: Gpu, memory: int) -> Seconds:
     """What an iteration takes; `memory`: bytes of a GPU that the run may use."""
     work = job.work
-    rollout = _rollout(job, work.drawing, gpu, memory) if work.drawing else 0.0
     score = sum(role.scores * _forward(job, role, gpu) for role in work.roles)
-    return Seconds(rollout, score, sum(_learning(job, role, gpu) for role in work.roles if role.learns))
+    return Seconds(
+        rollout_seconds(job, gpu, memory), score, sum(_learning(job, role, gpu) for role in work.roles if role.learns)
+    )
 
 
 def model_flops(job: Job) -> int:
@@ -197,8 +202,36 @@ def _again(job: Job, role: RoleWork) -> tuple[float, float]:
     return share, share
 
 
+def rollout_seconds(job: Job, gpu: Gpu, memory: int) -> float:
+    """Of the rollout, in the layout that it is drawn in; infinite where the cache has no room."""
+    drawing = job.work.drawing
+    return 0.0 if drawing is None else _refit(job, gpu) + _rollout(job, drawing, gpu, memory)
+
+
+def _refit(job: Job, gpu: Gpu) -> float:
+    """Of filling a copy in another layout, once an iteration; its sources are as far away as stages are."""
+    other, copy = job.split.elsewhere, copy_bytes(job)
+    if other is None:
+        return 0.0
+    ends = (0, job.split.layout.pipeline - 1)
+    source = max(role_bytes(job, job.work.roles[0], rank).weights for rank in ends)
+    arriving = copy * (1 - _had_already(job.split.layout, other))
+    return arriving / (LINK * _between_stages(job, gpu)) + (source + 2 * copy) / (HBM * gpu.hbm)
+
+
+def _had_already(layout: ParallelLayout, other: ParallelLayout) -> float:
+    """The part of its copy that a rank has itself, of the rank that has least: of its stage's layers, the rows that its
+    places among the tensor ranks of both layouts have in common."""
+    common = []
+    for rank in range(math.lcm(layout.tensor, other.tensor)):
+        here, there = rank % layout.tensor, rank % other.tensor
+        last = min((here + 1) / layout.tensor, (there + 1) / other.tensor)
+        common.append(max(0.0, last - max(here / layout.tensor, there / other.tensor)))
+    return min(common) * other.tensor / layout.pipeline
+
+
 def _rollout(job: Job, drawing: Drawing, gpu: Gpu, memory: int) -> float:
-    work, layout, role, of = job.work, job.split.layout.drawing, job.work.roles[0], job.arithmetic
+    work, layout, role, of = job.work, job.split.drawing, job.work.roles[0], job.arithmetic
     spec, at_once = job.specs[role.name], rows_at_once(job, memory)
     if not at_once:
         return float("inf")

@@ -56,7 +56,9 @@ class Drawing(NamedTuple):
     graphs: bool
     """Decode steps are captured."""
     keep: bool
-    """The cache stays from rollout to rollout."""
+    """Cache and copy stay from rollout to rollout."""
+    elsewhere: ParallelLayout | None = None
+    """The layout that the run draws in, from a copy of the weights; None: that of training."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Workload:
         """Tokens of a sequence."""
         return self.prompt_tokens + self.response_tokens
 
+    @property
+    def elsewhere(self) -> ParallelLayout | None:
+        """As `Drawing` has it."""
+        return None if self.drawing is None else self.drawing.elsewhere
+
     def tokens(self, role: RoleWork, rows: int) -> Tokens:
         """Of so many rows. Their last token predicts nothing; a scalar head is read as often as a language model."""
         sequences = rows * self.sequences
@@ -100,6 +107,13 @@ class Split:
     recompute: Recompute
     offload: bool
     """A model's bytes wait on the host while another works."""
+    elsewhere: ParallelLayout | None = None
+    """In which a copy of the weights is drawn from, tensor x data alone; None: drawn from are those that learn."""
+
+    @property
+    def drawing(self) -> ParallelLayout:
+        """In which rollouts are drawn."""
+        return self.layout.drawing if self.elsewhere is None else self.elsewhere
 
     @property
     def counted(self) -> str:

@@ -52,15 +52,13 @@ def phases(rows: Rows, gpus: int) -> list[dict[str, Any]]:
     return found
 
 
-def planned(work: Workload, cfg: PolicyConfig, mesh: Mesh) -> PhaseBytes | None:
-    """What the plan says of the phase that takes most, on the rank where it does; None of what cannot be planned.
+def planned(work: Workload, cfg: PolicyConfig, mesh: Mesh) -> PhaseBytes:
+    """What the plan says of the phase that takes most, on the rank where it does.
 
     On a GPU it is what torch allocates; on a CPU a process has its libraries besides.
     """
-    if cfg.rollout.layout is not None:
-        return None
     compute, gpu = resolve(cfg.compute, mesh.device), mesh.device.type == "cuda"
-    split = Split(cfg.layout, cfg.cut, compute.recompute, cfg.offload == "host")
+    split = Split(cfg.layout, cfg.cut, compute.recompute, cfg.offload == "host", work.elsewhere)
     arithmetic = Arithmetic(compute.dtype.itemsize, engine=compute.transformer_engine, recompute=compute.recompute)
     job = Job(work, specs_of(work, {}), split, arithmetic, fp8_multiple=compute.fp8_multiple)
     memory = torch.cuda.mem_get_info(mesh.device)[1] if gpu else psutil.virtual_memory().total
