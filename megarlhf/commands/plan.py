@@ -24,7 +24,7 @@ from megarlhf.errors import DONE, ConfigError, LayoutError, printable
 from megarlhf.models.activations import Arithmetic
 from megarlhf.models.gpus import GPUS, gpu_named
 from megarlhf.models.spec import CONFIG, PRESETS, ModelSpec
-from megarlhf.models.workload import Job, RoleWork, Split, Workload
+from megarlhf.models.workload import Job, Overlap, RoleWork, Split, Workload
 from megarlhf.observe.files import writing
 from megarlhf.observe.terminal import Terminal
 from megarlhf.runs.settings import RunConfig
@@ -130,6 +130,7 @@ def job_of(work: Workload, cfg: Any) -> Job:
         Split(cfg.layout, cfg.cut, recompute, cfg.offload == "host", work.elsewhere),
         Arithmetic(itemsize, engine=cfg.compute.layers != "local", recompute=recompute),
         fp8_multiple=cfg.compute.fp8_multiple,
+        overlap=Overlap(cfg.compute.overlap_grad_reduce, cfg.compute.overlap_param_gather),
     )
 
 

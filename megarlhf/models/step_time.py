@@ -5,7 +5,8 @@
     recompute    the same share of a forward's products and collectives once more
     pipeline     (m + (p - 1) / v) times the slowest stage, m micro-batches; messages between stages
     context      keys and values passed round a ring, backward twice, not overlapped
-    data         fp32 gradients reduced, weights gathered, once an optimiser step, not overlapped
+    data         fp32 gradients reduced, weights gathered, once an optimiser step; with compute.overlap_* what is left
+                 of that after the backward of a micro-batch, after the forward of one
     refit        what a rank has not itself comes over a link, checksums read both models once
     decoding     a step reads weights and cache once; tensor ranks sum twice a layer; stages work in turn
     offloading   weights there and back in every phase, optimiser state in learning, over PCIe
@@ -47,7 +48,11 @@ ASSUMPTIONS = (
         f"products reach {MATMUL:.0%} of the bf16 peak ({FP8_MATMUL:.0%} of FP8's) with many tokens, half of that with "
         f"{HALF} a micro-batch"
     ),
-    f"links reach {LINK:.0%} of their peak, decoding {HBM:.0%} of the memory's; nothing overlaps",
+    f"links reach {LINK:.0%} of their peak, decoding {HBM:.0%} of the memory's",
+    (
+        "nothing overlaps, but with compute.overlap_grad_reduce the sum of gradients with the backward of a step's "
+        "last micro-batch, with overlap_param_gather the gathering of weights with the forward of the next step's first"
+    ),
     "a copy in another layout is filled once an iteration, from ranks as far away as stages are",
     f"a sum over a node takes {LATENCY * 1e6:.0f} us at least, decoding a layer without graphs {LAUNCHES * 1e6:.0f}",
     "every prompt and response has its greatest length; judges that are no models take no time",
@@ -178,16 +183,28 @@ def _learning(job: Job, role: RoleWork, gpu: Gpu) -> float:
     steps = work.passes * work.rows / work.step_rows
     micro_batches = job.micro_batches(role, work.step_rows)
     products, collectives = _again(job, role)
+    forward = _stage(job, role, gpu, 1, 4)
     stage = _stage(job, role, gpu, role.passes + products, 10 + 4 * collectives)
     # Gradients are zeroed, masters and moments read and written.
     of = max((role_bytes(job, role, rank) for rank in (0, layout.pipeline - 1)), key=lambda each: each.all)
     updated = job.arithmetic.itemsize * of.gradients // FP32
     stepped = (2 * of.gradients + 2 * of.optimiser + updated) / (HBM * gpu.hbm)
-    others = layout.drawing.data
+    others, link = layout.drawing.data, LINK * _between_copies(job, gpu)
     share = (others - 1) / others
-    copies = share * (of.gradients + updated) if role.distributed else 2 * share * of.gradients
-    reduced = copies / (LINK * _between_copies(job, gpu))
-    return steps * (_bubbles(job, micro_batches) * stage + stepped + reduced) + _moved(job, role, gpu, all_parts=True)
+    summed = (1 if role.distributed else 2) * share * of.gradients / link
+    gathered = share * updated / link if role.distributed else 0.0
+    waited = _exposed(job, steps, summed, gathered, forward, stage - forward)
+    return steps * (_bubbles(job, micro_batches) * stage + stepped) + waited + _moved(job, role, gpu, all_parts=True)
+
+
+def _exposed(job: Job, steps: float, summed: float, gathered: float, forward: float, backward: float) -> float:
+    """Seconds of `steps` that nothing but copies travel. After a phase's last step nothing is left to gather beside:
+    what is drawn or read next waits, but where a step is all that there is, over and over."""
+    overlap = job.overlap
+    summing = max(0.0, summed - backward) if overlap.gradients else summed
+    last = 1 if job.work.drawing is not None else 0
+    beside = (steps - last) * max(0.0, gathered - forward) + last * gathered
+    return steps * summing + (beside if overlap.weights else steps * gathered)
 
 
 def _again(job: Job, role: RoleWork) -> tuple[float, float]:

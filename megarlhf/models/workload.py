@@ -42,6 +42,19 @@ class RoleWork:
         return 3 if self.lora is None else 2
 
 
+class Overlap(NamedTuple):
+    """What travels beside products, as `compute.overlap_*` say."""
+
+    gradients: bool = False
+    """A step's gradients are summed while its last micro-batch's backward makes the others."""
+    weights: bool = False
+    """A step's new weights are gathered while the next step's first forward uses the others."""
+
+
+APART = Overlap()
+"""Nothing does."""
+
+
 class Drawing(NamedTuple):
     """What is drawn in an iteration, by the first role."""
 
@@ -137,6 +150,7 @@ class Job:
     arithmetic: Arithmetic
     fp8_multiple: int = 1
     """Of sides of products in FP8; 1 without."""
+    overlap: Overlap = APART
 
     @property
     def fp8(self) -> bool:
