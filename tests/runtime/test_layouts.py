@@ -127,7 +127,7 @@ def test_numbers_that_no_layout_divides() -> None:
     job = ppo("llama3-8b", TP2)
     # 7 is no divisor of 128 rows, of 32 layers or of 8 query groups.
     assert options(job, 7, MACHINE) == []
-    assert numbers_of_gpus(job, 7, MACHINE.gpu) == [4, 8]
+    assert numbers_of_gpus(job, 7, MACHINE) == [4, 8]
 
 
 @pytest.mark.parametrize(
