@@ -109,7 +109,9 @@ def test_an_example_of_one_node_takes_no_more_of_a_gpu_than_ppo_s(name: str) -> 
     """Of weights, gradients and states it has as much, on the same layout; the rest is of a micro-batch's tokens."""
     cfg, ppo = (policy_settings(EXAMPLES / f"llama3_8b_{each}.yaml") for each in (name, "ppo"))
     assert (cfg.layout, cfg.compute, cfg.offload) == (ppo.layout, ppo.compute, ppo.offload)
-    tokens = [each.micro_batch * (each.prompts.max_tokens + each.sampling.max_new_tokens) for each in (cfg, ppo)]
+    tokens = [each.micro_batch_tokens for each in (cfg, ppo)]
+    assert tokens[0] is not None
+    assert tokens[1] is not None
     assert tokens[0] <= tokens[1]
 
 

@@ -88,13 +88,14 @@ def measured(
     rows = [row for row in logged if row["step"] > args.warmup and "time/iteration_s" in row]
     if not rows:
         return {}
-    plan, largest = planned(trainer, cfg, mesh), max(role.spec.parameters for role in models.learners.values())
+    plan = planned(trainer.workload(cfg), cfg, mesh)
+    largest = max(role.spec.parameters for role in models.learners.values())
     return {
         "phases": phases(rows, mesh.layout.world_size),
         "offload": moves,
         "refit": [{name: value for name, value in row.items() if name.startswith("refit/")} for row in rows],
         "peak_bytes": max(row["memory/peak_bytes"] for row in rows),
-        "planned_peak": plan and {"phase": plan.phase, "role": plan.role, "bytes": plan.total},
+        "planned_peak": {"phase": plan.phase, "role": plan.role, "bytes": plan.total},
         "published": [each._asdict() for each in anchors_of(largest)],
     }
 
@@ -138,7 +139,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         for each in report["offload"]
     ]
     plan, measured_on = report["planned_peak"], report["machine"]["device"]
-    beside = f"; planned {plan['bytes'] / GIB:.3g} GiB in {plan['phase']} {plan['role']}" if plan else ""
+    beside = f"; planned {plan['bytes'] / GIB:.3g} GiB in {plan['phase']} {plan['role']}"
     said += [f"peak memory of rank 0 on {measured_on}: {report['peak_bytes'] / GIB:.3g} GiB{beside}"]
     said += [f"FLOPs: {report['convention']}"]
     said += [

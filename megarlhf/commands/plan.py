@@ -24,7 +24,7 @@ from megarlhf.errors import DONE, ConfigError, LayoutError, printable
 from megarlhf.models.activations import Arithmetic
 from megarlhf.models.gpus import GPUS, gpu_named
 from megarlhf.models.spec import CONFIG, PRESETS, ModelSpec
-from megarlhf.models.workload import Job, RoleWork, Split, Workload
+from megarlhf.models.workload import Job, Overlap, RoleWork, Split, Workload
 from megarlhf.observe.files import writing
 from megarlhf.observe.terminal import Terminal
 from megarlhf.runs.settings import RunConfig
@@ -118,14 +118,8 @@ def main(name: str, cfg: Any, argv: Sequence[str]) -> int:
 def job_of(work: Workload, cfg: Any) -> Job:
     """What is planned: the run's own split, of models of known sizes.
 
-    Raises:   ConfigError for packed micro-batches, of which nothing counts how full they are, and for adapters of a
-              rank that a model has no matrix for.
+    Raises:   ConfigError for adapters of a rank that a model has no matrix for.
     """
-    if cfg.micro_batch_tokens is not None:
-        raise ConfigError(
-            f"micro_batch_tokens={cfg.micro_batch_tokens} cannot be planned; plan with micro_batch_tokens=null and the "
-            "micro_batch of rows of the greatest length that are as many tokens."
-        )
     recompute, itemsize = cfg.compute.recompute, 4 if cfg.compute.dtype == "float32" else 2
     specs = specs_of(work, cfg.shape)
     for role in work.roles:
@@ -133,9 +127,10 @@ def job_of(work: Workload, cfg: Any) -> Job:
     return Job(
         work,
         specs,
-        Split(cfg.layout, cfg.micro_batch, recompute, cfg.offload == "host"),
+        Split(cfg.layout, cfg.cut, recompute, cfg.offload == "host", work.elsewhere),
         Arithmetic(itemsize, engine=cfg.compute.layers != "local", recompute=recompute),
         fp8_multiple=cfg.compute.fp8_multiple,
+        overlap=Overlap(cfg.compute.overlap_grad_reduce, cfg.compute.overlap_param_gather),
     )
 
 
@@ -189,10 +184,14 @@ def run_file(cfg: Any, argv: Sequence[str], best: Option) -> str:
     split = best.split
     layout = {key: value for key, value in split.layout if value != type(split.layout).model_fields[key].default}
     compute = {**settings.pop("compute", {}), "recompute": split.recompute}
+    rollout = {key: value for key, value in settings.pop("rollout", {}).items() if key != "layout"}
+    if split.elsewhere is not None:
+        rollout["layout"] = {"tensor": split.elsewhere.tensor, "data": split.elsewhere.data}
+    settings |= {"rollout": rollout} if rollout else {}
     settings |= {
         "layout": layout,
         "compute": compute,
-        "micro_batch": split.micro_batch,
+        split.counted: split.count,
         "offload": "host" if split.offload else "none",
     }
     head = f"# megarlhf {cfg.trainer} --config {shlex.quote(str(cfg.out or 'FILE'))}        ({best.gpus} x {cfg.gpu})\n"
@@ -220,7 +219,7 @@ def _no_layout(job: Job, gpus: int, machine: Machine) -> str:
     heads: Mapping[str, str] = {
         f"{spec.layers} layers, {spec.kv_heads} query groups": "" for spec in job.specs.values()
     }
-    near = " or ".join(f"gpus={count}" for count in numbers_of_gpus(job, gpus, machine.gpu))
+    near = " or ".join(f"gpus={count}" for count in numbers_of_gpus(job, gpus, machine))
     return (
         f"gpus={gpus}: no layout divides {' and '.join(heads)} and {setting}={rows}; set {near or setting}"
         f"{', or change ' + setting if near else ''}."

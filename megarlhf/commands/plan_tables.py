@@ -13,6 +13,7 @@ from megarlhf.models.phases import LEARNING, elsewhere, role_bytes, rows_at_once
 from megarlhf.models.recompute import Recompute
 from megarlhf.models.step_time import ASSUMPTIONS
 from megarlhf.models.workload import Job, RoleWork, Split
+from megarlhf.parallel.micro_batches import InTokens
 from megarlhf.runtime.layouts import Machine, Option, best_of_each
 from megarlhf.runtime.layouts import option as planned
 
@@ -23,6 +24,10 @@ HOW: tuple[Recompute, ...] = ("none", "selective", "full")
 NOT_COUNTED = (
     "memory: every row at its greatest length; attention keeps no scores (Transformer Engine, flash-attn or SDPA); "
     "numbers a token and channel or less are left out, and so are CUDA graphs"
+)
+PACKED = (
+    "micro_batch_tokens: time is that of rows of the greatest length, as many in a budget as it holds, each with "
+    "attention to itself alone; memory that of a full budget, of which as great a part is read as of such a row"
 )
 
 
@@ -40,18 +45,29 @@ def pages(
     best = best_of_each(found, SHOWN)
     if best:
         yield _layouts(best, machine)
-        for line in (*ASSUMPTIONS, NOT_COUNTED):
+        for line in assumptions(shown.job):
             yield f"* {line}"
+
+
+def assumptions(job: Job) -> list[str]:
+    """Under which the numbers hold."""
+    return [*ASSUMPTIONS, NOT_COUNTED, *([PACKED] if isinstance(job.split.cut, InTokens) else [])]
 
 
 def said(option: Option) -> str:
     """A split in words."""
     split, layout = option.split, option.split.layout
     axes = [f"{name} {value}" for name, value in layout if not isinstance(value, bool) and value > 1]
-    words = [" x ".join(axes) or "one rank", f"micro_batch {split.micro_batch}"]
+    words = [" x ".join(axes) or "one rank", f"{split.counted} {split.count:,}"]
     words += ["sequence parallel"] if layout.sequence_parallel else []
     words += _again(split.recompute)
+    words += [f"drawn in {_drawn_in(split)}"] if split.elsewhere is not None else []
     return ", ".join([*words, f"offload {'host' if split.offload else 'none'}"])
+
+
+def _drawn_in(split: Split) -> str:
+    """The layout of rollouts."""
+    return f"tensor {split.drawing.tensor} x data {split.drawing.data}"
 
 
 def _again(recompute: Recompute) -> list[str]:
@@ -116,8 +132,21 @@ def _other(option: Option, machine: Machine) -> Iterator[str]:
         yield f"      {_gib(ranks * of.staged)} GiB more while a state is saved"
     model = f"{_gib(of.model)} GiB the model"
     yield f"disk: {_gib(of.state)} GiB a saved state (keep_last + 1 while one is written), {model}"
+    if isinstance(job.split.cut, InTokens):
+        yield _filled(job, job.split.cut.tokens)
     if job.work.drawing is not None and option.fits:
         yield f"rollout: {rows_at_once(job, option.memory)} responses at once on each data rank"
+
+
+def _filled(job: Job, budget: int) -> str:
+    """How much of a budget of tokens rows of the greatest length take."""
+    role = next(role for role in job.work.roles if role.learns)
+    rows = job.together(role)
+    taken = job.work.tokens(role, rows).computed
+    return (
+        f"micro-batches: {rows} of the longest {'row' if rows == 1 else 'rows'} take {taken:,} of {budget:,} tokens, "
+        f"{taken / budget:.0%}"
+    )
 
 
 def _recompute(option: Option, how: Recompute, machine: Machine) -> str:
@@ -133,7 +162,10 @@ def _layouts(best: Sequence[Option], machine: Machine) -> Table:
     draws = best[0].job.work.drawing is not None
     title = "the fastest layouts that fit: GiB at the peak, seconds of an iteration, tokens/s a GPU, % of the bf16 peak"
     phases = [*(("rollout",) if draws else ()), "score", "train" if not draws else "optimise", "all"]
-    table = _table(title, "tp x pp x cp x dp", "micro", "spared by", "peak", *phases, "tok/s", "MFU")
+    other = any(each.split.elsewhere is not None for each in best)
+    where = ["drawn*"] if other else []
+    table = _table(title, "tp x pp x cp x dp", *where, "micro", "spared by", "peak", *phases, "tok/s", "MFU")
+    table.caption = "* in which layout rollouts are drawn, tp x dp; -: in that of training" if other else None
     for each in best:
         split, seconds = each.split, each.seconds
         layout = split.layout
@@ -141,7 +173,8 @@ def _layouts(best: Sequence[Option], machine: Machine) -> Table:
         timed = [*((seconds.rollout,) if draws else ()), seconds.score, seconds.learn, seconds.total]
         table.add_row(
             f"{layout.tensor} x {layout.pipeline} x {layout.context} x {layout.data}{virtual}",
-            str(split.micro_batch),
+            *([f"{split.drawing.tensor} x {split.drawing.data}" if split.elsewhere else "-"] if other else []),
+            f"{split.count:,}",
             _spared(split),
             _gib(each.peak.total),
             *(f"{second:.1f}" for second in timed),
@@ -173,7 +206,7 @@ def as_json(shown: Option, found: Sequence[Option], machine: Machine, *, own: bo
         "shown": _as_json(shown, machine),
         "host_and_disk_bytes": vars(elsewhere(shown.job)),
         "layouts": [_as_json(each, machine) for each in best_of_each(found, SHOWN)],
-        "assumptions": [*ASSUMPTIONS, NOT_COUNTED],
+        "assumptions": assumptions(shown.job),
     }
 
 
@@ -182,7 +215,8 @@ def _as_json(option: Option, machine: Machine) -> dict[str, Any]:
     timed = {"seconds": {**vars(option.seconds), "total": option.seconds.total}, "mfu": utilisation(option, machine)}
     return {
         "layout": dict(split.layout),
-        "micro_batch": split.micro_batch,
+        split.counted: split.count,
+        "rollout_layout": None if split.elsewhere is None else dict(split.elsewhere),
         "recompute": split.recompute,
         "offload": split.offload,
         "peak_bytes": option.peak.total,

@@ -16,6 +16,8 @@ from megarlhf.parallel.layout import ParallelLayout
 FP32 = 4
 CUDA_BLOCK_TOKENS = 256
 """Tokens in a block of the KV cache on a GPU. Source: flash-attn's paged kernels want multiples of 256."""
+BUCKET = 2**28
+"""Bytes of one rank's weights that travel together in a refit: enough that the way there is short of their time."""
 Head = Literal["language", "scalar"]
 
 

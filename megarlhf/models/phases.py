@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megarlhf.models.activations import Passing, Shape, learning, scoring
 from megarlhf.models.memory_plan import (
+    BUCKET,
     CUDA_BLOCK_TOKENS,
     Held,
     Learns,
@@ -24,6 +26,7 @@ from megarlhf.models.memory_plan import (
     weight_sizes,
 )
 from megarlhf.models.workload import Drawing, Job, RoleWork
+from megarlhf.parallel.layout import ParallelLayout
 
 SAMPLING_BYTES = 20
 """A row and column of the vocabulary while tokens are drawn: logits in half precision, three fp32 tensors made of them
@@ -93,18 +96,31 @@ def phases_of(job: Job, memory: int) -> list[PhaseBytes]:
 
 
 def _phases(job: Job, rank: int, memory: int) -> Iterator[PhaseBytes]:
-    work, of, micro_batch = job.work, job.split, job.split.micro_batch
-    if work.drawing is not None:
-        yield _rollout(job, work.drawing, rank, memory)
+    drawing = job.work.drawing
+    if drawing is None:
+        yield from _taught(job, rank)
+        return
+    if job.split.elsewhere is not None:
+        yield _refit(job, rank)
+    drawn = _rollout(job, drawing, rank, memory)
+    yield drawn
+    copy, cache = (copy_bytes(job), drawn.cache) if drawing.keep else (0, 0)
+    for phase in _taught(job, rank):
+        yield replace(phase, weights=phase.weights + copy, cache=phase.cache + cache)
+
+
+def _taught(job: Job, rank: int) -> Iterator[PhaseBytes]:
+    """The phases in which nothing is drawn."""
+    work = job.work
     for role in work.roles:
         if role.scores:
-            passing = scoring(shape_of(job, role), role.head, work.tokens(role, micro_batch), rank)
+            passing = scoring(shape_of(job, role), role.head, job.fullest(role, work.rows), rank)
             yield _phase(job, "score", role, rank, passing, here=())
-    micro_batches = work.step_rows // of.layout.data // micro_batch
     learnt = LEARNING[work.drawing is None]
     for role in work.roles:
         if role.learns:
-            tokens = work.tokens(role, micro_batch)
+            tokens = job.fullest(role, work.step_rows)
+            micro_batches = math.ceil(job.micro_batches(role, work.step_rows))
             passing = learning(shape_of(job, role), role.head, tokens, rank, micro_batches, role.loss)
             yield _phase(job, learnt, role, rank, passing, here=("gradients", "optimiser"))
     for role in work.roles:
@@ -122,10 +138,9 @@ def _phase(
     job: Job, phase: str, role: RoleWork, rank: int, passing: Passing, *, here: Collection[str], cache: int = 0
 ) -> PhaseBytes:
     """here: which parts are on the device beside the weights. Without offloading all of every role is."""
-    layout, spec, away = job.split.layout, job.specs[role.name], job.split.offload
+    away = job.split.offload
     roles = [role_bytes(job, each, rank) for each in ([read_from(job, role)] if away else job.work.roles)]
-    layers = sum(piece.layers for piece in pieces_of(spec, layout, rank))
-    copies = FP8_COPIES * layers * sum(layer_sizes(spec, layout.tensor)[:4]) if job.fp8 else 0
+    copies = _fp8_copies(job, role, job.split.layout, rank)
     return PhaseBytes(
         phase,
         role.name,
@@ -139,37 +154,76 @@ def _phase(
     )
 
 
+def _fp8_copies(job: Job, role: RoleWork, layout: ParallelLayout, rank: int) -> int:
+    spec = job.specs[role.name]
+    layers = sum(piece.layers for piece in pieces_of(spec, layout, rank))
+    return FP8_COPIES * layers * sum(layer_sizes(spec, layout.tensor)[:4]) if job.fp8 else 0
+
+
+def copy_bytes(job: Job) -> int:
+    """Weights of the copy that is drawn from, on every rank; 0 where the model that learns is drawn from."""
+    role, other = job.work.roles[0], job.split.elsewhere
+    if other is None:
+        return 0
+    spec = job.specs[role.name]
+    numbers = numbers_of(spec, role.head, other, 0) + sum(adapter_sizes(spec, other, 0, role.lora))
+    return job.arithmetic.itemsize * numbers
+
+
+def _refit(job: Job, rank: int) -> PhaseBytes:
+    """The copy is filled: the model that learns is there too, and a bucket that is sent and one that arrives."""
+    found, copy = _phase(job, "refit", job.work.roles[0], rank, NOTHING, here=()), copy_bytes(job)
+    return replace(found, weights=found.weights + copy, activations=2 * min(BUCKET, copy))
+
+
+def _drawing(job: Job, rank: int, passing: Passing = NOTHING, cache: int = 0) -> PhaseBytes:
+    """What is there while responses are drawn. The model that a copy was filled from has left, unless it stays."""
+    role, other = job.work.roles[0], job.split.elsewhere
+    found = _phase(job, "rollout", role, rank, passing, here=(), cache=cache)
+    if other is None:
+        return found
+    stays = 0 if job.split.offload else sum(role_bytes(job, each, rank).weights for each in job.work.roles)
+    return replace(found, weights=stays + copy_bytes(job) + _fp8_copies(job, role, other, 0))
+
+
+def _drawing_rank(job: Job, rank: int) -> int:
+    """The stage that pipeline rank `rank` is while rollouts are drawn."""
+    return rank if job.split.elsewhere is None else 0
+
+
 def _rollout(job: Job, drawing: Drawing, rank: int, memory: int) -> PhaseBytes:
-    role, layout = job.work.roles[0], job.split.layout
-    share = -(-drawing.prompts // layout.drawing.data) * job.work.prompt_tokens
-    columns = job.specs[role.name].vocab_size if rank == layout.pipeline - 1 else 0
-    shape = shape_of(job, role)
+    role, layout = job.work.roles[0], job.split.drawing
+    share = -(-drawing.prompts // layout.data) * job.work.prompt_tokens
+    columns = job.specs[role.name].vocab_size if _drawing_rank(job, rank) == layout.pipeline - 1 else 0
+    shape = Shape(job.specs[role.name], layout, job.arithmetic)
     prefill = round(shape.forward(min(drawing.prefill_tokens, share)))
     rows = rows_at_once(job, memory)
     passing = Passing(0, prefill, SAMPLING_BYTES * rows * columns)
     cache = rows * _cache_row(job, rank)
-    return _phase(job, "rollout", role, rank, passing, here=(), cache=cache)
+    return _drawing(job, rank, passing, cache)
 
 
 def _cache_row(job: Job, rank: int) -> int:
-    role, layout = job.work.roles[0], job.split.layout
+    role, layout = job.work.roles[0], job.split.drawing
     spec = job.specs[role.name]
-    layers = sum(piece.layers for piece in pieces_of(spec, layout, rank))
+    layers = sum(piece.layers for piece in pieces_of(spec, layout, _drawing_rank(job, rank)))
     per_token = cache_bytes_per_token(spec, layers, layout.tensor, job.arithmetic.itemsize)
     return cache_row_bytes(job.work.width, CUDA_BLOCK_TOKENS, per_token)
 
 
 def rows_at_once(job: Job, memory: int) -> int:
-    """Responses that a data rank decodes at once: as many as the run asks for and every rank's memory has room for."""
-    drawing, layout = job.work.drawing, job.split.layout
+    """Responses that a data rank decodes at once: as many as the run asks for and every rank's memory has room for, a
+    multiple of what its tensor ranks and FP8 share evenly."""
+    drawing, layout = job.work.drawing, job.split.drawing
     if drawing is None:
         return 0
+    multiple = layout.tensor * job.fp8_multiple
     fits = []
-    for rank in sorted({0, layout.pipeline - 1}):
-        resident = _phase(job, "rollout", job.work.roles[0], rank, NOTHING, here=()).total
-        fits.append(rows_that_fit(memory - resident, drawing.memory_share, _cache_row(job, rank)))
-    wanted = min(drawing.rows, -(-job.work.rows // layout.drawing.data))
-    return min(wanted, *fits) // layout.tensor * layout.tensor
+    for rank in sorted({0, job.split.layout.pipeline - 1}):
+        free = memory - _drawing(job, rank).total
+        fits.append(rows_that_fit(free, drawing.memory_share, _cache_row(job, rank)) // multiple)
+    wanted = min(drawing.rows, -(-job.work.rows // layout.data))
+    return multiple * min(-(-wanted // multiple), *fits)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@
     recompute    the same share of a forward's products and collectives once more
     pipeline     (m + (p - 1) / v) times the slowest stage, m micro-batches; messages between stages
     context      keys and values passed round a ring, backward twice, not overlapped
-    data         fp32 gradients reduced, weights gathered, once an optimiser step, not overlapped
+    data         fp32 gradients reduced, weights gathered, once an optimiser step; with compute.overlap_* what is left
+                 of that after the backward of a micro-batch, after the forward of one
+    refit        what a rank has not itself comes over a link, checksums read both models once
     decoding     a step reads weights and cache once; tensor ranks sum twice a layer; stages work in turn
     offloading   weights there and back in every phase, optimiser state in learning, over PCIe
     judges' programs, the sandbox, saving and logging take no time
@@ -16,13 +18,15 @@ Source:   counts as in Narayanan et al. 2021 (arXiv 2104.04473) and Korthikanti 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megarlhf.models.gpus import Gpu
 from megarlhf.models.memory_plan import FP32, cache_bytes_per_token, numbers_of, pieces_of
-from megarlhf.models.phases import read_from, role_bytes, rows_at_once
+from megarlhf.models.phases import copy_bytes, read_from, role_bytes, rows_at_once
 from megarlhf.models.recompute import most_layers, whole_layers
 from megarlhf.models.workload import Drawing, Job, RoleWork
+from megarlhf.parallel.layout import ParallelLayout
 
 MATMUL = 0.62
 """Of a GPU's peak, that large products reach with what lies between them."""
@@ -44,7 +48,12 @@ ASSUMPTIONS = (
         f"products reach {MATMUL:.0%} of the bf16 peak ({FP8_MATMUL:.0%} of FP8's) with many tokens, half of that with "
         f"{HALF} a micro-batch"
     ),
-    f"links reach {LINK:.0%} of their peak, decoding {HBM:.0%} of the memory's; nothing overlaps",
+    f"links reach {LINK:.0%} of their peak, decoding {HBM:.0%} of the memory's",
+    (
+        "nothing overlaps, but with compute.overlap_grad_reduce the sum of gradients with the backward of a step's "
+        "last micro-batch, with overlap_param_gather the gathering of weights with the forward of the next step's first"
+    ),
+    "a copy in another layout is filled once an iteration, from ranks as far away as stages are",
     f"a sum over a node takes {LATENCY * 1e6:.0f} us at least, decoding a layer without graphs {LAUNCHES * 1e6:.0f}",
     "every prompt and response has its greatest length; judges that are no models take no time",
 )
@@ -67,9 +76,10 @@ class Seconds:
 def seconds_of(job: Job, gpu: Gpu, memory: int) -> Seconds:
     """What an iteration takes; `memory`: bytes of a GPU that the run may use."""
     work = job.work
-    rollout = _rollout(job, work.drawing, gpu, memory) if work.drawing else 0.0
     score = sum(role.scores * _forward(job, role, gpu) for role in work.roles)
-    return Seconds(rollout, score, sum(_learning(job, role, gpu) for role in work.roles if role.learns))
+    return Seconds(
+        rollout_seconds(job, gpu, memory), score, sum(_learning(job, role, gpu) for role in work.roles if role.learns)
+    )
 
 
 def model_flops(job: Job) -> int:
@@ -105,9 +115,10 @@ def _keys(tokens: int) -> int:
 def _stage(job: Job, role: RoleWork, gpu: Gpu, passes: float, collectives: float) -> float:
     """Seconds of a micro-batch on the slowest stage. passes: forwards' worth of products; collectives: of a layer."""
     layout, spec, of = job.split.layout, job.specs[role.name], job.arithmetic
-    tokens = job.work.tokens(role, job.split.micro_batch).computed / layout.context
-    whole = _rows_flops(job, role, job.split.micro_batch)
-    projection = 2 * job.work.tokens(role, job.split.micro_batch).read * spec.vocab_size * spec.hidden_size
+    rows = job.together(role)
+    tokens = job.work.tokens(role, rows).computed / layout.context
+    whole = _rows_flops(job, role, rows)
+    projection = 2 * job.work.tokens(role, rows).read * spec.vocab_size * spec.hidden_size
     head = projection if role.head == "language" else 0
     rate = (gpu.fp8 * FP8_MATMUL if job.fp8 and gpu.fp8 else gpu.flops * MATMUL) * tokens / (tokens + HALF)
     slowest = 0.0
@@ -163,25 +174,37 @@ def _moved(job: Job, role: RoleWork, gpu: Gpu, *, all_parts: bool) -> float:
 
 def _forward(job: Job, role: RoleWork, gpu: Gpu) -> float:
     """Of one pass over an iteration's rows."""
-    micro_batches = job.work.rows / job.split.layout.data / job.split.micro_batch
+    micro_batches = job.micro_batches(role, job.work.rows)
     return _bubbles(job, micro_batches) * _stage(job, role, gpu, 1, 4) + _moved(job, role, gpu, all_parts=False)
 
 
 def _learning(job: Job, role: RoleWork, gpu: Gpu) -> float:
     layout, work = job.split.layout, job.work
     steps = work.passes * work.rows / work.step_rows
-    micro_batches = work.step_rows / layout.data / job.split.micro_batch
+    micro_batches = job.micro_batches(role, work.step_rows)
     products, collectives = _again(job, role)
+    forward = _stage(job, role, gpu, 1, 4)
     stage = _stage(job, role, gpu, role.passes + products, 10 + 4 * collectives)
     # Gradients are zeroed, masters and moments read and written.
     of = max((role_bytes(job, role, rank) for rank in (0, layout.pipeline - 1)), key=lambda each: each.all)
     updated = job.arithmetic.itemsize * of.gradients // FP32
     stepped = (2 * of.gradients + 2 * of.optimiser + updated) / (HBM * gpu.hbm)
-    others = layout.drawing.data
+    others, link = layout.drawing.data, LINK * _between_copies(job, gpu)
     share = (others - 1) / others
-    copies = share * (of.gradients + updated) if role.distributed else 2 * share * of.gradients
-    reduced = copies / (LINK * _between_copies(job, gpu))
-    return steps * (_bubbles(job, micro_batches) * stage + stepped + reduced) + _moved(job, role, gpu, all_parts=True)
+    summed = (1 if role.distributed else 2) * share * of.gradients / link
+    gathered = share * updated / link if role.distributed else 0.0
+    waited = _exposed(job, steps, summed, gathered, forward, stage - forward)
+    return steps * (_bubbles(job, micro_batches) * stage + stepped) + waited + _moved(job, role, gpu, all_parts=True)
+
+
+def _exposed(job: Job, steps: float, summed: float, gathered: float, forward: float, backward: float) -> float:
+    """Seconds of `steps` that nothing but copies travel. After a phase's last step nothing is left to gather beside:
+    what is drawn or read next waits, but where a step is all that there is, over and over."""
+    overlap = job.overlap
+    summing = max(0.0, summed - backward) if overlap.gradients else summed
+    last = 1 if job.work.drawing is not None else 0
+    beside = (steps - last) * max(0.0, gathered - forward) + last * gathered
+    return steps * summing + (beside if overlap.weights else steps * gathered)
 
 
 def _again(job: Job, role: RoleWork) -> tuple[float, float]:
@@ -196,8 +219,36 @@ def _again(job: Job, role: RoleWork) -> tuple[float, float]:
     return share, share
 
 
+def rollout_seconds(job: Job, gpu: Gpu, memory: int) -> float:
+    """Of the rollout, in the layout that it is drawn in; infinite where the cache has no room."""
+    drawing = job.work.drawing
+    return 0.0 if drawing is None else _refit(job, gpu) + _rollout(job, drawing, gpu, memory)
+
+
+def _refit(job: Job, gpu: Gpu) -> float:
+    """Of filling a copy in another layout, once an iteration; its sources are as far away as stages are."""
+    other, copy = job.split.elsewhere, copy_bytes(job)
+    if other is None:
+        return 0.0
+    ends = (0, job.split.layout.pipeline - 1)
+    source = max(role_bytes(job, job.work.roles[0], rank).weights for rank in ends)
+    arriving = copy * (1 - _had_already(job.split.layout, other))
+    return arriving / (LINK * _between_stages(job, gpu)) + (source + 2 * copy) / (HBM * gpu.hbm)
+
+
+def _had_already(layout: ParallelLayout, other: ParallelLayout) -> float:
+    """The part of its copy that a rank has itself, of the rank that has least: of its stage's layers, the rows that its
+    places among the tensor ranks of both layouts have in common."""
+    common = []
+    for rank in range(math.lcm(layout.tensor, other.tensor)):
+        here, there = rank % layout.tensor, rank % other.tensor
+        last = min((here + 1) / layout.tensor, (there + 1) / other.tensor)
+        common.append(max(0.0, last - max(here / layout.tensor, there / other.tensor)))
+    return min(common) * other.tensor / layout.pipeline
+
+
 def _rollout(job: Job, drawing: Drawing, gpu: Gpu, memory: int) -> float:
-    work, layout, role, of = job.work, job.split.layout.drawing, job.work.roles[0], job.arithmetic
+    work, layout, role, of = job.work, job.split.drawing, job.work.roles[0], job.arithmetic
     spec, at_once = job.specs[role.name], rows_at_once(job, memory)
     if not at_once:
         return float("inf")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megarlhf.errors import TrainingError
+from megarlhf.models.memory_plan import BUCKET
 from megarlhf.models.role import FrozenRole, Part, Role
 from megarlhf.models.transformer import named_parameters
 from megarlhf.observe.metrics import Metrics
@@ -29,8 +30,6 @@ from megarlhf.rollout.shards import Move, Places, checksum, cut_of, moves_of, nu
 
 Weights = Mapping[str, Tensor]
 """This rank's, by name."""
-BUCKET = 2**28
-"""Bytes of one rank's weights that travel together: enough that the way there is short of their time."""
 
 
 @dataclass

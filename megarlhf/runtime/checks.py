@@ -80,14 +80,18 @@ def check_batch(name: str, batch: int, layout: ParallelLayout, cut: Cut) -> None
 
 def check_budget(what: str, tokens: int, cfg: RanksConfig) -> None:
     """Raise ConfigError where micro_batch_tokens cannot be filled, or not hold a row of `what`, of so many tokens."""
-    budget, layout, fp8 = cfg.micro_batch_tokens, cfg.layout, cfg.compute.fp8 != "off"
-    if budget is None:
+    check_cut(what, tokens, cfg.cut, cfg.layout, cfg.compute.fp8_multiple)
+
+
+def check_cut(what: str, tokens: int, cut: Cut, layout: ParallelLayout, fp8_multiple: int) -> None:
+    """The same of any layout; fp8_multiple: 1 without FP8."""
+    if not isinstance(cut, InTokens):
         return
-    multiple = sequence_multiple(1, layout, cfg.compute.fp8_multiple)
+    budget, multiple = cut.tokens, sequence_multiple(1, layout, fp8_multiple)
     if budget % multiple:
         parts = [f"layout.tensor={layout.tensor} with layout.sequence_parallel"] if layout.sequence_parallel else []
         parts += [f"layout.context={layout.context}"] if layout.context > 1 else []
-        why = " and ".join([*parts, *([f"compute.fp8={cfg.compute.fp8}"] if fp8 else [])])
+        why = " and ".join([*parts, *(["compute.fp8"] if fp8_multiple > 1 else [])])
         near = [str(each) for each in (budget // multiple * multiple, -(-budget // multiple) * multiple) if each]
         raise ConfigError(
             f"micro_batch_tokens={budget} is not a multiple of {multiple}, as {why} needs; set it to "
@@ -96,7 +100,7 @@ def check_budget(what: str, tokens: int, cfg: RanksConfig) -> None:
     if tokens > budget:
         raise ConfigError(
             f"{what} has up to {tokens} tokens, and is not cut in two, but micro_batch_tokens={budget}; set it to "
-            f"{-(-tokens // multiple) * multiple} or more, or to null, for micro_batch={cfg.micro_batch} rows."
+            f"{-(-tokens // multiple) * multiple} or more, or to null, to count rows by micro_batch."
         )
 
 

@@ -12,14 +12,16 @@ from megarlhf.errors import ConfigError, LayoutError
 from megarlhf.models.gpus import GIB, Gpu
 from megarlhf.models.phases import PhaseBytes, phases_of, rows_at_once
 from megarlhf.models.recompute import Recompute, check_recompute, most_layers
-from megarlhf.models.step_time import Seconds, model_flops, seconds_of
+from megarlhf.models.step_time import Seconds, model_flops, rollout_seconds, seconds_of
 from megarlhf.models.workload import Job, Split
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.parallel.micro_batches import InRows
-from megarlhf.rollout.sampling import RolloutConfig, check_rolls_out
-from megarlhf.runtime.checks import check_batch
+from megarlhf.parallel.micro_batches import Cut, InRows, InTokens, sequence_multiple
+from megarlhf.rollout.sampling import RolloutConfig, RolloutLayout, check_drawn_by, check_rolls_out
+from megarlhf.runtime.checks import check_batch, check_cut
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Rows; where tokens are counted, a budget holds so many of the greatest length."""
+TENSOR = (1, 2, 4, 8)
 VIRTUAL = (1, 2, 3, 4, 5, 6, 8, 10)
 CONTEXT = (2, 4, 8, 16, 32)
 CHUNK = 256
@@ -92,10 +94,22 @@ def check_split(job: Job) -> None:
         spec.check_fp8(split.layout, job.fp8_multiple)
         if role.learns:
             check_recompute(split.recompute, spec, split.layout, role.setting)
-    check_batch(work.step_setting, work.step_rows, split.layout, InRows(split.micro_batch))
-    if work.drawing is not None:
-        keeping = RolloutConfig(keep=work.drawing.keep)
-        check_rolls_out(split.layout, keeping, offload="host" if split.offload else "none", fp8=job.fp8)
+    check_batch(work.step_setting, work.step_rows, split.layout, split.cut)
+    longest = work.sequences * work.width
+    check_cut("a row as long as settings allow", longest, split.cut, split.layout, job.fp8_multiple)
+    _check_drawing(job)
+
+
+def _check_drawing(job: Job) -> None:
+    """Raise LayoutError or ConfigError where rollouts cannot be drawn so."""
+    work, split = job.work, job.split
+    if work.drawing is None:
+        return
+    other, actor = split.elsewhere, work.roles[0]
+    axes = None if other is None else RolloutLayout(tensor=other.tensor, data=other.data)
+    rollout = RolloutConfig(keep=work.drawing.keep, layout=axes)
+    check_rolls_out(split.layout, rollout, offload="host" if split.offload else "none", fp8=job.fp8)
+    check_drawn_by(job.specs[actor.name], split.layout, rollout, actor.setting)
 
 
 def is_allowed(job: Job) -> bool:
@@ -110,16 +124,54 @@ def is_allowed(job: Job) -> bool:
 def options(job: Job, gpus: int, machine: Machine) -> list[Option]:
     """Every split of a run over `gpus` that is allowed, the fastest first and those that do not fit last, smallest
     first; empty where there is none."""
-    found = [spared for plain in _allowed(job, gpus, machine.gpu) for spared in _sparing(plain, machine)]
+    found = [spared for plain in _allowed(job, gpus, machine) for spared in _sparing(plain, machine)]
     return sorted(found, key=lambda each: (not each.fits, each.seconds.total if each.fits else each.peak.total))
 
 
-def _allowed(job: Job, gpus: int, gpu: Gpu) -> Iterator[Job]:
-    micro_batches = sorted({*MICRO_BATCHES, job.split.micro_batch})
-    for layout, micro_batch, offload in product(_layouts(job, gpus, gpu), micro_batches, (True, False)):
-        plain = job.splitting(Split(layout, micro_batch, recompute="none", offload=offload))
-        if is_allowed(plain):
-            yield plain
+def _allowed(job: Job, gpus: int, machine: Machine) -> Iterator[Job]:
+    for layout, offload in product(_layouts(job, gpus, machine.gpu), (True, False)):
+        for at, cut in enumerate(_cuts(job, layout)):
+            if not at:
+                other = _elsewhere(job.splitting(Split(layout, cut, "none", offload)), machine)
+            plain = job.splitting(Split(layout, cut, "none", offload, other))
+            if is_allowed(plain):
+                yield plain
+
+
+def _elsewhere(plain: Job, machine: Machine) -> ParallelLayout | None:
+    """Where a run that draws in a layout of its own is drawn the fastest, memory allowing; else that of training.
+
+    Micro-batches and recomputation do not matter to it.
+    """
+    if plain.work.elsewhere is None:
+        return None
+    layout, ranks = plain.split.layout, plain.split.layout.world_size
+    sizes = [size for size in TENSOR if size <= machine.gpu.node and ranks % size == 0]
+    others = [ParallelLayout(tensor=size, data=ranks // size, elastic=layout.elastic) for size in sizes]
+    jobs = [plain.splitting(replace(plain.split, elsewhere=each)) for each in others if each != layout.drawing]
+    return min(
+        (job for job in [plain, *jobs] if _may_draw(job)),
+        key=lambda job: rollout_seconds(job, machine.gpu, machine.memory),
+        default=plain,
+    ).split.elsewhere
+
+
+def _may_draw(job: Job) -> bool:
+    try:
+        _check_drawing(job)
+    except (LayoutError, ConfigError):
+        return False
+    return True
+
+
+def _cuts(job: Job, layout: ParallelLayout) -> list[Cut]:
+    """Micro-batches of rows or of tokens, as the run has them; of tokens no more than an optimiser step has."""
+    own, work = job.split.cut, job.work
+    if isinstance(own, InRows):
+        return [InRows(rows) for rows in sorted({*MICRO_BATCHES, own.rows})]
+    row, multiple = work.sequences * work.width, sequence_multiple(1, layout, job.fp8_multiple)
+    budgets = {-(-rows * row // multiple) * multiple for rows in MICRO_BATCHES if rows * layout.data <= work.step_rows}
+    return [InTokens(tokens) for tokens in sorted({*budgets, own.tokens})]
 
 
 def _sparing(plain: Job, machine: Machine) -> Iterator[Option]:
@@ -147,7 +199,7 @@ def _sparing(plain: Job, machine: Machine) -> Iterator[Option]:
 def _layouts(job: Job, gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
     """Tensor ranks stay inside a node, and split activations too, which costs nothing."""
     interleaved = VIRTUAL if job.work.drawing is None else (1,)
-    for tensor in (size for size in (1, 2, 4, 8) if size <= gpu.node and gpus % size == 0):
+    for tensor in (size for size in TENSOR if size <= gpu.node and gpus % size == 0):
         for pipeline in (size for size in range(1, gpus // tensor + 1) if gpus // tensor % size == 0):
             copies = gpus // tensor // pipeline
             contexts = [size for size in CONTEXT if copies % size == 0 and job.work.width >= 2 * size * CHUNK]
@@ -163,15 +215,15 @@ def _layouts(job: Job, gpus: int, gpu: Gpu) -> Iterator[ParallelLayout]:
                 )
 
 
-def numbers_of_gpus(job: Job, gpus: int, gpu: Gpu) -> list[int]:
+def numbers_of_gpus(job: Job, gpus: int, machine: Machine) -> list[int]:
     """The nearest numbers of GPUs below and above `gpus` over which the run may be split."""
-    below = next((count for count in range(gpus - 1, 0, -1) if _any(job, count, gpu)), None)
-    above = next((count for count in range(gpus + 1, 2 * gpus + 9) if _any(job, count, gpu)), None)
+    below = next((count for count in range(gpus - 1, 0, -1) if _any(job, count, machine)), None)
+    above = next((count for count in range(gpus + 1, 2 * gpus + 9) if _any(job, count, machine)), None)
     return [count for count in (below, above) if count is not None]
 
 
-def _any(job: Job, gpus: int, gpu: Gpu) -> bool:
-    return next(_allowed(job, gpus, gpu), None) is not None
+def _any(job: Job, gpus: int, machine: Machine) -> bool:
+    return next(_allowed(job, gpus, machine), None) is not None
 
 
 def fitting_gpus(job: Job, gpus: int, machine: Machine) -> Option | None:
@@ -185,15 +237,18 @@ def fitting_gpus(job: Job, gpus: int, machine: Machine) -> Option | None:
 
 def changes(before: Split, after: Split) -> dict[str, str]:
     """Settings that differ between two splits, as `after` has them."""
-    names = {**_spelled(before)}
-    return {name: value for name, value in _spelled(after).items() if names[name] != value}
+    names = _spelled(before)
+    return {name: value for name, value in _spelled(after).items() if names.get(name) != value}
 
 
 def _spelled(split: Split) -> dict[str, str]:
     layout = {f"layout.{name}": str(value).lower() for name, value in split.layout}
+    axes, other = "rollout.layout", split.elsewhere
+    drawn = {axes: "null"} if other is None else {f"{axes}.tensor": str(other.tensor), f"{axes}.data": str(other.data)}
     return {
         **layout,
-        "micro_batch": str(split.micro_batch),
+        **drawn,
+        split.counted: str(split.count),
         "compute.recompute": str(split.recompute),
         "offload": "host" if split.offload else "none",
     }
@@ -209,8 +264,9 @@ def distance(one: Split, other: Split) -> float:
     """Between two splits: how often numbers are doubled or halved, and what is switched but sequence parallelism."""
     axes = dict(other.layout)
     sizes = [(size, axes[name]) for name, size in one.layout if not isinstance(size, bool)]
-    doubled = sum(abs(log2(a / b)) for a, b in [*sizes, (one.micro_batch, other.micro_batch)])
-    return doubled + (one.recompute != other.recompute) + (one.offload != other.offload)
+    doubled = sum(abs(log2(a / b)) for a, b in [*sizes, (one.count, other.count)])
+    switched = (one.elsewhere is None) != (other.elsewhere is None)
+    return doubled + switched + (one.recompute != other.recompute) + (one.offload != other.offload)
 
 
 def best_of_each(found: Sequence[Option], most: int) -> list[Option]:

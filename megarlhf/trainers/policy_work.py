@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from megarlhf.errors import ConfigError
 from megarlhf.models.workload import Drawing, RoleWork, Workload
+from megarlhf.rollout.sampling import elsewhere
 from megarlhf.trainers.policy_config import SPEAKERS, PolicyConfig
 from megarlhf.trainers.role_config import LearnerConfig
 
@@ -14,14 +14,7 @@ def policy_workload(cfg: PolicyConfig, learners: Collection[str]) -> Workload:
     """What its roles do: all are read once, but for an actor whose sampler's log-probs are taken; `learners` learn.
 
     The reference counts as read in every iteration, also where that is asked for in some alone.
-
-    Raises:   ConfigError where rollouts are drawn in another layout, whose memory and time nothing counts.
     """
-    if cfg.rollout.layout is not None:
-        raise ConfigError(
-            f"rollout.layout={dict(cfg.rollout.layout)} cannot be planned; plan with rollout.layout=null, which draws "
-            "in the layout of training."
-        )
     settings = {name: value for name, value in cfg if name in learners and isinstance(value, LearnerConfig)}
 
     def role(name: str, init: str) -> RoleWork:
@@ -54,5 +47,6 @@ def policy_workload(cfg: PolicyConfig, learners: Collection[str]) -> Workload:
             rollout.prefill_tokens,
             cfg.compute.cuda_graphs,
             rollout.keep,
+            elsewhere(cfg.layout, rollout),
         ),
     )

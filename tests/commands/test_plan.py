@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from megarlhf import cli
+from megarlhf.commands.plan import settings_of
 from megarlhf.config import load_config
 from megarlhf.errors import BAD_INPUT, DONE
+from megarlhf.rollout.sampling import RolloutLayout
 from megarlhf.trainers.ppo import PPOConfig
 from tests.helpers.documents import blocks
 
@@ -76,19 +78,46 @@ def test_the_settings_of_the_fastest_layout_are_a_run_file(tmp_path: Path, capsy
     before, best = (load_config(PPOConfig, path, []) for path in (file, out))
     fastest = plan["layouts"][0]
     assert dict(best.layout) == fastest["layout"]
-    assert (best.micro_batch, best.compute.recompute, best.offload == "host") == (
-        fastest["micro_batch"],
+    assert (best.micro_batch_tokens, best.compute.recompute, best.offload == "host") == (
+        fastest["micro_batch_tokens"],
         fastest["recompute"],
         fastest["offload"],
     )
     # Nothing else has changed but what was typed.
-    chosen = {"layout", "micro_batch", "compute", "offload"}
+    chosen = {"layout", "micro_batch_tokens", "compute", "offload"}
     assert {name for name, value in before if value != dict(best)[name]} - chosen == {"seed"}
     assert best.compute.cuda_graphs == before.compute.cuda_graphs
     # And the plan of that file is the same.
     again = planned(capsys, *[str(out) if word == str(file) else word for word in words_of(file)])
     assert again["own_layout"]
     assert again["shown"] == fastest
+
+
+def test_a_packed_run_is_planned_and_stays_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = EXAMPLES / "llama3_8b_ppo.yaml", tmp_path / "best.yaml"
+    words = [*words_of(file), "micro_batch_tokens=6144"]
+    plan = planned(capsys, *words, f"out={out}")
+    assert plan["shown"]["micro_batch_tokens"] == 6144
+    assert all("micro_batch" not in each for each in plan["layouts"])
+    assert any(said.startswith("micro_batch_tokens: ") for said in plan["assumptions"])
+    best = load_config(PPOConfig, out, [])
+    assert best.micro_batch_tokens == plan["layouts"][0]["micro_batch_tokens"]
+    assert cli.main(words) == DONE
+    assert "micro-batches: 4 of the longest rows take 6,140 of 6,144 tokens, 100%" in capsys.readouterr().out
+
+
+def test_a_run_that_draws_elsewhere_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = EXAMPLES / "llama3_8b_grpo.yaml", tmp_path / "best.yaml"
+    words = [*words_of(file), "layout.pipeline=2", "layout.data=2", "rollout.layout.tensor=2"]
+    plan = planned(capsys, *words, "rollout.layout.data=4", "rollout.rows=100", f"out={out}")
+    assert [phase["phase"] for phase in plan["shown"]["phases"]][:2] == ["refit", "rollout"]
+    assert plan["shown"]["rollout_layout"]["data"] == 4
+    best = load_config(settings_of("grpo"), out, [f"run_dir={tmp_path}"])
+    drawn = plan["layouts"][0]["rollout_layout"]
+    assert best.rollout.layout == (drawn and RolloutLayout(tensor=drawn["tensor"], data=drawn["data"]))
+    assert best.rollout.rows == 100
+    assert cli.main([*words, "rollout.layout.data=4"]) == DONE
+    assert "drawn in tensor 2 x data 4" in capsys.readouterr().out
 
 
 def test_tables_say_peak_verdict_and_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,8 +158,8 @@ def test_more_gpus_where_no_layout_fits(capsys: pytest.CaptureFixture[str]) -> N
         (["shape.judge=llama3-8b"], "shape.judge: the run's roles are actor, reward, reference, critic; name one of"),
         (["reward.init=''"], "critic.init is empty"),
         (["trainer=none"], "trainer none is none of"),
-        (["micro_batch_tokens=4096"], "cannot be planned; plan with micro_batch_tokens=null"),
-        (["rollout.layout.tensor=2"], "cannot be planned; plan with rollout.layout=null"),
+        (["micro_batch_tokens=1024"], "and is not cut in two, but micro_batch_tokens=1024; set it to"),
+        (["rollout.layout.tensor=2"], "rollout.layout is of 2 ranks (tensor 2 x data 1) but layout is of 8"),
         (["spare=79"], "GiB of the 0.1 GiB there are"),
     ],
 )

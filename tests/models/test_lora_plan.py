@@ -21,6 +21,7 @@ from megarlhf.models.step_time import model_flops, seconds_of
 from megarlhf.models.workload import Job, RoleWork, Split, Workload
 from megarlhf.parallel.layout import ParallelLayout
 from megarlhf.parallel.mesh import start
+from megarlhf.parallel.micro_batches import InRows
 from megarlhf.trainers import ppo
 from megarlhf.trainers.grpo import GRPOConfig
 from megarlhf.trainers.policy_work import policy_workload
@@ -37,7 +38,7 @@ REFERENCE = RoleWork("reference", "reference.init", "llama3-70b", "language", sc
 
 def job(*roles: RoleWork, offload: bool = True) -> Job:
     work = Workload(roles, 256, 256, rows=64, step_rows=64, step_setting="global_batch")
-    split = Split(LAYOUT, 1, recompute="none", offload=offload)
+    split = Split(LAYOUT, InRows(1), recompute="none", offload=offload)
     return Job(work, {role.name: B70 for role in roles}, split, Arithmetic(2, engine=True, recompute="none"))
 
 

@@ -11,8 +11,9 @@ from megarlhf.models.gpus import GPUS, gpu_named
 from megarlhf.models.memory_plan import numbers_of
 from megarlhf.models.spec import PRESETS
 from megarlhf.models.step_time import HALF, HBM, LATENCY, LINK, MATMUL, model_flops, seconds_of
-from megarlhf.models.workload import Drawing, Job, RoleWork, Split, Workload
+from megarlhf.models.workload import Drawing, Job, Overlap, RoleWork, Split, Workload
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.micro_batches import InRows
 
 H100 = GPUS["h100-80gb"]
 MEMORY = 70 << 30
@@ -23,7 +24,7 @@ DRAWING = Drawing(prompts=64, rows=64, memory_share=0.8, prefill_tokens=16_384, 
 def training(model: str, layout: ParallelLayout, tokens: int, batch: int) -> Job:
     """Whole rows are learnt from, one a micro-batch, and nothing is offloaded."""
     work = Workload((ROLE,), 0, tokens, rows=batch, step_rows=batch, step_setting="global_batch")
-    split = Split(layout, 1, recompute="none", offload=False)
+    split = Split(layout, InRows(1), recompute="none", offload=False)
     return Job(work, {"model": PRESETS[model]}, split, Arithmetic(2, engine=True, recompute="none"))
 
 
@@ -80,7 +81,7 @@ def test_a_pipeline_waits_for_its_ends() -> None:
 def test_decoding_reads_weights_and_cache_once_a_token() -> None:
     spec, role = PRESETS["llama3-8b"], replace(ROLE, learns=False)
     work = Workload((role,), 512, 512, 64, 64, "global_batch", drawing=DRAWING)
-    split = Split(ParallelLayout(), 8, recompute="none", offload=False)
+    split = Split(ParallelLayout(), InRows(8), recompute="none", offload=False)
     job = Job(work, {"model": spec}, split, Arithmetic(2, engine=True, recompute="none"))
     # 64 rows: 16 GB of weights and 64 x 768 tokens of 131,072 bytes on average, and the sampler's five passes.
     read = 2 * spec.parameters + 64 * 768 * 131_072
@@ -157,6 +158,50 @@ def test_offloading_moves_bytes_over_pcie() -> None:
     )
     # Weights and the optimiser's state, there and back: 2 + 12 bytes a weight.
     assert goes - stays == pytest.approx(2 * 14 * 8_030_261_248 / (LINK * H100.pcie), rel=1e-6)
+
+
+def overlapping(job: Job, *, gradients: bool = False, weights: bool = False) -> float:
+    return seconds_of(replace(job, overlap=Overlap(gradients, weights)), H100, MEMORY).learn
+
+
+def test_gradients_are_summed_under_the_last_backward() -> None:
+    """4 bytes a weight, less a rank's own sixteenth, over eight adapters; backward is two thirds of a micro-batch."""
+    layout = ParallelLayout(data=16)
+    job = training("llama3-8b", layout, 4096, 64)
+    apart, beside = overlapping(job), overlapping(job, gradients=True)
+    weights = PRESETS["llama3-8b"].parameters
+    summed = 15 / 16 * 4 * weights / (LINK * 8 * H100.network)
+    one, two = (overlapping(training("llama3-8b", layout, 4096, rows)) for rows in (16, 32))
+    backward = 2 / 3 * (two - one)  # a micro-batch more
+    assert summed < backward
+    assert apart - beside == pytest.approx(summed, rel=1e-6)
+    # Where it takes longer than backward, what is left of it is waited for.
+    slow = replace(H100, network=5e9)
+    both = [seconds_of(replace(job, overlap=Overlap(on)), slow, MEMORY).learn for on in (False, True)]
+    assert both[0] - both[1] == pytest.approx(backward, rel=1e-6)
+
+
+def test_weights_are_gathered_under_the_next_forward() -> None:
+    job = training("llama3-8b", ParallelLayout(data=16), 4096, 64)
+    gathered = 15 / 16 * 2 * PRESETS["llama3-8b"].parameters / (LINK * 8 * H100.network)
+    assert overlapping(job) - overlapping(job, weights=True) == pytest.approx(gathered, rel=1e-6)
+    # After the last of two steps the policy is drawn from, which waits.
+    work = replace(job.work, rows=128, drawing=DRAWING)
+    drawn = replace(job, work=work)
+    assert overlapping(drawn) - overlapping(drawn, weights=True) == pytest.approx(gathered, rel=1e-6)
+    more = replace(job, work=replace(work, rows=192))
+    assert overlapping(more) - overlapping(more, weights=True) == pytest.approx(2 * gathered, rel=1e-6)
+    # An optimiser that is not distributed has all of its weights.
+    whole = replace(job, work=replace(job.work, roles=(replace(ROLE, distributed=False),)))
+    assert overlapping(whole) == overlapping(whole, weights=True)
+
+
+@pytest.mark.parametrize(("job", "published"), PUBLISHED, ids=["8B", "70B", "70B SFT"])
+def test_published_rates_are_near_with_overlap_too(job: Job, published: int) -> None:
+    """As theirs does, and still within a quarter."""
+    tokens = job.work.rows * job.work.width
+    rate = tokens / overlapping(job, gradients=True, weights=True) / job.split.layout.world_size
+    assert rate == pytest.approx(published, rel=0.25)
 
 
 def test_a_faster_gpu_is_faster() -> None:

@@ -13,6 +13,7 @@ from megarlhf.models.phases import elsewhere, phases_of, rows_at_once
 from megarlhf.models.spec import PRESETS
 from megarlhf.models.workload import Drawing, Job, RoleWork, Split, Workload
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.micro_batches import InRows
 from megarlhf.runtime.layouts import (
     Machine,
     best_of_each,
@@ -39,7 +40,7 @@ def ppo(model: str, layout: ParallelLayout, micro_batch: int = 4, offload: bool 
         RoleWork("critic", "critic.init", "r", "scalar", learns=True, scores=1),
     )
     work = Workload(roles, 512, 1024, 512, 128, "global_batch", passes=2, drawing=DRAWING)
-    split = Split(layout, micro_batch, recompute="none", offload=offload)
+    split = Split(layout, InRows(micro_batch), recompute="none", offload=offload)
     specs = {role.name: PRESETS[model] for role in roles}
     return Job(work, specs, split, Arithmetic(2, engine=True, recompute="none"))
 
@@ -126,7 +127,7 @@ def test_numbers_that_no_layout_divides() -> None:
     job = ppo("llama3-8b", TP2)
     # 7 is no divisor of 128 rows, of 32 layers or of 8 query groups.
     assert options(job, 7, MACHINE) == []
-    assert numbers_of_gpus(job, 7, MACHINE.gpu) == [4, 8]
+    assert numbers_of_gpus(job, 7, MACHINE) == [4, 8]
 
 
 @pytest.mark.parametrize(

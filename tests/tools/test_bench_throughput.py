@@ -291,6 +291,6 @@ def test_anchors_are_of_models_of_that_size_and_say_whose_they_are() -> None:
     assert {each.parameters for each in anchors_of(8_030_261_248)} == {"8B"}
     assert not anchors_of(1_000_000)
     report = {"ranks": 1, "iterations": 1, "phases": [], "offload": [], "peak_bytes": 0, "convention": "causal"}
-    about = {"planned_peak": None, "machine": {"device": "none"}}
+    about = {"planned_peak": {"phase": "score", "role": "actor", "bytes": 1}, "machine": {"device": "none"}}
     said = lines(report | about | {"published": [each._asdict() for each in anchors_of(70_553_706_496)]})
     assert all(line.startswith("published, not measured here: 70B") for line in said[-3:])

@@ -25,6 +25,7 @@ AGAIN = (
     "critic, nothing offloaded",
     "data 2, float32, nothing offloaded",
     "pipeline 2 x virtual 2",
+    "packed, critic, nothing offloaded",
 )
 """Without sums over tensor ranks, whose buffers a busy machine's gloo keeps for longer than they are needed."""
 
@@ -70,6 +71,7 @@ def test_the_cases_cover_what_changes_memory() -> None:
     ):
         assert len(values) == 2
     assert {case.recompute for case in CASES} == {"none", "selective", "full", 2, 3}
+    assert sum(case.micro_batch_tokens is not None for case in CASES) >= 2
     assert {case.role for case in CASES} == {"actor", "critic", "model"}
     assert {case.distributed for case in CASES} == {True, False}
 

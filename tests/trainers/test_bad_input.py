@@ -203,7 +203,7 @@ def test_numbers(command: tuple[str, ...], overrides: list[str], message: str, r
         (
             PPO,
             ["compute.fp8=hybrid", "micro_batch_tokens=1000"],
-            "micro_batch_tokens=1000 is not a multiple of 16, as compute.fp8=hybrid needs; set it to 992 or 1008",
+            "micro_batch_tokens=1000 is not a multiple of 16, as compute.fp8 needs; set it to 992 or 1008",
         ),
         (
             SFT,

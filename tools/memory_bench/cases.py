@@ -11,6 +11,7 @@ from megarlhf.models.recompute import Recompute
 from megarlhf.models.spec import ModelSpec
 from megarlhf.models.workload import Job, RoleWork, Split, Workload
 from megarlhf.parallel.layout import ParallelLayout
+from megarlhf.parallel.micro_batches import Cut, InRows, InTokens
 
 SPEC = ModelSpec(
     vocab_size=1024, hidden_size=128, layers=8, heads=4, kv_heads=2, ffn_size=384, head_dim=32, max_positions=1024
@@ -18,6 +19,9 @@ SPEC = ModelSpec(
 """Large enough that activations outweigh what is left out, small enough for four ranks on two cores."""
 PROMPT, RESPONSE, MICRO_BATCHES = 32, 96, 2
 """Tokens of a row, and micro-batches of a step on each data rank."""
+WIDTH = PROMPT + RESPONSE
+RAGGED = (WIDTH, 3 * WIDTH // 4, WIDTH // 2, WIDTH // 4)
+"""Lengths of rows that are packed, as often one as another; each with as great a part of it prompt."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,26 @@ class Case:
     offload: bool = True
     distributed: bool = True
     micro_batch: int = 4
+    micro_batch_tokens: int | None = None
+    """In place of micro_batch: rows are then of lengths that fill it."""
+
+    @property
+    def cut(self) -> Cut:
+        """What a micro-batch takes."""
+        return InRows(self.micro_batch) if self.micro_batch_tokens is None else InTokens(self.micro_batch_tokens)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the rows of an optimiser step, over all data ranks."""
+        if self.micro_batch_tokens is None:
+            return [WIDTH] * (MICRO_BATCHES * self.micro_batch * self.layout.data)
+        each = MICRO_BATCHES * self.layout.data * self.micro_batch_tokens // sum(RAGGED)
+        return [*RAGGED] * each
 
     @property
     def rows(self) -> int:
-        """Of an optimiser step, over all data ranks."""
-        return MICRO_BATCHES * self.micro_batch * self.layout.data
+        """How many."""
+        return len(self.lengths)
 
     @property
     def job(self) -> Job:
@@ -46,7 +65,7 @@ class Case:
         loss = "fused" if self.role == "actor" else "composed"
         role = RoleWork(self.role, f"{self.role}.init", "", head, True, self.distributed, scores=1, loss=loss)
         work = Workload((role,), PROMPT, RESPONSE, self.rows, self.rows, "global_batch")
-        split = Split(self.layout, self.micro_batch, self.recompute, self.offload)
+        split = Split(self.layout, self.cut, self.recompute, self.offload)
         arithmetic = Arithmetic(4 if self.dtype == "float32" else 2, engine=False, recompute=self.recompute, cpu=True)
         return Job(work, {self.role: SPEC}, split, arithmetic)
 
@@ -85,4 +104,11 @@ CASES = (
     Case("context 2, supervised, bfloat16", ParallelLayout(context=2), role="model", dtype="bfloat16"),
     Case("context 2 x pipeline 2", ParallelLayout(context=2, pipeline=2), offload=False),
     Case("pipeline 2 x data 2", ParallelLayout(pipeline=2, data=2), role="model", offload=False),
+    Case("packed", ParallelLayout(), micro_batch_tokens=640),
+    Case("packed, bfloat16, recompute", ParallelLayout(), dtype="bfloat16", recompute="full", micro_batch_tokens=640),
+    Case("packed, critic, nothing offloaded", ParallelLayout(), "critic", offload=False, micro_batch_tokens=640),
+    Case("packed, tensor 2, sequence parallel", SP2, micro_batch_tokens=640),
+    Case("packed, pipeline 2", PP2, role="model", dtype="bfloat16", micro_batch_tokens=640),
+    Case("packed, context 2", ParallelLayout(context=2), micro_batch_tokens=640),
+    Case("packed, data 2, selective recompute", DP2, recompute="selective", micro_batch_tokens=640),
 )

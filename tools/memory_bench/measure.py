@@ -18,12 +18,12 @@ from megarlhf.models.optim import OptimConfig
 from megarlhf.models.readings import LabelLogprobs, PositionValues
 from megarlhf.models.role import RoleSettings, TrainableRole
 from megarlhf.parallel.mesh import Mesh, start
-from megarlhf.parallel.micro_batches import InRows, Loss
+from megarlhf.parallel.micro_batches import Loss
 from megarlhf.parallel.offload import resident_bytes
 from megarlhf.trainers.policy_loss import policy_loss
 from megarlhf.trainers.ppo import PPOConfig, value_loss
 from megarlhf.trainers.sft import next_token_loss
-from tools.memory_bench.cases import PROMPT, RESPONSE, SPEC, Case
+from tools.memory_bench.cases import PROMPT, SPEC, WIDTH, Case
 
 REPEATS = 3
 
@@ -77,7 +77,7 @@ def _peak_bytes(work: Callable[[], object]) -> int:
 def _role(case: Case, mesh: Mesh) -> TrainableRole:
     compute = resolve(ComputeConfig(dtype=case.dtype, recompute=case.recompute), mesh.device)
     reading = PositionValues() if case.role == "critic" else LabelLogprobs(1.0)
-    settings = RoleSettings(compute, InRows(case.micro_batch), "host" if case.offload else "none")
+    settings = RoleSettings(compute, case.cut, "host" if case.offload else "none")
     role = TrainableRole(case.role, SPEC, reading.head, reading, settings, mesh)
     load_tensors(role, RandomTensors(SPEC, 1))
     role.prepare(OptimConfig(lr=1e-6, distributed=case.distributed), steps=10)
@@ -85,13 +85,14 @@ def _role(case: Case, mesh: Mesh) -> TrainableRole:
 
 
 def _lesson(case: Case, role: TrainableRole) -> tuple[Any, Loss[Any]]:
-    """Rows of the greatest length, and the role's loss on them."""
-    generator, width = torch.Generator().manual_seed(2), PROMPT + RESPONSE
-    tokens = torch.randint(0, SPEC.vocab_size, (case.rows, width), generator=generator)
-    lengths, starts = torch.full((case.rows,), width), torch.full((case.rows,), PROMPT)
-    ended, none = torch.ones(case.rows, dtype=torch.bool), torch.zeros(case.rows, width - 1)
+    """Rows of a case's lengths, and the role's loss on them."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, SPEC.vocab_size, (case.rows, WIDTH), generator=generator)
+    lengths = torch.tensor(case.lengths)
+    starts = lengths * PROMPT // WIDTH
+    ended, none = torch.ones(case.rows, dtype=torch.bool), torch.zeros(case.rows, WIDTH - 1)
     rollout = Rollout(tokens, starts, lengths, ended, none, torch.arange(case.rows), ("",) * case.rows)
-    numbers = torch.randn(case.rows, width - 1, generator=generator)
+    numbers = torch.randn(case.rows, WIDTH - 1, generator=generator)
     cfg = PPOConfig(run_dir=Path("runs/none"))
     match case.role:
         case "actor":

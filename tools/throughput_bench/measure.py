@@ -15,13 +15,11 @@ from megarlhf.models.activations import Arithmetic
 from megarlhf.models.compute import resolve
 from megarlhf.models.phases import PhaseBytes, phases_of
 from megarlhf.models.role import Role
-from megarlhf.models.workload import Job, Split
+from megarlhf.models.workload import Job, Split, Workload
 from megarlhf.observe.work import WORKED
 from megarlhf.parallel.collectives import barrier
 from megarlhf.parallel.mesh import Mesh
 from megarlhf.runs.settings import RunConfig
-from megarlhf.trainers.policy_config import PolicyConfig
-from megarlhf.trainers.trainer import Trainer
 
 Rows = Sequence[Mapping[str, float]]
 """Metrics of iterations."""
@@ -56,16 +54,13 @@ def phases(rows: Rows, gpus: int) -> list[dict[str, Any]]:
     return found
 
 
-def planned(trainer: Trainer[Any, Any, Any], cfg: RunConfig, mesh: Mesh) -> PhaseBytes | None:
-    """What the plan says of the phase that takes most, on the rank where it does; None of what cannot be planned.
+def planned(work: Workload, cfg: RunConfig, mesh: Mesh) -> PhaseBytes:
+    """What the plan says of the phase that takes most, on the rank where it does.
 
     On a GPU it is what torch allocates; on a CPU a process has its libraries besides.
     """
-    if cfg.micro_batch_tokens is not None or (isinstance(cfg, PolicyConfig) and cfg.rollout.layout is not None):
-        return None
-    work = trainer.workload(cfg)
     compute, gpu = resolve(cfg.compute, mesh.device), mesh.device.type == "cuda"
-    split = Split(cfg.layout, cfg.micro_batch, compute.recompute, cfg.offload == "host")
+    split = Split(cfg.layout, cfg.cut, compute.recompute, cfg.offload == "host", work.elsewhere)
     arithmetic = Arithmetic(compute.dtype.itemsize, engine=compute.transformer_engine, recompute=compute.recompute)
     job = Job(work, specs_of(work, {}), split, arithmetic, fp8_multiple=compute.fp8_multiple)
     memory = torch.cuda.mem_get_info(mesh.device)[1] if gpu else psutil.virtual_memory().total
