@@ -211,7 +211,9 @@ def test_what_cannot_be_measured_is_refused_with_what_to_do(
 def test_every_run_file_can_be_measured(file: Path, tmp_path: Path) -> None:
     """Its rows are made up whatever they come from, a mix among them, and nothing is saved or measured besides."""
     trainer = trainer_named(file.read_text().split()[2])
-    cfg, kind = measured_settings(trainer, file, ["keep_best=x", "save_every=6", "keep_every=6"], tmp_path, 3)
+    _, kind = measured_settings(trainer, file, [], tmp_path, 3)
+    more = [f"{name}.mix.part.source=x" for name in kind.sets]
+    cfg, kind = measured_settings(trainer, file, [*more, "keep_best=x", "save_every=6", "keep_every=6"], tmp_path, 3)
     cfg.check_run_dir()
     given = cfg.model_dump()
     assert {given[name]["source"] for name in kind.sets} == {f"{tmp_path}/{name}.jsonl" for name in kind.sets}
