@@ -112,7 +112,7 @@ def test_a_run_that_draws_elsewhere_is_planned(tmp_path: Path, capsys: pytest.Ca
     plan = planned(capsys, *words, "rollout.layout.data=4", "rollout.rows=100", f"out={out}")
     assert [phase["phase"] for phase in plan["shown"]["phases"]][:2] == ["refit", "rollout"]
     assert plan["shown"]["rollout_layout"]["data"] == 4
-    best = load_config(settings_of("grpo"), out, [f"run_dir={tmp_path}"])
+    best: Any = load_config(settings_of("grpo"), out, [f"run_dir={tmp_path}"])
     drawn = plan["layouts"][0]["rollout_layout"]
     assert best.rollout.layout == (drawn and RolloutLayout(tensor=drawn["tensor"], data=drawn["data"]))
     assert best.rollout.rows == 100
