@@ -21,6 +21,7 @@ import pytest
 from tests.helpers.bytes_tokenizer import of_bytes
 from tests.helpers.documents import blocks
 from tests.helpers.models import language_model
+from tests.helpers.peft_directory import adapters
 from tests.test_cli_runs import PPO, RANKED, REWARD, ROOT, SFT
 
 DOCUMENTS = ("README.md", "docs/algorithms.md", "docs/judges.md", "docs/install.md", "docs/lora.md")
@@ -47,6 +48,10 @@ SMALLER: dict[str, tuple[str, ...]] = {
     "sft ... data": (*OWN_SFT, "model=DIR", "run_dir=runs/judges/sft"),
     "grpo ... prompts": (*SHORT, "actor.init=DIR", "run_dir=runs/judges/grpo"),
     "ppo ... prompts": (*SHORT[:1], *SHORT[2:], "actor.init=DIR", "critic.init=DIR", "run_dir=runs/judges/ppo"),
+    "grpo ... actor": (
+        *(*SHORT, "prompts.source=train.jsonl", "judges.a.kind=rule", "judges.a.rule=gsm8k"),
+        "run_dir=runs/lora/grpo",
+    ),
     "eval ... prompts": ("model=DIR", "sampling.max_new_tokens=6"),
 }
 """What is added to a command that begins so, for it to take seconds; no setting that the reader was told is changed."""
@@ -103,6 +108,7 @@ def place(directory: Path) -> None:
         (directory / name).write_text(f"{text}\n" * (1 if name.endswith(".py") else 8))
     for name in ("train.jsonl", "test.jsonl"):
         shutil.copy(directory / "gsm8k.jsonl", directory / name)
+    adapters(directory / "ADAPTERS", directory / "DIR")
     row = {"prompt": "What is 2 + 2?", "response": "4"}
     (directory / "X.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
     settings = (ROOT / "examples" / "ppo_tiny.yaml").read_text().replace("runs/tiny/ppo", "runs/ppo")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections.abc import Callable
@@ -11,19 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from megarlhf import cli
-from megarlhf.checkpoint.adapters import PEFT_CONFIG, PEFT_WEIGHTS
+from megarlhf.checkpoint.adapters import PEFT_WEIGHTS
 from megarlhf.checkpoint.hf_convert import Options, to_hf, to_megatron
 from megarlhf.checkpoint.model_directory import describe_model
 from megarlhf.errors import CheckpointError
 from tests.helpers.models import language_model, score_model
+from tests.helpers.peft_directory import ALPHA, RANK, TARGETS, adapters, weights
 
-RANK, ALPHA = 2, 6.0
-TARGETS = ["q_proj", "v_proj", "gate_proj", "o_proj", "down_proj"]
 QUIET = Options(progress=False)
 
 
@@ -33,39 +31,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     language_model(folder / "language", seed=1)
     score_model(folder / "scalar", seed=3)
     return {name: folder / name for name in ("language", "scalar")}
-
-
-def weights(model: Path) -> dict[str, Tensor]:
-    return load_file(model / "model.safetensors")
-
-
-def adapters(folder: Path, base: Path, **changes: Any) -> dict[str, Tensor]:
-    """Random ones in `folder`, each module's A its own, as PEFT writes them; and what they are."""
-    folder.mkdir()
-    tensors, draw = {}, torch.Generator().manual_seed(5)
-    for name, weight in weights(base).items():
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        if module.rpartition(".")[2] in TARGETS:
-            tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, weight.shape[1], generator=draw)
-            tensors[f"{module}.lora_B.weight"] = torch.randn(weight.shape[0], RANK, generator=draw)
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": str(base),
-        "r": RANK,
-        "lora_alpha": ALPHA,
-        "lora_dropout": 0.1,
-        "target_modules": TARGETS,
-        "bias": "none",
-        "use_dora": False,
-        "rank_pattern": {},
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "peft_version": "0.21.2",
-        **changes,
-    }
-    save_file(tensors, folder / PEFT_WEIGHTS)
-    (folder / PEFT_CONFIG).write_text(json.dumps(config))
-    return tensors
 
 
 def merged(source: Path, folder: Path, **options: Any) -> dict[str, Tensor]:

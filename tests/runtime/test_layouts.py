@@ -171,8 +171,8 @@ def test_context_ranks_are_tried_where_rows_are_long() -> None:
     assert contexts(job, 8) == {1, 2}  # chunks of 1536 / 4 tokens, but not of 1536 / 8
     long = replace(job, work=replace(job.work, prompt_tokens=7168))
     assert contexts(long, 8) == {1, 2, 4, 8}
-    # A row of 64 Ki tokens that no GPU has room for alone.
-    longer = replace(job, work=replace(job.work, prompt_tokens=64 << 10, rows=8, step_rows=8))
+    # A row of 128 Ki tokens, which eight GPUs have room for without recomputation where each has a part of its tokens.
+    longer = replace(job, work=replace(job.work, prompt_tokens=128 << 10, rows=8, step_rows=8))
     best = options(longer, 64, MACHINE)[0]
     assert best.fits
     assert best.split.layout.context > 1
