@@ -23,7 +23,7 @@ from megarlhf.models.role import TrainableRole, Update
 from megarlhf.observe import run_files
 from megarlhf.observe.terminal import Terminal
 from megarlhf.parallel.layout import ParallelLayout
-from megarlhf.parallel.mesh import Mesh, start
+from megarlhf.parallel.mesh import Mesh, start, stop
 from megarlhf.parallel.micro_batches import Loss
 from megarlhf.runs.capsule import Note, read_batch, read_notes, tensors_of
 from megarlhf.trainers.find import is_own, module_of, trainer_named
@@ -65,12 +65,15 @@ def main(cfg: ReplayConfig, _: Sequence[str]) -> int:
         )
     batch = joined(cfg.capsule, notes, learner.rows)
     mesh = start(ParallelLayout(), seed=0)  # nothing in a step is drawn
-    role, loss = _role(cfg.capsule, note, trainer, mesh, named=bool(cfg.trainer))
-    _check_ids(batch, role, cfg.capsule)
-    with role.resident(*role.parts):
-        origin = _load(role, cfg.capsule)
-        with first_not_finite(role) as found:
-            update = role.update(batch, loss)
+    try:
+        role, loss = _role(cfg.capsule, note, trainer, mesh, named=bool(cfg.trainer))
+        _check_ids(batch, role, cfg.capsule)
+        with role.resident(*role.parts):
+            origin = _load(role, cfg.capsule)
+            with first_not_finite(role) as found:
+                update = role.update(batch, loss)
+    finally:
+        stop()
     _report(update, origin, found, len(batch))
     return 0 if update.stepped else 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import log2
@@ -114,8 +114,12 @@ def _check_drawing(job: Job) -> None:
 
 def is_allowed(job: Job) -> bool:
     """Whether `check_split` has nothing to say."""
+    return _passes(check_split, job)
+
+
+def _passes(check: Callable[[Job], None], job: Job) -> bool:
     try:
-        check_split(job)
+        check(job)
     except (LayoutError, ConfigError):
         return False
     return True
@@ -150,18 +154,10 @@ def _elsewhere(plain: Job, machine: Machine) -> ParallelLayout | None:
     others = [ParallelLayout(tensor=size, data=ranks // size, elastic=layout.elastic) for size in sizes]
     jobs = [plain.splitting(replace(plain.split, elsewhere=each)) for each in others if each != layout.drawing]
     return min(
-        (job for job in [plain, *jobs] if _may_draw(job)),
+        (job for job in [plain, *jobs] if _passes(_check_drawing, job)),
         key=lambda job: rollout_seconds(job, machine.gpu, machine.memory),
         default=plain,
     ).split.elsewhere
-
-
-def _may_draw(job: Job) -> bool:
-    try:
-        _check_drawing(job)
-    except (LayoutError, ConfigError):
-        return False
-    return True
 
 
 def _cuts(job: Job, layout: ParallelLayout) -> list[Cut]:

@@ -84,6 +84,7 @@ def replay(capsule: str) -> tuple[int, str]:
     """The exit code, and what is printed."""
     with redirect_stdout(StringIO()) as printed:
         code = main(ReplayConfig(capsule=Path(capsule)), [])
+    assert not torch.distributed.is_initialized()  # another run may start in this process
     return code, printed.getvalue()
 
 
